@@ -1,0 +1,172 @@
+"""What a search asks for and what it returns, whatever the retriever."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from mobula.config import key
+from mobula.data.records import Document
+from mobula.errors import MobulaError
+
+DECODERS = ("one_pass", "match", "match_rerank", "best_of_n", "beam", "chain_rescore")
+ORDERS = ("confidence", "margin", "entropy", "random", "left_to_right")
+SAMPLERS = ("confidence", "ancestral")
+REMASK = ("none", "low_conf", "remdm")
+CONSTRAINTS = ("off", "project", "bitset")
+
+
+class BadSearch(MobulaError):
+    """Search options that contradict each other or do not fit the model (HTTP 422)."""
+
+
+class Unsupported(MobulaError):
+    """The retriever cannot do this (adding documents to a family of codes that needs training, say)."""
+
+
+@dataclass
+class SearchOptions:
+    """How to decode one request. The same keys serve as the ``decode`` section of an experiment.
+
+    The budget is ``steps`` or ``threshold``, never both; neither means ``steps`` = L/2 (at least 1).
+    """
+
+    k: int = key(10, "documents to return", ge=1, le=1000)
+    decoder: str = key("match_rerank", "how codes become a ranked list", choices=DECODERS)
+    steps: int | None = key(None, "denoising steps T (the budget); null: half the code length", ge=1, le=4096)
+    threshold: float | None = key(None, "commit every position at least this confident (Fast-dLLM)", gt=0, lt=1)
+    order: str = key("confidence", "which masked positions to commit first", choices=ORDERS)
+    sampler: str = key("confidence", "confidence (LLaDA) or ancestral (MDLM)", choices=SAMPLERS)
+    schedule: str = key("linear", "positions committed per step", choices=("linear", "cosine"))
+    temperature: float = key(0.0, "Gumbel noise temperature; 0 is argmax", ge=0, le=10)
+    remask: str = key("none", "whether committed positions may be revised", choices=REMASK)
+    remask_conf: str = key("at_commit", "confidence of a committed token", choices=("at_commit", "leave_one_out"))
+    remask_cap: float = key(0.5, "upper bound of ReMDM's re-masking rate", ge=0, le=1)
+    block: int | None = key(None, "block length (must divide L); null: one block", ge=1)
+    eos_conf: str = key("last", "when the end token may be committed (text docids)", choices=("free", "last"))
+    eos_logit_off: float = key(0.0, "subtracted from the end token's logit (text docids)", ge=0)
+    cfg: float = key(0.0, "classifier-free guidance weight; 0 is off", ge=0, le=20)
+    constraint: str = key("bitset", "keep decoding inside the corpus", choices=CONSTRAINTS)
+    pool: int = key(100, "candidates re-ranked by match_rerank and best_of_n", ge=1, le=100_000)
+    n: int = key(8, "runs of best_of_n", ge=1, le=64)
+    beam: int = key(10, "beam width", ge=1, le=256)
+    beam_topc: int | None = key(None, "expansions per beam; null: twice the beam", ge=1)
+    beam_per_step: int = key(1, "levels a beam fills per step", ge=1)
+    beam_score: str = key("path", "final order of a beam", choices=("path", "one_pass", "mc"))
+    mc: int = key(32, "draws of the Monte-Carlo bound", ge=1, le=1024)
+    rescore: int = key(20, "documents chain_rescore scores anew", ge=1, le=1000)
+    seed: int = key(0, "seed of this request's random numbers", ge=0)
+
+    def problems(self) -> list[str]:
+        """Contradictions that need no model to find; see :meth:`check` for the rest."""
+        found = []
+        if self.threshold is not None and self.steps is not None:
+            found.append("threshold and steps exclude each other; give one budget")
+        if self.threshold is not None and self.sampler == "ancestral":
+            found.append("threshold needs sampler=confidence")
+        if self.threshold is not None and self.remask != "none":
+            found.append("threshold and remask exclude each other")
+        if self.sampler == "ancestral" and self.remask != "none":
+            found.append("remask needs sampler=confidence")
+        if any(isinstance(v, float) and not math.isfinite(v) for v in vars(self).values()):
+            found.append("every number must be finite")
+        return found
+
+    def check(self, levels: int) -> None:
+        """Check against a code of ``levels`` positions.
+
+        Raises:
+            BadSearch: naming what does not fit (``StepsAboveLength`` for a budget over the code length).
+        """
+        found = self.problems()
+        limit = levels if self.remask == "none" and self.sampler == "confidence" else 4 * levels
+        if self.steps is not None and self.steps > limit:
+            found.append(f"StepsAboveLength: steps={self.steps} but codes have {levels} positions (at most {limit})")
+        block = self.block or levels
+        if levels % block:
+            found.append(f"block={block} does not divide the code length {levels}")
+        elif self.budget(levels) * block % levels:
+            found.append(f"steps={self.budget(levels)} cannot be shared by {levels // block} blocks")
+        if found:
+            raise BadSearch("; ".join(found))
+
+    def budget(self, levels: int) -> int:
+        """Denoising steps for a code of ``levels`` positions."""
+        return self.steps if self.steps is not None else max(1, levels // 2)
+
+
+@dataclass(frozen=True)
+class Hit:
+    """A retrieved document."""
+
+    doc_id: str
+    score: float
+
+
+@dataclass
+class SearchResult:
+    """Ranked hits with what they cost.
+
+    ``nfe`` counts network calls (query encoding excluded), ``rows`` the batch rows in them; ``raw_valid`` and
+    ``raw_exact`` describe the generated code before matching or projection (None where there is none, or no
+    gold); ``scored_by`` says which score orders the hits; ``filled`` counts hits taken from one_pass order.
+    """
+
+    hits: list[Hit]
+    nfe: int = 0
+    rows: int = 0
+    steps_used: int = 0
+    decoder: str = ""
+    constraint: str = ""
+    scored_by: str = ""
+    filled: int = 0
+    raw_code: tuple[int, ...] | None = None
+    raw_valid: bool | None = None
+    raw_exact: bool | None = None
+    trace: list[StepEvent] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class StepEvent:
+    """One denoising step: (level, code, confidence) of each commit, re-masked levels, documents still possible."""
+
+    step: int
+    commits: list[tuple[int, int, float]]
+    remasked: list[int]
+    valid_left: int
+
+
+class Retriever(Protocol):
+    """Anything that ranks documents for a text query."""
+
+    name: str
+
+    def search(self, queries: Sequence[str], options: Sequence[SearchOptions]) -> list[SearchResult]:
+        """Exactly min(k, N) distinct hits per query, best first. A result does not depend on its batch."""
+
+    def insert(self, documents: Sequence[Document]) -> int:
+        """Add documents without training; the new rows_version.
+
+        Raises:
+            Unsupported: if this retriever cannot.
+        """
+
+
+class Searchable(Protocol):
+    """What a retrieval method's ``load(artifact)`` returns: its retrievers, and the denoising trace."""
+
+    retrievers: dict[str, Retriever]
+    default: str
+    levels: int
+
+    def trace(self, query: str, options: SearchOptions) -> Iterator[StepEvent | SearchResult]:
+        """Denoising steps as they happen, then the result."""
+
+    def document(self, doc_id: str) -> dict[str, Any]:
+        """Title and text of a document, for display.
+
+        Raises:
+            KeyError: if there is none.
+        """
