@@ -39,7 +39,11 @@ def key(
     A mutable default (list, dict) is copied for every instance.
     """
     bounds = {"ge": ge, "gt": gt, "le": le, "lt": lt}
-    metadata = {"help": help, "bounds": {k: v for k, v in bounds.items() if v is not None}, "choices": choices}
+    metadata = {
+        "help": help,
+        "bounds": {k: v for k, v in bounds.items() if v is not None},
+        "choices": choices,
+    }
     if isinstance(default, list | dict):
         return dataclasses.field(default_factory=lambda: type(default)(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -61,7 +65,9 @@ def load(schema: type[T], path: Path | None = None, overrides: Sequence[str] = (
     return build(schema, values, overrides, source)
 
 
-def build(schema: type[T], values: dict[str, Any], overrides: Sequence[str] = (), source: str = "config") -> T:
+def build(
+    schema: type[T], values: dict[str, Any], overrides: Sequence[str] = (), source: str = "config"
+) -> T:
     """As :func:`load`, from a nested mapping instead of a file."""
     problems: list[str] = []
     assignments = list(_leaves(values, schema))
@@ -224,8 +230,15 @@ def _out_of_range(name: str, value: Any, field: dataclasses.Field) -> list[str]:
     items = value if isinstance(value, list) else [value]
     if choices is not None:
         wrong = [v for v in items if v is not None and v not in choices]
-        return [f"{name}={v!r}: expected one of {', '.join(map(str, choices))}{_hint(v, choices)}" for v in wrong]
-    tests = {"ge": lambda v, b: v >= b, "gt": lambda v, b: v > b, "le": lambda v, b: v <= b, "lt": lambda v, b: v < b}
+        return [
+            f"{name}={v!r}: expected one of {', '.join(map(str, choices))}{_hint(v, choices)}" for v in wrong
+        ]
+    tests = {
+        "ge": lambda v, b: v >= b,
+        "gt": lambda v, b: v > b,
+        "le": lambda v, b: v <= b,
+        "lt": lambda v, b: v < b,
+    }
     words = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less than"}
     problems = []
     for item in items:

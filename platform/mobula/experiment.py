@@ -25,7 +25,17 @@ from mobula.errors import RunConflict
 
 Verdict = Literal["holds", "does_not_hold", "undecided"]
 RESUME = ("auto", "never", "must")
-PACKAGES = ("ray", "torch", "deepspeed", "transformers", "datasets", "faiss-cpu", "omegaconf", "numpy", "bm25s")
+PACKAGES = (
+    "ray",
+    "torch",
+    "deepspeed",
+    "transformers",
+    "datasets",
+    "faiss-cpu",
+    "omegaconf",
+    "numpy",
+    "bm25s",
+)
 
 
 @dataclass
@@ -209,7 +219,9 @@ class Run:
                 f"{self.directory}: holds a run of another config ({'; '.join(changed[:6])}); use another --out"
             )
         if self.finished():
-            raise RunConflict(f"{self.directory}: this run is finished; see its report.md, or use another --out")
+            raise RunConflict(
+                f"{self.directory}: this run is finished; see its report.md, or use another --out"
+            )
         if resume == "never":
             raise RunConflict(f"{self.directory}: holds an unfinished run (resume=never)")
 
@@ -223,7 +235,9 @@ class Run:
 
     def _write_state(self, finished: bool) -> None:
         with contextlib.suppress(OSError):
-            artifacts.write_json(self.directory / "state.json", {"seconds": self.seconds, "finished": finished})
+            artifacts.write_json(
+                self.directory / "state.json", {"seconds": self.seconds, "finished": finished}
+            )
 
 
 def identity(config: ExperimentConfig) -> dict[str, Any]:
