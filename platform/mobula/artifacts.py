@@ -39,9 +39,7 @@ class Artifact:
             ArtifactError: if the manifest does not name it.
         """
         if name not in self.files:
-            raise ArtifactError(
-                f"{self.directory}: no file {name!r}; it holds {', '.join(sorted(self.files))}"
-            )
+            raise ArtifactError(f"{self.directory}: no file {name!r}; it holds {', '.join(sorted(self.files))}")
         return self.directory / name
 
     def read_json(self, name: str) -> Any:
@@ -49,9 +47,7 @@ class Artifact:
         return json.loads(self.path(name).read_text(encoding="utf-8"))
 
 
-def write(
-    directory: Path, *, kind: str, method: str, meta: dict[str, Any], fill: Callable[[Path], None]
-) -> Artifact:
+def write(directory: Path, *, kind: str, method: str, meta: dict[str, Any], fill: Callable[[Path], None]) -> Artifact:
     """Write an artifact: ``fill`` puts the files into a fresh folder, which replaces ``directory`` when complete.
 
     Raises:
@@ -64,9 +60,7 @@ def write(
     files = {}
     for path in sorted(p for p in partial.rglob("*") if p.is_file()):
         if path.suffix not in ALLOWED:
-            raise ArtifactError(
-                f"{path.name}: {path.suffix or 'no suffix'} is not an allowed artifact format"
-            )
+            raise ArtifactError(f"{path.name}: {path.suffix or 'no suffix'} is not an allowed artifact format")
         files[path.relative_to(partial).as_posix()] = {"sha256": sha256(path), "bytes": path.stat().st_size}
     manifest = {"format": FORMAT, "kind": kind, "method": method, "meta": meta, "files": files}
     write_json(partial / MANIFEST, manifest)

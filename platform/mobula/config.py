@@ -65,9 +65,7 @@ def load(schema: type[T], path: Path | None = None, overrides: Sequence[str] = (
     return build(schema, values, overrides, source)
 
 
-def build(
-    schema: type[T], values: dict[str, Any], overrides: Sequence[str] = (), source: str = "config"
-) -> T:
+def build(schema: type[T], values: dict[str, Any], overrides: Sequence[str] = (), source: str = "config") -> T:
     """As :func:`load`, from a nested mapping instead of a file."""
     problems: list[str] = []
     assignments = list(_leaves(values, schema))
@@ -230,9 +228,7 @@ def _out_of_range(name: str, value: Any, field: dataclasses.Field) -> list[str]:
     items = value if isinstance(value, list) else [value]
     if choices is not None:
         wrong = [v for v in items if v is not None and v not in choices]
-        return [
-            f"{name}={v!r}: expected one of {', '.join(map(str, choices))}{_hint(v, choices)}" for v in wrong
-        ]
+        return [f"{name}={v!r}: expected one of {', '.join(map(str, choices))}{_hint(v, choices)}" for v in wrong]
     tests = {
         "ge": lambda v, b: v >= b,
         "gt": lambda v, b: v > b,

@@ -219,9 +219,7 @@ class Run:
                 f"{self.directory}: holds a run of another config ({'; '.join(changed[:6])}); use another --out"
             )
         if self.finished():
-            raise RunConflict(
-                f"{self.directory}: this run is finished; see its report.md, or use another --out"
-            )
+            raise RunConflict(f"{self.directory}: this run is finished; see its report.md, or use another --out")
         if resume == "never":
             raise RunConflict(f"{self.directory}: holds an unfinished run (resume=never)")
 
@@ -235,9 +233,7 @@ class Run:
 
     def _write_state(self, finished: bool) -> None:
         with contextlib.suppress(OSError):
-            artifacts.write_json(
-                self.directory / "state.json", {"seconds": self.seconds, "finished": finished}
-            )
+            artifacts.write_json(self.directory / "state.json", {"seconds": self.seconds, "finished": finished})
 
 
 def identity(config: ExperimentConfig) -> dict[str, Any]:

@@ -85,9 +85,7 @@ class Cache:
     def reorder(self, parents: Tensor) -> Cache:
         """The state of hypotheses that continue ``parents`` i64[B, G'] of the present ones."""
         batch = torch.arange(parents.shape[0], device=parents.device).unsqueeze(1)
-        kept = [
-            None if kv is None else (kv[0][batch, parents], kv[1][batch, parents]) for kv in self.keys_values
-        ]
+        kept = [None if kv is None else (kv[0][batch, parents], kv[1][batch, parents]) for kv in self.keys_values]
         residual = None if self.residual is None else self.residual[batch, parents]
         return Cache(kept, self.position, parents.shape[1], residual)
 
@@ -276,9 +274,7 @@ class DocidModel(nn.Module):
         self.paradigm = shape.paradigm
         self.levels, self.width = len(shape.sizes), max(shape.sizes)
         self.tower = StateTower(shape) if shape.tower == "states" else TokenTower(shape, _required(table))
-        self.layers = nn.ModuleList(
-            Layer(shape.width, shape.heads, shape.dropout) for _ in range(shape.layers)
-        )
+        self.layers = nn.ModuleList(Layer(shape.width, shape.heads, shape.dropout) for _ in range(shape.layers))
         self.codes: LearnedCodes | TokenCodes
         if code_table is None:
             self.codes = LearnedCodes(self.levels, self.width, shape.width, zero_output=codewords is not None)
@@ -358,9 +354,7 @@ class DocidModel(nn.Module):
             kept.append(keys_values)
         scores = self.codes.score(self.norm(x).flatten(0, 1), here)
         if self.prior is not None:
-            scores = scores + self.prior.score(
-                _required(residual).reshape(-1, 1, self.prior.codewords.shape[-1]), here
-            )
+            scores = scores + self.prior.score(_required(residual).reshape(-1, 1, self.prior.codewords.shape[-1]), here)
         scores = scores.masked_fill(self.impossible[here], float("-inf")).squeeze(1)
         scores = scores.unflatten(0, (memory.size, cache.width))
         return scores, Cache(kept, level + 1, cache.width, residual)

@@ -36,17 +36,13 @@ class SearchOptions:
     k: int = key(10, "documents to return", ge=1, le=1000)
     decoder: str = key("match_rerank", "how codes become a ranked list", choices=DECODERS)
     steps: int | None = key(None, "denoising steps T (the budget); null: half the code length", ge=1, le=4096)
-    threshold: float | None = key(
-        None, "commit every position at least this confident (Fast-dLLM)", gt=0, lt=1
-    )
+    threshold: float | None = key(None, "commit every position at least this confident (Fast-dLLM)", gt=0, lt=1)
     order: str = key("confidence", "which masked positions to commit first", choices=ORDERS)
     sampler: str = key("confidence", "confidence (LLaDA) or ancestral (MDLM)", choices=SAMPLERS)
     schedule: str = key("linear", "positions committed per step", choices=("linear", "cosine"))
     temperature: float = key(0.0, "Gumbel noise temperature; 0 is argmax", ge=0, le=10)
     remask: str = key("none", "whether committed positions may be revised", choices=REMASK)
-    remask_conf: str = key(
-        "at_commit", "confidence of a committed token", choices=("at_commit", "leave_one_out")
-    )
+    remask_conf: str = key("at_commit", "confidence of a committed token", choices=("at_commit", "leave_one_out"))
     remask_cap: float = key(0.5, "upper bound of ReMDM's re-masking rate", ge=0, le=1)
     block: int | None = key(None, "block length (must divide L); null: one block", ge=1)
     eos_conf: str = key("last", "when the end token may be committed (text docids)", choices=("free", "last"))
@@ -87,9 +83,7 @@ class SearchOptions:
         found = self.problems()
         limit = levels if self.remask == "none" and self.sampler == "confidence" else 4 * levels
         if self.steps is not None and self.steps > limit:
-            found.append(
-                f"StepsAboveLength: steps={self.steps} but codes have {levels} positions (at most {limit})"
-            )
+            found.append(f"StepsAboveLength: steps={self.steps} but codes have {levels} positions (at most {limit})")
         block = self.block or levels
         if levels % block:
             found.append(f"block={block} does not divide the code length {levels}")
