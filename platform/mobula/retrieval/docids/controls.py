@@ -1,0 +1,64 @@
+"""Docids that carry no meaning: unique random rows, and one atomic code per document."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from mobula.data.records import Document
+from mobula.errors import ConfigError
+from mobula.retrieval.search import Unsupported
+
+
+def random_sizes(levels: int, codes: int, documents: int) -> np.ndarray:
+    """Sizes i32[L] of a random space.
+
+    Raises:
+        ConfigError: if it has fewer than two codes per document, where drawing unique ones would stall.
+    """
+    if levels * math.log(codes) < math.log(2 * documents):
+        raise ConfigError(
+            [f"{codes}^{levels} random codes are too few for {documents} documents; raise levels or codes"], "docid"
+        )
+    return np.full(levels, codes, np.int32)
+
+
+def encode_random(sizes: np.ndarray, seed: int, documents: Sequence[Document], taken: np.ndarray | None) -> np.ndarray:
+    """Unique rows i32[N, L], uniform over the codes, drawn from (seed, document id) in the order of ids.
+
+    The same documents get the same rows again; ``taken`` i32[M, L] are rows already in use.
+    """
+    used = set() if taken is None else set(map(tuple, taken.tolist()))
+    codes = np.empty((len(documents), len(sizes)), np.int32)
+    for position in sorted(range(len(documents)), key=lambda i: documents[i].id):
+        row, attempt = None, 0
+        while row is None or row in used:
+            row = _draw(sizes, f"{seed}/{attempt}/{documents[position].id}")
+            attempt += 1
+        used.add(row)
+        codes[position] = row
+    return codes
+
+
+def encode_atomic(ids: Sequence[str], documents: Sequence[Document]) -> np.ndarray:
+    """Codes i32[N, 1]: the position of each document in the corpus of the fit.
+
+    Raises:
+        Unsupported: for a document that was not in it.
+    """
+    position = {doc_id: i for i, doc_id in enumerate(ids)}
+    unknown = [d.id for d in documents if d.id not in position]
+    if unknown:
+        raise Unsupported(
+            f"document {unknown[0]!r} ({len(unknown)} such): atomic docids cannot be added without training; "
+            "use another docid.family"
+        )
+    return np.array([[position[d.id]] for d in documents], np.int32).reshape(-1, 1)
+
+
+def _draw(sizes: np.ndarray, text: str) -> tuple[int, ...]:
+    state = int.from_bytes(hashlib.sha256(text.encode()).digest(), "little")
+    return tuple(np.random.default_rng(state).integers(0, sizes).tolist())

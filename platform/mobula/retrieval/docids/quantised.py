@@ -1,0 +1,178 @@
+"""Residual and product quantisation (docid families ``rq``, ``pq``, ``opq``).
+
+Shapes: points N x D, levels L, codebook size K. A final code is always the nearest codebook entry; only the fit
+of an ``rq`` codebook balances. Encoding works in double precision (see ``DocidSpace.centred``).
+"""
+
+from __future__ import annotations
+
+import faiss
+import numpy as np
+
+from mobula.errors import ConfigError
+from mobula.retrieval.docids.config import DocidConfig
+
+SINKHORN_SWEEPS = 20  # the marginals are then met to about a percent, which hard assignment cannot tell from exact
+CHUNK = 16_384  # points per distance matrix
+
+
+def fit(config: DocidConfig, points: np.ndarray, seed: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Sizes i32[L] and codebooks of the family, fitted on points f64[N, D].
+
+    Raises:
+        ConfigError: if there are fewer points than codes, or D is not a multiple of L for ``pq``/``opq``.
+    """
+    if len(points) < config.codes:
+        raise ConfigError([f"codes={config.codes} but only {len(points)} vectors to fit on; use fewer codes"], "docid")
+    sizes = np.full(config.levels, config.codes, np.int32)
+    if config.family == "rq":
+        return sizes, _fit_rq(config, points, seed)
+    return sizes, _fit_pq(config, points, seed)
+
+
+def encode(arrays: dict[str, np.ndarray], points: np.ndarray) -> np.ndarray:
+    """Codes i32[N, L] of centred points f64[N, D]."""
+    if "rotation" in arrays:
+        return _encode_pq(arrays, points)
+    residual = np.array(points, np.float64)
+    levels = len(arrays["codebook"])
+    codes = np.empty((len(points), levels), np.int32)
+    for level in range(levels):
+        codes[:, level] = _assign(arrays, level, residual)
+        residual -= arrays["codebook"][level][codes[:, level]]
+    return codes
+
+
+def reconstruct(arrays: dict[str, np.ndarray], codes: np.ndarray) -> np.ndarray:
+    """Centred vectors f32[N, D] of codes i32[N, L]: the sum of residual entries, or the rotated slices."""
+    codebook = arrays["codebook"]
+    picked = [codebook[level][codes[:, level]] for level in range(len(codebook))]
+    if "rotation" in arrays:
+        return (np.concatenate(picked, axis=1) @ arrays["rotation"]).astype(np.float32)
+    return np.sum(picked, axis=0, dtype=np.float32)
+
+
+def kmeans(points: np.ndarray, k: int, iterations: int, seed: int) -> np.ndarray:
+    """Centroids f32[k, D] by faiss."""
+    clustering = faiss.Kmeans(points.shape[1], k, niter=iterations, seed=seed, min_points_per_centroid=1)
+    clustering.train(np.ascontiguousarray(points, np.float32))
+    return clustering.centroids
+
+
+def nearest(points: np.ndarray, centroids: np.ndarray) -> np.ndarray:
+    """Index i64[N] of the nearest centroid (the lowest of several)."""
+    found = [distances(points[i : i + CHUNK], centroids).argmin(1) for i in range(0, len(points), CHUNK)]
+    return np.concatenate(found) if found else np.empty(0, np.int64)
+
+
+def distances(points: np.ndarray, centroids: np.ndarray) -> np.ndarray:
+    """Squared distances f64[N, K] up to a constant per point."""
+    wide = centroids.astype(np.float64)
+    return (wide**2).sum(1) - 2.0 * (points @ wide.T)
+
+
+def sinkhorn(cost: np.ndarray, temperature: float) -> np.ndarray:
+    """The transport plan [N, K] of least cost with entropic regularisation, points and codes both used evenly.
+
+    (Cuturi, "Sinkhorn Distances", 2013.) ``cost`` f64[N, K]; rows of the result sum to 1, columns to N/K.
+    """
+    plan = np.exp(-(cost - cost.min(1, keepdims=True)) / temperature)
+    share = len(plan) / plan.shape[1]
+    for _ in range(SINKHORN_SWEEPS):
+        plan *= share / np.maximum(plan.sum(0), np.finfo(np.float64).tiny)
+        plan /= plan.sum(1, keepdims=True)
+    return plan
+
+
+def _fit_rq(config: DocidConfig, points: np.ndarray, seed: int) -> dict[str, np.ndarray]:
+    residual = np.array(points, np.float64)
+    shape = (config.levels, config.codes, points.shape[1])
+    arrays = {"codebook": np.zeros(shape, np.float32)}
+    if config.rq.assign == "normalised":
+        arrays["direction"] = np.zeros(shape, np.float32)
+    for level in range(config.levels):
+        _fit_level(config, arrays, level, residual, seed + level)
+        residual -= arrays["codebook"][level][_assign(arrays, level, residual)]
+    return arrays
+
+
+def _fit_level(config: DocidConfig, arrays: dict[str, np.ndarray], level: int, residual: np.ndarray, seed: int) -> None:
+    if config.rq.assign == "normalised":
+        # Lengths differ by orders of magnitude deep in the code; directions alone keep every code in use.
+        arrays["direction"][level] = kmeans(_directions(residual), config.codes, config.iterations, seed)
+        chosen = _assign(arrays, level, residual)
+        arrays["codebook"][level] = _means(residual, chosen, np.zeros_like(arrays["codebook"][level]))
+        return
+    centroids = kmeans(residual, config.codes, config.iterations, seed)
+    if config.rq.assign == "balanced":
+        centroids = _balance(residual, centroids, config.rq.rounds, config.rq.temperature)
+    arrays["codebook"][level] = centroids
+
+
+def _balance(points: np.ndarray, centroids: np.ndarray, rounds: int, temperature: float) -> np.ndarray:
+    """Re-estimate centroids from balanced assignments, so that no few of them draw most points."""
+    squares = (points**2).sum(1, keepdims=True)
+    for _ in range(rounds):
+        cost = np.maximum(squares + distances(points, centroids), 0.0)
+        scale = cost.mean()
+        if scale == 0:
+            return centroids
+        plan = sinkhorn(cost, temperature * scale)
+        centroids = _means(points, plan.argmax(1), centroids)
+    return centroids
+
+
+def _means(points: np.ndarray, chosen: np.ndarray, fallback: np.ndarray) -> np.ndarray:
+    """Mean f32[K, D] of the points of each code; ``fallback`` for a code without points."""
+    counts = np.bincount(chosen, minlength=len(fallback))
+    sums = np.zeros(fallback.shape, np.float64)
+    np.add.at(sums, chosen, points)
+    used = counts > 0
+    means = fallback.astype(np.float32)
+    means[used] = sums[used] / counts[used, None]
+    return means
+
+
+def _assign(arrays: dict[str, np.ndarray], level: int, residual: np.ndarray) -> np.ndarray:
+    if "direction" in arrays:
+        return nearest(_directions(residual), arrays["direction"][level])
+    return nearest(residual, arrays["codebook"][level])
+
+
+def _directions(residual: np.ndarray) -> np.ndarray:
+    norms = np.linalg.norm(residual, axis=1, keepdims=True)
+    return np.divide(residual, norms, out=np.zeros_like(residual), where=norms > 0)
+
+
+def _fit_pq(config: DocidConfig, points: np.ndarray, seed: int) -> dict[str, np.ndarray]:
+    dim = points.shape[1]
+    if dim % config.levels:
+        raise ConfigError([f"levels={config.levels} does not divide the embedding size {dim}"], "docid")
+    rotation = _opq_rotation(config, points, seed) if config.family == "opq" else _random_rotation(dim, seed)
+    rotated = (points @ rotation.T.astype(np.float64)).reshape(len(points), config.levels, -1)
+    tables = [kmeans(rotated[:, i], config.codes, config.iterations, seed + i) for i in range(config.levels)]
+    return {"rotation": rotation, "codebook": np.stack(tables)}
+
+
+def _encode_pq(arrays: dict[str, np.ndarray], points: np.ndarray) -> np.ndarray:
+    codebook = arrays["codebook"]
+    rotated = (points @ arrays["rotation"].T.astype(np.float64)).reshape(len(points), len(codebook), -1)
+    codes = [nearest(rotated[:, level], codebook[level]) for level in range(len(codebook))]
+    return np.stack(codes, axis=1).astype(np.int32)
+
+
+def _random_rotation(dim: int, seed: int) -> np.ndarray:
+    """A Haar-distributed orthogonal matrix f32[D, D]."""
+    q, r = np.linalg.qr(np.random.default_rng(seed).standard_normal((dim, dim)))
+    return (q * np.sign(np.diag(r))).astype(np.float32)
+
+
+def _opq_rotation(config: DocidConfig, points: np.ndarray, seed: int) -> np.ndarray:
+    """The OPQ rotation f32[D, D] (Ge et al., 2013), learned by faiss for the last power of two within K codes."""
+    dim = points.shape[1]
+    quantiser = faiss.ProductQuantizer(dim, config.levels, config.codes.bit_length() - 1)
+    quantiser.cp.seed = seed
+    matrix = faiss.OPQMatrix(dim, config.levels)
+    matrix.pq = quantiser
+    matrix.train(np.ascontiguousarray(points, np.float32))
+    return faiss.vector_to_array(matrix.A).reshape(dim, dim).copy()

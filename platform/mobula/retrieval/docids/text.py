@@ -1,0 +1,88 @@
+"""Docids made of a document's own tokens (families ``text.title``, ``text.lead``, ``text.keywords``).
+
+The output vocabulary is the set of tokens that occur in the docid of some document of the fit: code 0 is EOS,
+which pads every docid to L, code j > 0 is token ``vocabulary[j - 1]``. A document that arrives later is
+described by the tokens of that vocabulary alone (others are skipped), so no code ever lies outside the model's
+output; one without a single known token gets the all-EOS docid.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from mobula.data.records import Document
+
+if TYPE_CHECKING:
+    from mobula.retrieval.docids.space import DocidTokenizer
+
+EOS = 0
+
+
+def fit(
+    family: str, levels: int, documents: Sequence[Document], tokenizer: DocidTokenizer
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Sizes i32[L] (vocabulary and EOS), vocabulary i64[V] and, for keywords, its idf f32[V]."""
+    tokens = _source(family, documents, tokenizer)
+    if family == "text.keywords":
+        idf = _idf(tokens)
+        rows = [_keywords(row, levels, idf) for row in tokens]
+    else:
+        idf = {}
+        rows = [row[:levels] for row in tokens]
+    vocabulary = np.array(sorted({token for row in rows for token in row}), np.int64)
+    arrays = {"vocabulary": vocabulary}
+    if family == "text.keywords":
+        arrays["idf"] = np.array([idf[token] for token in vocabulary.tolist()], np.float32)
+    return np.full(levels, len(vocabulary) + 1, np.int32), arrays
+
+
+def encode(
+    family: str,
+    levels: int,
+    arrays: dict[str, np.ndarray],
+    documents: Sequence[Document],
+    tokenizer: DocidTokenizer,
+) -> np.ndarray:
+    """Codes i32[N, L]: the first L known tokens, or the L known tokens of highest tf·idf."""
+    code = {token: j + 1 for j, token in enumerate(arrays["vocabulary"].tolist())}
+    if family == "text.keywords":
+        idf = dict(zip(code, arrays["idf"].tolist(), strict=True))
+        choose: Callable[[list[int]], list[int]] = lambda row: _keywords(row, levels, idf)  # noqa: E731
+    else:
+        choose = lambda row: row[:levels]  # noqa: E731
+    codes = np.full((len(documents), levels), EOS, np.int32)
+    for i, row in enumerate(_source(family, documents, tokenizer)):
+        chosen = [code[token] for token in choose([token for token in row if token in code])]
+        codes[i, : len(chosen)] = chosen
+    return codes
+
+
+def tokens(arrays: dict[str, np.ndarray], codes: np.ndarray) -> list[list[int]]:
+    """The token ids of codes i32[N, L], EOS left out."""
+    vocabulary = arrays["vocabulary"]
+    return [vocabulary[row[row != EOS] - 1].tolist() for row in codes]
+
+
+def _source(family: str, documents: Sequence[Document], tokenizer: DocidTokenizer) -> list[list[int]]:
+    if family == "text.title":
+        return tokenizer.encode([d.title.strip() or d.text for d in documents])
+    if family == "text.lead":
+        return tokenizer.encode([d.text for d in documents])
+    return tokenizer.encode([f"{d.title} {d.text}".strip() for d in documents])
+
+
+def _idf(rows: Sequence[Sequence[int]]) -> dict[int, float]:
+    counts = Counter(token for row in rows for token in set(row))
+    # Stored as f32, so the fit must rank by the same rounded values or re-encoding could flip a near tie.
+    return {token: float(np.float32(np.log(len(rows) / n))) for token, n in counts.items()}
+
+
+def _keywords(row: Sequence[int], levels: int, idf: dict[int, float]) -> list[int]:
+    """The ``levels`` tokens of highest tf·idf, rarest first; ties by token id."""
+    frequency = Counter(row)
+    best = sorted(frequency, key=lambda token: (-frequency[token] * idf[token], token))[:levels]
+    return sorted(best, key=lambda token: (-idf[token], token))
