@@ -11,7 +11,7 @@ import dataclasses
 import difflib
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -86,6 +86,15 @@ def build(schema: type[T], values: dict[str, Any], overrides: Sequence[str] = ()
     if problems:
         raise ConfigError(problems, source)
     return result
+
+
+def check_values(schema: type, values: Iterable[tuple[str, Any]]) -> list[str]:
+    """What is wrong with (dotted key, value) pairs taken one by one: unknown keys, wrong types, values out of range.
+
+    Contradictions between keys are not looked at; :func:`build` finds them.
+    """
+    fields = dict(_fields(schema))
+    return [p for name, value in values for p in _assign(OmegaConf.structured(schema), fields, name, value)]
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

@@ -172,16 +172,17 @@ class Run:
         return (self.directory / "report.json").is_file()
 
     def bind(self, name: str, value: Any) -> None:
-        """Make ``value`` (a hash of data, of a base model) part of the fingerprint.
+        """Make ``value`` (a hash of data, of a base model, another config) part of the fingerprint.
 
         Raises:
             RunConflict: if an earlier attempt of this run had another value.
         """
         path = self.directory / "fingerprint.json"
         bound = json.loads(path.read_text()) if path.is_file() else {}
-        if name in bound and bound[name] != value:
+        changed = differences({name: bound[name]}, {name: value}) if name in bound else []
+        if changed:
             raise RunConflict(
-                f"{self.directory}: {name} changed since this run began ({bound[name]} -> {value}); "
+                f"{self.directory}: {name} changed since this run began ({'; '.join(changed[:6])}); "
                 "use another --out, or remove the directory"
             )
         artifacts.write_json(path, {**bound, name: value})
