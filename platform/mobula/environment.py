@@ -1,0 +1,116 @@
+"""Every environment variable that Mobula reads, sets or forwards. No other module touches ``os.environ``.
+
+A variable of the driver's shell does not reach Ray's workers by itself: what they need goes through
+:func:`worker_environment` into their runtime environment. No secret is ever forwarded.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import stat
+from pathlib import Path
+
+logger = logging.getLogger(__name__)
+
+# What the user may have set and what workers must see as the driver does.
+FORWARDED = ("MOBULA_DATA", "HF_HOME", "HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE")
+# A controller of Ray Train looks at its workers this often. Ray's 2 s delays every report on a small machine.
+LOCAL_POLL_S = 0.2
+START_TIMEOUT_S = 60
+
+
+def data_folder() -> Path | None:
+    """The folder of data sets that MOBULA_DATA names, or None."""
+    value = os.environ.get("MOBULA_DATA")
+    return Path(value) if value else None
+
+
+def ray_address() -> str | None:
+    """The running cluster to attach to (set by the user or, inside a job, by Ray), or None."""
+    return os.environ.get("RAY_ADDRESS") or None
+
+
+def driver_environment() -> None:
+    """Set what Ray and DeepSpeed read from the driver's environment. Call it before either is imported.
+
+    What the user has set already is kept.
+    """
+    settings = {
+        "RAY_AUTH_MODE": "token",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        # Ray Train's print patch shows every line of a worker twice.
+        "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+        "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": str(START_TIMEOUT_S),
+        # Ray says at every start that this will become the default; it suits us already.
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    if ray_address() is None:
+        settings["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = str(LOCAL_POLL_S)
+    for name, value in settings.items():
+        os.environ.setdefault(name, value)
+
+
+def in_process_environment(gpu: bool) -> None:
+    """Set what DeepSpeed reads when a model is trained in this process. Call it before DeepSpeed is imported."""
+    if not gpu:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+
+def worker_environment(gpu: bool, threads: int = 1) -> dict[str, str]:
+    """The variables of a worker, for ``runtime_env["env_vars"]``.
+
+    ``threads`` is the number of threads each worker computes with.
+    """
+    settings = {
+        "OMP_NUM_THREADS": str(max(1, threads)),
+        "TOKENIZERS_PARALLELISM": "false",
+        "RAY_USAGE_STATS_ENABLED": "0",
+    }
+    if not gpu:
+        settings["DS_ACCELERATOR"] = "cpu"
+    settings.update({name: os.environ[name] for name in FORWARDED if name in os.environ})
+    return settings
+
+
+def token_file() -> Path:
+    """Where Ray keeps the token of this user's clusters."""
+    return Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or "~/.ray/auth_token").expanduser()
+
+
+def secure_token_file() -> None:
+    """Make the token file readable by its owner alone; warn if others could read it before.
+
+    Ray creates it with the mode that the umask gives, which is usually readable by everyone.
+    """
+    path = token_file()
+    if not path.is_file():
+        return
+    mode = stat.S_IMODE(path.stat().st_mode)
+    if not mode & 0o077:
+        return
+    try:
+        path.chmod(0o600)
+    except OSError as error:
+        logger.warning("%s: mode %o lets others read the token and cannot be changed (%s)", path, mode, error.strerror)
+        return
+    logger.warning("%s: mode %o let others read the token of this user's clusters; set to 600", path, mode)
+
+
+def job_environment() -> dict[str, str]:
+    """The variables of a submitted job. PYTHONPATH is relative: Ray resolves it in the unpacked working directory."""
+    forwarded = {name: os.environ[name] for name in FORWARDED if name in os.environ}
+    return {"PYTHONPATH": "platform", "RAY_USAGE_STATS_ENABLED": "0", **forwarded}
+
+
+def serve_environment(haproxy: bool) -> None:
+    """Set what Ray Serve reads when it starts. Call it before ``ray.serve`` is imported and Ray is started."""
+    if haproxy:
+        os.environ["RAY_SERVE_ENABLE_HA_PROXY"] = "1"
+        os.environ["RAY_SERVE_THROUGHPUT_OPTIMIZED"] = "1"
+
+
+def api_key() -> str | None:
+    """The key of the HTTP endpoints (MOBULA_API_KEY), or None."""
+    return os.environ.get("MOBULA_API_KEY") or None
