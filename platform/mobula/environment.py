@@ -111,6 +111,21 @@ def serve_environment(haproxy: bool) -> None:
         os.environ["RAY_SERVE_THROUGHPUT_OPTIMIZED"] = "1"
 
 
+def tune_environment() -> None:
+    """Set what Ray Tune reads from the driver's environment. Call it before a sweep starts."""
+    settings = {
+        # Trials keep the driver's working directory, so a relative path means the same everywhere.
+        "RAY_CHDIR_TO_TRIAL_DIR": "0",
+        # Seconds between snapshots of a sweep; Ray's 10 s is longer than many of our trials.
+        "TUNE_GLOBAL_CHECKPOINT_S": "1",
+        # Ctrl-C stops a sweep like any program; Tune would return the trials so far as if they were all.
+        "TUNE_DISABLE_SIGINT_HANDLER": "1",
+        # No CSV, JSON and TensorBoard file per trial: a sweep writes its own table.
+        "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    }
+    os.environ.update(settings)
+
+
 def api_key() -> str | None:
     """The key of the HTTP endpoints (MOBULA_API_KEY), or None."""
     return os.environ.get("MOBULA_API_KEY") or None

@@ -36,3 +36,7 @@ class ClusterError(MobulaError):
 
 class TrainingError(MobulaError):
     """Training stopped for a reason that a longer run would not mend (NaN, collapse)."""
+
+
+class SweepFailed(MobulaError):
+    """No trial of a sweep succeeded; names the reason of the first."""
