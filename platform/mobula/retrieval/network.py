@@ -39,7 +39,7 @@ class NetworkShape:
     pool_query: bool = True
     query_sees_docid: bool = False
     codeword_dim: int = 0
-    token_codes: int = 0
+    token_embed: str = "wordllama"
 
 
 @dataclass

@@ -42,7 +42,7 @@ def fit(config: DocidConfig, points: np.ndarray, seed: int) -> tuple[np.ndarray,
             centroid.append(points[group].mean(0))
         node += 1
     size = 1 + config.hk.branch + 2 * config.hk.leaf
-    arrays = {
+    arrays: dict[str, np.ndarray] = {
         "centroid": np.stack(centroid).astype(np.float32),
         "first": np.array(first, np.int64),
         "children": np.array(children, np.int64),

@@ -49,14 +49,23 @@ def reconstruct(arrays: dict[str, np.ndarray], codes: np.ndarray) -> np.ndarray:
     picked = [codebook[level][codes[:, level]] for level in range(len(codebook))]
     if "rotation" in arrays:
         return (np.concatenate(picked, axis=1) @ arrays["rotation"]).astype(np.float32)
-    return np.sum(picked, axis=0, dtype=np.float32)
+    return np.add.reduce(picked).astype(np.float32)
+
+
+def codewords(arrays: dict[str, np.ndarray]) -> np.ndarray:
+    """Vectors f32[L, K, D] such that a code reconstructs to the sum of one vector per level."""
+    codebook = arrays["codebook"]
+    if "rotation" not in arrays:
+        return codebook.astype(np.float32)
+    slices = arrays["rotation"].reshape(len(codebook), -1, arrays["rotation"].shape[1])
+    return np.einsum("lks,lsd->lkd", codebook, slices).astype(np.float32)
 
 
 def kmeans(points: np.ndarray, k: int, iterations: int, seed: int) -> np.ndarray:
     """Centroids f32[k, D] by faiss."""
     clustering = faiss.Kmeans(points.shape[1], k, niter=iterations, seed=seed, min_points_per_centroid=1)
     clustering.train(np.ascontiguousarray(points, np.float32))
-    return clustering.centroids
+    return np.array(clustering.centroids)
 
 
 def nearest(points: np.ndarray, centroids: np.ndarray) -> np.ndarray:
@@ -76,12 +85,14 @@ def sinkhorn(cost: np.ndarray, temperature: float) -> np.ndarray:
 
     (Cuturi, "Sinkhorn Distances", 2013.) ``cost`` f64[N, K]; rows of the result sum to 1, columns to N/K.
     """
-    plan = np.exp(-(cost - cost.min(1, keepdims=True)) / temperature)
-    share = len(plan) / plan.shape[1]
+    kernel = np.exp(-(cost - cost.min(1, keepdims=True)) / temperature)
+    share = len(kernel) / kernel.shape[1]
+    tiny = np.finfo(np.float64).tiny
+    rows = np.ones(len(kernel))
     for _ in range(SINKHORN_SWEEPS):
-        plan *= share / np.maximum(plan.sum(0), np.finfo(np.float64).tiny)
-        plan /= plan.sum(1, keepdims=True)
-    return plan
+        columns = share / np.maximum(rows @ kernel, tiny)
+        rows = 1.0 / np.maximum(kernel @ columns, tiny)
+    return rows[:, None] * kernel * columns
 
 
 def _fit_rq(config: DocidConfig, points: np.ndarray, seed: int) -> dict[str, np.ndarray]:

@@ -83,7 +83,7 @@ class DocidSpace:
             Unsupported: for ``atomic`` documents that were not there at the fit.
         """
         if self.family in TEXT:
-            return text.encode(self.family, self.levels, self.arrays, documents, self._tokenizer())
+            return text.encode(self.family, self.levels, self.arrays, documents, self.require_tokenizer())
         if self.family == "random":
             return controls.encode_random(self.sizes, self.meta["seed"], documents, taken)
         if self.family == "atomic":
@@ -118,6 +118,10 @@ class DocidSpace:
             return hierarchy.reconstruct(self.arrays, codes)
         return quantised.reconstruct(self.arrays, codes)
 
+    def codewords(self) -> np.ndarray | None:
+        """Vectors f32[L, K, D] whose sum over a code's levels is its reconstruction; None where there are none."""
+        return quantised.codewords(self.arrays) if self.family in QUANTISED else None
+
     def centred(self, embeddings: np.ndarray | None) -> np.ndarray:
         """Embeddings at unit norm minus the mean of the documents of the fit, f64[N, D].
 
@@ -135,7 +139,7 @@ class DocidSpace:
         if self.family not in EMBEDDED:
             raise Unsupported(f"docid family {self.family} has no quantiser; use one of {', '.join(EMBEDDED)}")
 
-    def _tokenizer(self) -> DocidTokenizer:
+    def require_tokenizer(self) -> DocidTokenizer:
         if self.tokenizer is None:
             raise MobulaError(f"docid family {self.family} needs its tokenizer to encode text; pass tokenizer=")
         return self.tokenizer

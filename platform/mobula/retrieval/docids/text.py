@@ -9,7 +9,7 @@ output; one without a single known token gets the all-EOS docid.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -49,15 +49,12 @@ def encode(
 ) -> np.ndarray:
     """Codes i32[N, L]: the first L known tokens, or the L known tokens of highest tf·idf."""
     code = {token: j + 1 for j, token in enumerate(arrays["vocabulary"].tolist())}
-    if family == "text.keywords":
-        idf = dict(zip(code, arrays["idf"].tolist(), strict=True))
-        choose: Callable[[list[int]], list[int]] = lambda row: _keywords(row, levels, idf)  # noqa: E731
-    else:
-        choose = lambda row: row[:levels]  # noqa: E731
+    idf = dict(zip(code, arrays["idf"].tolist(), strict=True)) if family == "text.keywords" else {}
     codes = np.full((len(documents), levels), EOS, np.int32)
     for i, row in enumerate(_source(family, documents, tokenizer)):
-        chosen = [code[token] for token in choose([token for token in row if token in code])]
-        codes[i, : len(chosen)] = chosen
+        known = [token for token in row if token in code]
+        chosen = _keywords(known, levels, idf) if idf else known[:levels]
+        codes[i, : len(chosen)] = [code[token] for token in chosen]
     return codes
 
 

@@ -1,0 +1,39 @@
+"""An arm of the comparison: which docid family, learned by which paradigm."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mobula.config import nearest
+from mobula.retrieval.docids.config import FAMILIES
+
+PARADIGMS = ("diffusion", "autoregressive", "classifier")
+
+
+@dataclass(frozen=True)
+class Arm:
+    """``paradigm/family``, as written in ``arms:`` of an experiment."""
+
+    paradigm: str
+    family: str
+
+    def __str__(self) -> str:
+        return f"{self.paradigm}/{self.family}"
+
+    @property
+    def directory(self) -> str:
+        """A name that is safe as a folder."""
+        return f"{self.paradigm}-{self.family}"
+
+
+def parse(text: str) -> Arm:
+    """Read ``paradigm/family``.
+
+    Raises:
+        ValueError: naming what is unknown.
+    """
+    paradigm, _, family = text.partition("/")
+    for value, valid in ((paradigm, PARADIGMS), (family, FAMILIES)):
+        if value not in valid:
+            raise ValueError(f"arm {text!r}: unknown {value!r}{nearest(value, valid)}; write paradigm/family")
+    return Arm(paradigm, family)

@@ -1,0 +1,104 @@
+"""The schema of a generative-retrieval experiment (DiffuGR and its twin)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mobula.config import key, section
+from mobula.data import DataConfig
+from mobula.experiment import ExperimentConfig
+from mobula.retrieval import arms
+from mobula.retrieval.build import ModelConfig
+from mobula.retrieval.docids.config import DocidConfig
+from mobula.retrieval.search import REMASK, SearchOptions
+from mobula.training import TrainingConfig
+
+PSEUDO = ("windows", "keyphrases", "titles", "file")
+
+
+@dataclass
+class ViewsConfig:
+    """What stands in for a query in training (spec section 4)."""
+
+    pseudo: list[str] = key(["windows"], "kinds of pseudo-queries", choices=PSEUDO)
+    per_document: int = key(20, "pseudo-queries per document and kind", ge=0, le=10_000)
+    queries: float = key(0.1, "share of the examples that are real training queries, where there are any", ge=0, le=1)
+    file: str = key("", "JSON lines {doc_id, text} of an external query generator, for kind file")
+
+    def problems(self) -> list[str]:
+        """Contradictions between keys."""
+        if ("file" in self.pseudo) != bool(self.file):
+            return ["kind file in pseudo and the key file go together"]
+        return []
+
+
+@dataclass
+class LearningRates:
+    """Learning rates per paradigm. With several, each trains for a share of the examples and dev chooses."""
+
+    diffusion: list[float] = key([3e-3], "diffusion", gt=0)
+    autoregressive: list[float] = key([3e-3], "autoregressive twin", gt=0)
+    classifier: list[float] = key([3e-3], "per-level classifiers", gt=0)
+    dual: list[float] = key([1e-3], "dual-encoder baseline", gt=0)
+    share: float = key(0.2, "share of the examples that a trial of one rate gets", gt=0, le=1)
+
+
+@dataclass
+class LossConfig:
+    """The masked-diffusion objective."""
+
+    weight: str = key("uniform", "weight of a masked position", choices=("uniform", "elbo"))
+
+
+@dataclass
+class EvaluationConfig:
+    """What is measured on the test splits."""
+
+    seeds: int = key(1, "training seeds per arm: seed, seed + 1, ...", ge=1, le=20)
+    depth: int = key(100, "documents per ranked list", ge=1, le=1000)
+    steps: list[int] = key([1, 2, 4, 8], "denoising budgets T", ge=1)
+    decoders: list[str] = key(["match", "match_rerank"], "decoders swept over the budgets")
+    orders: list[str] = key(["confidence", "random", "left_to_right"], "commit orders compared at T = L")
+    thresholds: list[float] = key([0.5, 0.7, 0.9, 0.99], "confidence thresholds", gt=0, lt=1)
+    remask: list[str] = key(["none", "low_conf"], "re-masking rules of the recovery measure", choices=REMASK)
+    beams: list[int] = key([10, 100], "beam widths of the twin", ge=1, le=256)
+    max_queries: int | None = key(None, "test queries per split; null: all", ge=1)
+    dev_queries: int = key(200, "dev queries scored while training", ge=1)
+    latency_queries: int = key(50, "queries timed one by one, after a warm-up", ge=1)
+    resamples: int = key(10_000, "bootstrap resamples", ge=100)
+    decisive: bool = key(True, "false: too small to decide; every claim is undecided (smoke)")
+
+
+@dataclass
+class Config(ExperimentConfig):
+    """A DiffuGR experiment. The first arm is the main one; it is what gets served by default."""
+
+    arms: list[str] = key(["diffusion/rq", "autoregressive/rq", "classifier/rq"], "paradigm/family, main arm first")
+    data: DataConfig = section(DataConfig)
+    docid: DocidConfig = section(DocidConfig)
+    model: ModelConfig = section(ModelConfig)
+    views: ViewsConfig = section(ViewsConfig)
+    loss: LossConfig = section(LossConfig)
+    learning_rates: LearningRates = section(LearningRates)
+    training: TrainingConfig = section(TrainingConfig)
+    decode: SearchOptions = section(SearchOptions)
+    evaluation: EvaluationConfig = section(EvaluationConfig)
+
+    def problems(self) -> list[str]:
+        """Contradictions across sections."""
+        found = []
+        for text in self.arms:
+            try:
+                arms.parse(text)
+            except ValueError as error:
+                found.append(str(error))
+        if not self.arms or not self.arms[0].startswith("diffusion/"):
+            found.append("arms: the first arm must be a diffusion arm")
+        if self.docid.collision == "append" and any("text." in arm for arm in self.arms):
+            found.append("docid.collision=append is for arms without text docids")
+        return found
+
+    @property
+    def parsed_arms(self) -> list[arms.Arm]:
+        """The arms, parsed."""
+        return [arms.parse(text) for text in self.arms]

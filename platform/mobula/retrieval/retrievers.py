@@ -1,0 +1,144 @@
+"""Text in, ranked documents out: the docid models as :class:`Retriever`, and the dual-encoder baseline."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+import faiss
+import numpy as np
+import torch
+
+from mobula.data.records import Document
+from mobula.models.encoders import TextEncoder
+from mobula.retrieval.decoding import ArDecoder, Decoder
+from mobula.retrieval.docids.table import DocidTable, InsertReport
+from mobula.retrieval.inputs import QueryInputs
+from mobula.retrieval.network import DocidModel
+from mobula.retrieval.prepare import document_text
+from mobula.retrieval.search import Hit, SearchOptions, SearchResult, StepEvent, Unsupported
+from mobula.retrieval.tasks import DualEncoder
+
+
+class DocidRetriever:
+    """A docid model behind text queries. A search sees the documents of one version, never a mixture."""
+
+    def __init__(
+        self,
+        name: str,
+        model: DocidModel,
+        table: DocidTable,
+        inputs: QueryInputs,
+        encoder: TextEncoder,
+        seen: set[str] | None = None,
+    ) -> None:
+        self.name = name
+        self.model = model.eval()
+        self.inputs = inputs
+        self.encoder = encoder
+        self.last_insert: InsertReport | None = None
+        self._writing = threading.Lock()
+        self._decoder = self._make(table)
+
+    @property
+    def table(self) -> DocidTable:
+        """The present docid table."""
+        return self._decoder.table
+
+    @property
+    def levels(self) -> int:
+        """Code length L."""
+        return self.table.levels
+
+    def search(
+        self,
+        queries: Sequence[str],
+        options: Sequence[SearchOptions],
+        gold: list[set[str]] | None = None,
+    ) -> list[SearchResult]:
+        """As :class:`Retriever`; with ``gold``, results also say whether the raw code was exact."""
+        return self._decoder.search(self.features(queries), list(options), gold)
+
+    def features(self, queries: Sequence[str]) -> dict[str, torch.Tensor]:
+        """The network's input for texts, on the model's device."""
+        device = next(self.model.parameters()).device
+        return {name: values.to(device) for name, values in self.inputs.features(queries).items()}
+
+    def trace(self, query: str, options: SearchOptions) -> Iterator[StepEvent | SearchResult]:
+        """Denoising steps as they happen, then the result.
+
+        Raises:
+            Unsupported: for an autoregressive model, which has no denoising steps.
+        """
+        if not isinstance(self._decoder, Decoder):
+            raise Unsupported(f"retriever {self.name} is autoregressive and has no denoising steps to trace")
+        return self._decoder.trace(self.features([query]), options)
+
+    def insert(self, documents: Sequence[Document]) -> int:
+        """Give documents their codes and make them searchable; no weight changes.
+
+        Raises:
+            Unsupported: if the docid family cannot take documents without training.
+        """
+        vectors = self.encoder.embed([document_text(d.title, d.text) for d in documents])
+        with self._writing:
+            table, self.last_insert = self.table.insert(documents, vectors)
+            self._decoder = self._make(table)
+        return table.rows_version
+
+    def _make(self, table: DocidTable) -> Decoder | ArDecoder:
+        kind = ArDecoder if self.model.paradigm == "autoregressive" else Decoder
+        return kind(self.model, table)
+
+
+class DualRetriever:
+    """The trained dual encoder over a flat faiss index."""
+
+    name = "dual"
+
+    def __init__(
+        self, model: DualEncoder, encoder: TextEncoder, doc_ids: Sequence[str], embeddings: np.ndarray
+    ) -> None:
+        self.model = model.eval()
+        self.encoder = encoder
+        self._writing = threading.Lock()
+        self._version = 0
+        self._state = self._index(list(doc_ids), embeddings)
+
+    @torch.inference_mode()
+    def search(self, queries: Sequence[str], options: Sequence[SearchOptions]) -> list[SearchResult]:
+        """As :class:`Retriever`."""
+        doc_ids, index = self._state
+        vectors = self.model.embed_queries(torch.from_numpy(self.encoder.embed(list(queries)))).numpy()
+        results = []
+        for vector, option in zip(vectors, options, strict=True):
+            scores, rows = index.search(vector[None], min(option.k, len(doc_ids)))
+            hits = [Hit(doc_ids[row], float(score)) for row, score in zip(rows[0], scores[0], strict=True)]
+            results.append(SearchResult(hits, nfe=1, rows=1, scored_by="inner product"))
+        return results
+
+    def insert(self, documents: Sequence[Document]) -> int:
+        """Embed and add documents."""
+        vectors = self.encoder.embed([document_text(d.title, d.text) for d in documents])
+        with self._writing:
+            doc_ids, index = self._state
+            grown = faiss.clone_index(index)
+            grown.add(self._embed(vectors))
+            self._state = (doc_ids + [d.id for d in documents], grown)
+            self._version += 1
+        return self._version
+
+    @torch.inference_mode()
+    def _embed(self, embeddings: np.ndarray) -> np.ndarray:
+        return self.model.embed_documents(torch.from_numpy(np.ascontiguousarray(embeddings))).numpy()
+
+    def _index(self, doc_ids: list[str], embeddings: np.ndarray) -> tuple[list[str], faiss.IndexFlatIP]:
+        index = faiss.IndexFlatIP(embeddings.shape[1])
+        index.add(self._embed(embeddings))
+        return doc_ids, index
+
+
+def at_depth(options: SearchOptions, depth: int, **changes: object) -> SearchOptions:
+    """Options for an evaluation list of ``depth`` documents, with other keys changed."""
+    return replace(options, k=depth, **changes)  # type: ignore[arg-type]

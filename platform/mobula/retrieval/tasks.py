@@ -1,0 +1,253 @@
+"""The training tasks of generative retrieval: docid models (diffusion, autoregressive, classifiers), dual encoder.
+
+A task is small and picklable: it holds paths into the run's ``prepared`` folder (see :mod:`.prepare`), which
+every worker can read, and opens arrays there when it needs them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mobula.artifacts import sha256
+from mobula.config import digest
+from mobula.errors import TrainingError
+from mobula.retrieval import objective
+from mobula.retrieval.arms import Arm
+from mobula.retrieval.build import ModelConfig, build_model
+from mobula.retrieval.decoding import ArDecoder, Decoder
+from mobula.retrieval.docids.table import DocidTable
+from mobula.retrieval.inputs import StoredFeatures
+from mobula.retrieval.network import DocidModel
+from mobula.retrieval.search import SearchOptions
+
+COLLAPSED = 0.05  # share of distinct top-1 predictions below which a model has learned nothing but a favourite
+
+
+class ModelCollapsed(TrainingError):
+    """The model gives nearly every query the same document."""
+
+
+@dataclass
+class Prepared:
+    """Paths and arrays of a prepared folder: training views, dev queries and docid tables."""
+
+    directory: Path
+
+    @cached_property
+    def views(self) -> StoredFeatures:
+        """Features of the training views."""
+        return StoredFeatures(self.directory / "views")
+
+    @cached_property
+    def dev(self) -> StoredFeatures:
+        """Features of the dev queries used while training."""
+        return StoredFeatures(self.directory / "dev")
+
+    @cached_property
+    def examples(self) -> np.ndarray:
+        """Training examples i64[M, 2]: row of the view, row of its document."""
+        return np.load(self.directory / "examples.npy", allow_pickle=False)
+
+    @cached_property
+    def dev_gold(self) -> list[set[str]]:
+        """Gold document ids of every dev query."""
+        text = (self.directory / "dev_gold.txt").read_text(encoding="utf-8")
+        return [set(line.split("\t")) for line in text.splitlines()]
+
+    def table(self, family: str) -> DocidTable:
+        """The docid table of a family."""
+        return DocidTable.load(self.directory / "docids" / family)
+
+    def identity(self) -> str:
+        """Hash of everything a task reads."""
+        files = sorted(p for p in self.directory.rglob("*") if p.is_file() and p.parent.name != "views")
+        return digest({str(p.relative_to(self.directory)): sha256(p) for p in files})
+
+    def __getstate__(self) -> dict[str, Path]:
+        return {"directory": self.directory}
+
+
+@dataclass
+class DocidTask:
+    """Train one arm on (query view, docid) pairs.
+
+    Masked diffusion: masked cross-entropy with the weight ``loss_weight`` (spec 3.3); autoregressive: next-code
+    cross-entropy; classifier: every position masked, no attention (one softmax head a level).
+    """
+
+    prepared: Prepared
+    arm: Arm
+    model: ModelConfig
+    loss_weight: str
+
+    @cached_property
+    def table(self) -> DocidTable:
+        """The docids to learn."""
+        return self.prepared.table(self.arm.family)
+
+    @cached_property
+    def codes(self) -> Tensor:
+        """Codes i64[N, L]."""
+        return torch.from_numpy(self.table.codes.astype(np.int64))
+
+    @property
+    def examples(self) -> int:
+        """Number of training examples."""
+        return len(self.prepared.examples)
+
+    def identity(self) -> str:
+        """What decides the result besides training configuration and seed."""
+        return digest([self.prepared.identity(), asdict(self.arm), asdict(self.model), self.loss_weight])
+
+    def build(self) -> DocidModel:
+        """A freshly initialised network."""
+        return build_model(self.model, self.arm, self.table)
+
+    def batch(self, indices: np.ndarray, generator: torch.Generator) -> dict[str, Tensor]:
+        """Features, codes i64[B, L] and, for diffusion, masked codes z with their rates."""
+        pairs = self.prepared.examples[np.asarray(indices)]
+        codes = self.codes[pairs[:, 1]]
+        batch = {**self.prepared.views.rows(pairs[:, 0]), "codes": codes}
+        if self.arm.paradigm == "autoregressive":
+            return {**batch, "z": codes}
+        if self.arm.paradigm == "classifier":
+            return {**batch, "z": torch.full_like(codes, -1), "rates": torch.ones(len(codes))}
+        rates = objective.masking_rates(len(codes), generator)
+        return {**batch, "z": objective.mask_codes(codes, rates, generator), "rates": rates}
+
+    def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, float]]:
+        """Mean loss of a batch in nats."""
+        query = {name: batch[name] for name in batch if name not in ("codes", "z", "rates")}
+        logits = model(query, batch["z"])
+        if self.arm.paradigm == "autoregressive":
+            return objective.autoregressive_loss(logits, batch["codes"]), {}
+        return objective.diffusion_loss(logits, batch["codes"], batch["z"], batch["rates"], self.loss_weight), {}
+
+    def evaluate(self, model: DocidModel) -> dict[str, float]:
+        """Dev Hit@1 and Hit@10, and the share of distinct top-1 documents (by one_pass, or beam 10)."""
+        options = SearchOptions(k=10, decoder="one_pass", beam=10)
+        query = {name: values.to(_device(model)) for name, values in self.prepared.dev.all().items()}
+        if self.arm.paradigm == "autoregressive":
+            results = ArDecoder(model, self.table).search(query, [options] * len(self.prepared.dev_gold))
+        else:
+            results = Decoder(model, self.table).search(query, [options] * len(self.prepared.dev_gold))
+        found = [[hit.doc_id for hit in result.hits] for result in results]
+        return dev_measures(found, self.prepared.dev_gold)
+
+    def check(self, metrics: dict[str, float], step: int, steps: int) -> None:
+        """Collapse guard, in the second half of training.
+
+        Raises:
+            ModelCollapsed: if fewer than 5 % of the dev queries get a document of their own.
+        """
+        possible = min(1.0, len(self.table.doc_ids) / max(1, len(self.prepared.dev_gold)))
+        if step > steps / 2 and metrics["distinct_top1"] < COLLAPSED * possible:
+            raise ModelCollapsed(
+                f"{self.arm}: {metrics['distinct_top1']:.1%} distinct top-1 documents at step {step}; "
+                "the learning rate is probably too high"
+            )
+
+
+class DualEncoder(nn.Module):
+    """Query and document maps over a frozen encoder's vectors, both the identity at the start."""
+
+    def __init__(self, dim: int, temperature: float = 0.05) -> None:
+        super().__init__()
+        self.query = nn.Linear(dim, dim, bias=False)
+        self.document = nn.Linear(dim, dim, bias=False)
+        nn.init.zeros_(self.query.weight)
+        nn.init.zeros_(self.document.weight)
+        self.log_scale = nn.Parameter(torch.tensor(1 / temperature).log())
+
+    def embed_queries(self, vectors: Tensor) -> Tensor:
+        """Unit vectors [B, D] of queries."""
+        return F.normalize(vectors + self.query(vectors), dim=-1)
+
+    def embed_documents(self, vectors: Tensor) -> Tensor:
+        """Unit vectors [N, D] of documents."""
+        return F.normalize(vectors + self.document(vectors), dim=-1)
+
+    def forward(self, queries: Tensor, documents: Tensor) -> Tensor:
+        """Similarities [B, B'] times the learned inverse temperature."""
+        return self.log_scale.exp() * self.embed_queries(queries) @ self.embed_documents(documents).T
+
+
+@dataclass
+class DualTask:
+    """Train the dual-encoder baseline with in-batch negatives on the same examples as the docid models."""
+
+    prepared: Prepared
+
+    @property
+    def examples(self) -> int:
+        """Number of training examples."""
+        return len(self.prepared.examples)
+
+    @cached_property
+    def documents(self) -> Tensor:
+        """Document vectors f32[N, D]."""
+        return torch.from_numpy(np.load(self.prepared.directory / "documents.npy", allow_pickle=False))
+
+    @cached_property
+    def view_vectors(self) -> np.ndarray:
+        """Vectors of the training views, memory-mapped f16[V, D]."""
+        return np.load(self.prepared.directory / "view_vectors.npy", mmap_mode="r", allow_pickle=False)
+
+    @cached_property
+    def dev_vectors(self) -> Tensor:
+        """Vectors of the dev queries f32[Q, D]."""
+        return torch.from_numpy(np.load(self.prepared.directory / "dev_vectors.npy", allow_pickle=False))
+
+    @cached_property
+    def doc_ids(self) -> list[str]:
+        """Document ids by row."""
+        return (self.prepared.directory / "doc_ids.txt").read_text(encoding="utf-8").split("\n")
+
+    def identity(self) -> str:
+        """What decides the result besides training configuration and seed."""
+        return digest([self.prepared.identity(), "dual"])
+
+    def build(self) -> DualEncoder:
+        """A dual encoder that starts as the frozen encoder."""
+        return DualEncoder(self.documents.shape[1])
+
+    def batch(self, indices: np.ndarray, generator: torch.Generator) -> dict[str, Tensor]:
+        """Query vectors and document vectors f32[B, D], and the document row i64[B] of each example."""
+        pairs = self.prepared.examples[np.asarray(indices)]
+        queries = torch.from_numpy(np.asarray(self.view_vectors[pairs[:, 0]], dtype=np.float32))
+        return {"queries": queries, "documents": self.documents[pairs[:, 1]], "rows": torch.from_numpy(pairs[:, 1])}
+
+    def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, float]]:
+        """InfoNCE; the same document standing twice in a batch is not its own negative."""
+        similarity = model(batch["queries"], batch["documents"])
+        rows = batch["rows"]
+        same = (rows[:, None] == rows) & ~torch.eye(len(rows), dtype=torch.bool, device=rows.device)
+        return F.cross_entropy(similarity.masked_fill(same, float("-inf")), torch.arange(len(rows))), {}
+
+    @torch.inference_mode()
+    def evaluate(self, model: DualEncoder) -> dict[str, float]:
+        """Dev Hit@1, Hit@10 and the share of distinct top-1 documents."""
+        scores = model.embed_queries(self.dev_vectors) @ model.embed_documents(self.documents).T
+        top = scores.topk(min(10, scores.shape[1])).indices.tolist()
+        return dev_measures([[self.doc_ids[row] for row in rows] for rows in top], self.prepared.dev_gold)
+
+
+def dev_measures(found: list[list[str]], gold: list[set[str]]) -> dict[str, float]:
+    """Hit@1, Hit@10 and the share of distinct top-1 documents of ranked ids."""
+    pairs = list(zip(found, gold, strict=True))
+    return {
+        "hit1": float(np.mean([bool(set(ids[:1]) & g) for ids, g in pairs])),
+        "hit10": float(np.mean([bool(set(ids[:10]) & g) for ids, g in pairs])),
+        "distinct_top1": len({ids[0] for ids in found}) / len(found),
+    }
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
