@@ -54,6 +54,8 @@ def driver_environment() -> None:
 
 def in_process_environment(gpu: bool) -> None:
     """Set what DeepSpeed reads when a model is trained in this process. Call it before DeepSpeed is imported."""
+    # DeepSpeed wants a launcher's variable even where the process group exists; Ray Train sets it in its workers.
+    os.environ.setdefault("LOCAL_RANK", "0")
     if not gpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
 

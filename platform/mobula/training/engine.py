@@ -1,0 +1,180 @@
+"""A model under DeepSpeed: the one place that knows DeepSpeed's keys and ways.
+
+On CPU nothing is compiled: the optimizer is torch's AdamW, and collectives are plain gloo.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from mobula.environment import in_process_environment
+from mobula.training.config import TrainingConfig
+from mobula.training.task import Task
+
+TAG = "deepspeed"
+# DeepSpeed reserves a bucket of this many elements, however small the model is.
+LARGEST_BUCKET = 500_000_000
+
+
+class Engine:
+    """One rank's share of a model in training. Every method is called on all ranks together."""
+
+    def __init__(self, task: Task, config: TrainingConfig, device: torch.device) -> None:
+        deepspeed = _import(device)
+        self.task = task
+        self.config = config
+        self.device = device
+        self.model = task.build().to(device)
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(
+            _groups(trained, config.weight_decay), lr=config.lr, betas=(config.betas[0], config.betas[1])
+        )
+        self._parameters = trained
+        self._zero_norm = torch.zeros(())
+        settings = _settings(config, sum(p.numel() for p in trained))
+        self._engine, *_ = deepspeed.initialize(
+            model=_Loss(self.model, task), optimizer=self.optimizer, config=settings, dist_init_required=False
+        )
+        if config.zero == 0 and config.world == 1:
+            # Alone, a rank has nothing to average; DeepSpeed would still copy all gradients into a bucket and back.
+            self._engine.enable_backward_allreduce = False
+
+    def backward(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor | float]]:
+        """Forward and backward pass of a micro-batch; returns its loss (scalar, detached) and further values."""
+        batch = {name: tensor.to(self.device) for name, tensor in batch.items()}
+        loss, extras = self._engine(batch)
+        self._engine.backward(loss)
+        return loss.detach(), extras
+
+    def step(self, lr: float, *, boundary: bool) -> Tensor:
+        """Count a micro-batch and, at the ``boundary`` of accumulation, update the weights.
+
+        Returns the norm of the gradient before clipping (scalar), zero between boundaries.
+        """
+        norm = self._zero_norm
+        if boundary:
+            for group in self.optimizer.param_groups:
+                group["lr"] = lr
+            if self.config.zero == 0:
+                # At stage 0 DeepSpeed's own clipping is slower than torch's and keeps the norm to itself.
+                norm = nn.utils.clip_grad_norm_(self._parameters, self.config.clip or float("inf"))
+        self._engine.step()
+        if boundary and self.config.zero > 0:
+            norm = torch.as_tensor(self._engine.get_global_grad_norm() or 0.0).detach()
+        return norm
+
+    def evaluate(self) -> dict[str, float]:
+        """The task's dev metrics."""
+        self._engine.eval()
+        try:
+            with torch.no_grad(), self._autocast():
+                return {name: float(value) for name, value in self.task.evaluate(self.model).items()}
+        finally:
+            self._engine.train()
+
+    def train(self) -> None:
+        """Enter training mode."""
+        self._engine.train()
+
+    def save(self, folder: Path) -> None:
+        """Write this rank's part of weights and optimizer state; returns when all ranks have."""
+        self._engine.save_checkpoint(str(folder), tag=TAG, save_latest=False)
+
+    def load(self, folder: Path) -> None:
+        """Read what :meth:`save` wrote. It is unpickled: verify the folder first."""
+        self._engine.load_checkpoint(str(folder), tag=TAG)
+
+    def weights(self) -> dict[str, Tensor]:
+        """All weights and buffers of the task's model, gathered; empty on ranks other than 0 under ZeRO-3."""
+        if self.config.zero < 3:
+            return self.model.state_dict(keep_vars=True)
+        return dict(self._gathered())
+
+    def close(self) -> None:
+        """Let go of the model and its hooks."""
+        self._engine.destroy()
+
+    def _gathered(self) -> Iterator[tuple[str, Tensor]]:
+        import deepspeed
+
+        for name, tensor in self.model.state_dict(keep_vars=True).items():
+            parts = [tensor] if hasattr(tensor, "ds_id") else []
+            with deepspeed.zero.GatheredParameters(parts):
+                if dist.get_rank() == 0:
+                    yield name, tensor.detach().cpu().clone()
+
+    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16")
+
+
+class _Loss(nn.Module):
+    """The task's loss as a module, so that the whole of it runs inside DeepSpeed's forward pass."""
+
+    def __init__(self, model: nn.Module, task: Task) -> None:
+        super().__init__()
+        self.model = model
+        self._task = task
+
+    def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor | float]]:
+        loss, extras = self._task.loss(self.model, batch)
+        # Only the loss is differentiated; DeepSpeed would hook every other output that carries a gradient.
+        return loss, {name: v.detach() if isinstance(v, Tensor) else v for name, v in extras.items()}
+
+
+def join_process_group() -> None:
+    """Make a group of this process alone, unless Ray Train has made one.
+
+    It stays until the process ends: DeepSpeed keeps groups derived from it for the next engine.
+    """
+    if not dist.is_initialized():
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+
+
+def _import(device: torch.device) -> Any:
+    """Import DeepSpeed so that it neither compiles nor chats."""
+    in_process_environment(gpu=device.type == "cuda")
+    import deepspeed
+    import deepspeed.ops
+
+    # DeepSpeed 0.19 calls collectives by names that torch 2.13 has replaced; torch says so at every call.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed.c10d_logger")
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    if device.type == "cpu":
+        # Otherwise every start loads a C++ all-reduce through shared memory, which takes minutes to compile the
+        # first time. There is no public switch (DeepSpeed 0.19); a test fails when an upgrade moves this one.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
+
+
+def _groups(parameters: list[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
+    """AdamW's groups: matrices decay, vectors do not."""
+    matrices = [p for p in parameters if p.ndim > 1]
+    vectors = [p for p in parameters if p.ndim <= 1]
+    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+def _settings(config: TrainingConfig, elements: int) -> dict[str, Any]:
+    """DeepSpeed's configuration."""
+    bucket = min(LARGEST_BUCKET, max(1, elements))
+    zero: dict[str, Any] = {"stage": config.zero, "reduce_bucket_size": bucket, "allgather_bucket_size": bucket}
+    if config.zero > 0:
+        zero["overlap_comm"] = config.gpus_per_worker > 0
+    return {
+        "train_micro_batch_size_per_gpu": config.micro,
+        "gradient_accumulation_steps": config.accumulation,
+        "gradient_clipping": config.clip if config.zero else 0.0,
+        "zero_optimization": zero,
+        "torch_autocast": {"enabled": config.precision == "bf16", "dtype": "bfloat16"},
+        "steps_per_print": None,
+        "wall_clock_breakdown": False,
+    }

@@ -1,0 +1,45 @@
+"""What is trained: the one thing a method writes for the loop."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+
+class Task(Protocol):
+    """A model, its data and its loss.
+
+    A task travels to every worker, so it is picklable and holds paths instead of large arrays; whatever is
+    slow to open is opened on first use. Its methods are deterministic: the loop seeds torch before each
+    call, and ``batch`` draws from the generator that it is given and from nothing else.
+    """
+
+    @property
+    def examples(self) -> int:
+        """Number of training examples."""
+        ...
+
+    def build(self) -> nn.Module:
+        """The model to train, on CPU in fp32.
+
+        Under ZeRO-3 a large weight may be used only inside the forward pass of the module that owns it.
+        """
+        ...
+
+    def batch(self, indices: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+        """The examples ``indices`` (i64[B]) as tensors on CPU; noise, masks and negatives come from ``generator``."""
+        ...
+
+    def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor | float]]:
+        """The mean loss over the batch (scalar) and further values to log, means over the batch as well."""
+        ...
+
+    def evaluate(self, model: nn.Module) -> dict[str, float]:
+        """Metrics on the dev split; may be empty. The model is in evaluation mode and gradients are off."""
+        ...
+
+    def identity(self) -> str:
+        """Names everything about the task that decides the result: data, model, loss."""
+        ...
