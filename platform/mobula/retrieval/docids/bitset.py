@@ -14,7 +14,9 @@ from mobula.errors import MobulaError
 from mobula.retrieval.docids.table import DocidTable
 
 WORD = 64
-ROWS_BELOW = 64  # documents per code under which listing the documents beats scanning K bit rows
+# Words scanned per code in the time it takes to list one document, per level asked for (measured).
+WORDS_PER_DOCUMENT_ONE = 28
+WORDS_PER_DOCUMENT_ALL = 6
 
 if sys.byteorder != "little":
     raise MobulaError("mobula.retrieval.docids.bitset needs a little-endian machine")
@@ -39,7 +41,7 @@ class Bitset:
         self.bits = np.zeros((self.levels, self.width, self.words), np.uint64)
         for level in range(self.levels):
             np.bitwise_or.at(self.bits[level], (self.columns[level], word), bit)
-        self._live_count = int(table.live.sum())
+        self._slots = self.columns + np.arange(self.levels)[:, None] * self.width
         self._live_codes = ((self.bits & self.live) != 0).any(2)
 
     def all_valid(self, batch: int) -> np.ndarray:
@@ -49,28 +51,24 @@ class Bitset:
     def allowed(self, valid: np.ndarray, level: int | np.ndarray) -> np.ndarray:
         """Codes bool[B, K] of ``level`` (one for all, or i64[B]) that some document in ``valid`` u64[B, W] has."""
         levels = np.broadcast_to(np.asarray(level, np.int64), len(valid))
-        count = self.count(valid)
+        few = self._few(valid, WORDS_PER_DOCUMENT_ONE)
+        if few.all():
+            return self._by_rows(valid, levels)
         out = np.empty((len(valid), self.width), bool)
-        every = count == self._live_count
-        out[every] = self._live_codes[levels[every]]
-        few = ~every & (count < ROWS_BELOW * self.width)
-        if few.any():
-            out[few] = self._by_rows(valid[few], levels[few])
-        for b in np.flatnonzero(~every & ~few):
-            out[b] = (self.bits[levels[b]] & valid[b]).any(1)
+        out[few] = self._by_rows(valid[few], levels[few])
+        for b in np.flatnonzero(~few):
+            out[b] = self._by_bits(valid[b], levels[b])
         return out
 
     def allowed_all(self, valid: np.ndarray) -> np.ndarray:
         """Codes bool[B, L, K] that some document in ``valid`` u64[B, W] has, at every level."""
-        count = self.count(valid)
+        few = self._few(valid, WORDS_PER_DOCUMENT_ALL)
+        if few.all():
+            return self._all_by_rows(valid)
         out = np.empty((len(valid), self.levels, self.width), bool)
-        every = count == self._live_count
-        out[every] = self._live_codes
-        few = ~every & (count < ROWS_BELOW * self.width)
-        if few.any():
-            out[few] = self._all_by_rows(valid[few])
-        for b in np.flatnonzero(~every & ~few):
-            out[b] = (self.bits & valid[b]).any(2)
+        out[few] = self._all_by_rows(valid[few])
+        for b in np.flatnonzero(~few):
+            out[b] = self._by_bits(valid[b], slice(None))
         return out
 
     def commit(self, valid: np.ndarray, level: int | np.ndarray, code: np.ndarray) -> np.ndarray:
@@ -94,25 +92,34 @@ class Bitset:
         owner, row = self._members(valid)
         return np.split(row, np.searchsorted(owner, np.arange(1, len(valid))))
 
+    def _few(self, valid: np.ndarray, words_per_document: int) -> np.ndarray:
+        """Requests bool[B] with so few documents left that listing them beats scanning bit rows."""
+        return self.count(valid) * words_per_document < self.width * self.words
+
+    def _by_bits(self, valid: np.ndarray, level: int | slice) -> np.ndarray:
+        """Codes bool[K] (all levels: bool[L, K]) for one request, by scanning bit rows."""
+        if np.array_equal(valid, self.live):
+            return self._live_codes[level]
+        return (self.bits[level] & valid).any(-1)
+
     def _by_rows(self, valid: np.ndarray, levels: np.ndarray) -> np.ndarray:
+        """Codes bool[B, K], by listing the documents."""
         owner, row = self._members(valid)
         out = np.zeros((len(valid), self.width), bool)
-        out[owner, self.columns[levels[owner], row]] = True
+        out.reshape(-1)[owner * self.width + self.columns[levels[owner], row]] = True
         return out
 
     def _all_by_rows(self, valid: np.ndarray) -> np.ndarray:
         owner, row = self._members(valid)
         out = np.zeros((len(valid), self.levels, self.width), bool)
-        for level in range(self.levels):
-            out[owner, level, self.columns[level][row]] = True
+        out.reshape(-1)[self._slots[:, row] + owner * (self.levels * self.width)] = True
         return out
 
     def _members(self, valid: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(request, document) of every set bit, by request, then document."""
         # Most words are empty after the first commit: look inside the others only.
-        owner, word = np.nonzero(valid)
-        if not len(owner):
-            return owner, word
-        inside = np.unpackbits(valid[owner, word].view(np.uint8).reshape(len(owner), 8), axis=1, bitorder="little")
-        which, bit = np.nonzero(inside)
-        return owner[which], word[which] * WORD + bit
+        flat = valid.reshape(-1)
+        word = np.flatnonzero(flat)
+        bit = np.flatnonzero(np.unpackbits(flat[word].view(np.uint8), bitorder="little"))
+        position = word[bit // WORD] * WORD + bit % WORD
+        return np.divmod(position, self.words * WORD)
