@@ -6,7 +6,9 @@ nothing; below ``adc`` its weights add nothing to the quantised encoder.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -27,65 +29,91 @@ class Embedder(Protocol):
         """Unit-norm embeddings f32[N, D]."""
 
 
+@dataclass(frozen=True)
+class _Index:
+    """A table with the distinct vectors f64[M, D] its codes stand for, ``vector_of`` i64[N] giving each row's."""
+
+    table: DocidTable
+    vectors: np.ndarray
+    norms: np.ndarray
+    vector_of: np.ndarray
+
+    @classmethod
+    def of(cls, table: DocidTable) -> _Index:
+        distinct, vector_of = np.unique(table.codes[:, : table.space.levels], axis=0, return_inverse=True)
+        vectors = table.space.reconstruct(distinct).astype(np.float64)
+        return cls(table, vectors, (vectors**2).sum(1), vector_of.reshape(-1))
+
+    def hamming(self, embeddings: np.ndarray) -> np.ndarray:
+        """Minus the number of levels that differ, f32[B, N]; a level appended for collisions does not count."""
+        codes = self.table.space.encode_queries(embeddings)
+        scores = np.full((len(codes), len(self.table)), -self.table.space.levels, np.float32)
+        for level in range(self.table.space.levels):
+            scores += codes[:, level, None] == self.table.columns[level]
+        return scores
+
+    def adc(self, embeddings: np.ndarray) -> np.ndarray:
+        """-||e(q) - ê(d)||², f32[B, N], bit-equal for documents of equal code."""
+        points = self.table.space.centred(embeddings)
+        squares = (points**2).sum(1, keepdims=True)
+        distinct = 2.0 * (points @ self.vectors.T) - self.norms - squares
+        return distinct.astype(np.float32)[:, self.vector_of]
+
+
 class LookupRetriever:
     """Ranks documents by the codes of a quantised family (a ``Retriever``).
 
     ``hamming``: minus the number of levels at which query and document code differ. ``adc`` (asymmetric
     distance, Jégou et al. 2011): -||e(q) - ê(d)||², ê being the vector the document's code stands for.
+    ``text_of`` gives the text of a document that the encoder reads. A search sees one version of the table.
 
     Raises:
         Unsupported: for a docid family without a quantiser.
     """
 
-    def __init__(self, name: str, table: DocidTable, encoder: Embedder) -> None:
+    def __init__(self, name: str, table: DocidTable, encoder: Embedder, text_of: Callable[[Document], str]) -> None:
         if name not in RANKERS:
             raise Unsupported(f"unknown look-up {name!r}; expected one of {', '.join(RANKERS)}")
         self.name = name
         self.encoder = encoder
-        self._use(table)
+        self.text_of = text_of
+        self._writing = threading.Lock()
+        self._index = _Index.of(table)
+
+    @property
+    def table(self) -> DocidTable:
+        """The present docid table."""
+        return self._index.table
 
     def search(self, queries: Sequence[str], options: Sequence[SearchOptions]) -> list[SearchResult]:
         """Exactly min(k, N) distinct hits per query, ties in corpus order."""
+        index = self._index
         embeddings = self.encoder.embed(list(queries))
-        results = []
-        step = max(1, CHUNK_CELLS // max(1, len(self.table)))
+        results: list[SearchResult] = []
+        step = max(1, CHUNK_CELLS // max(1, len(index.table)))
         for begin in range(0, len(queries), step):
-            scores = self.scores(embeddings[begin : begin + step])
-            results += [self._result(row, one) for row, one in zip(scores, options[begin : begin + step], strict=True)]
+            scores = self._score(index, embeddings[begin : begin + step])
+            chunk = zip(scores, options[begin : begin + step], strict=True)
+            results.extend(self._result(index.table, row, one) for row, one in chunk)
         return results
 
     def scores(self, embeddings: np.ndarray) -> np.ndarray:
-        """Scores f32[B, N] of all rows of the table for query embeddings f32[B, D]; deleted rows included."""
-        if self.name == "hamming":
-            return self._hamming(self.table.space.encode_queries(embeddings))
-        points = self.table.space.centred(embeddings)
-        # Documents of equal code get bit-equal scores, also if the matrix product treats its columns apart:
-        # distances are taken to the distinct vectors only.
-        cross = points @ self._vectors.T
-        squares = (points**2).sum(1, keepdims=True)
-        return (2.0 * cross - self._norms - squares)[:, self._vector_of].astype(np.float32)
+        """Scores f32[B, N] of all rows of the table, deleted ones included, for query embeddings f32[B, D]."""
+        return self._score(self._index, embeddings)
 
     def insert(self, documents: Sequence[Document]) -> int:
         """Add documents with the frozen encoder and codebooks; the new rows_version."""
-        embeddings = self.encoder.embed([d.text for d in documents])
-        self._use(self.table.insert(documents, embeddings)[0])
-        return self.table.rows_version
+        embeddings = self.encoder.embed([self.text_of(document) for document in documents])
+        with self._writing:
+            table, _ = self.table.insert(documents, embeddings)
+            self._index = _Index.of(table)
+        return table.rows_version
 
-    def _use(self, table: DocidTable) -> None:
-        codes = table.codes[:, : table.space.levels]
-        distinct, self._vector_of = np.unique(codes, axis=0, return_inverse=True)
-        self._vectors = table.space.reconstruct(distinct).astype(np.float64)
-        self._norms = (self._vectors**2).sum(1)
-        self.table = table
+    def _score(self, index: _Index, embeddings: np.ndarray) -> np.ndarray:
+        return index.hamming(embeddings) if self.name == "hamming" else index.adc(embeddings)
 
-    def _hamming(self, query_codes: np.ndarray) -> np.ndarray:
-        scores = np.full((len(query_codes), len(self.table)), -self.table.space.levels, np.float32)
-        for level in range(self.table.space.levels):
-            scores += query_codes[:, level, None] == self.table.columns[level]
-        return scores
-
-    def _result(self, scores: np.ndarray, options: SearchOptions) -> SearchResult:
-        rows, best = top_k(scores[None], options.k, self.table.live)
+    def _result(self, table: DocidTable, scores: np.ndarray, options: SearchOptions) -> SearchResult:
+        rows, best = top_k(scores[None], options.k, table.live)
         pairs = zip(rows[0].tolist(), best[0].tolist(), strict=True)
-        hits = [Hit(self.table.doc_ids[row], score) for row, score in pairs]
+        hits = [Hit(table.doc_ids[row], score) for row, score in pairs]
         return SearchResult(hits, decoder=self.name, constraint="off", scored_by=self.name)

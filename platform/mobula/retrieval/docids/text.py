@@ -1,7 +1,7 @@
 """Docids made of a document's own tokens (families ``text.title``, ``text.lead``, ``text.keywords``).
 
 The output vocabulary is the set of tokens that occur in the docid of some document of the fit: code 0 is EOS,
-which pads every docid to L, code j > 0 is token ``vocabulary[j - 1]``. A document that arrives later is
+which pads every docid to L, code j > 0 is token ``vocabulary[j]`` (entry 0 is -1, no token). A document that arrives later is
 described by the tokens of that vocabulary alone (others are skipped), so no code ever lies outside the model's
 output; one without a single known token gets the all-EOS docid.
 """
@@ -20,12 +20,13 @@ if TYPE_CHECKING:
     from mobula.retrieval.docids.space import DocidTokenizer
 
 EOS = 0
+NO_TOKEN = -1
 
 
 def fit(
     family: str, levels: int, documents: Sequence[Document], tokenizer: DocidTokenizer
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """Sizes i32[L] (vocabulary and EOS), vocabulary i64[V] and, for keywords, its idf f32[V]."""
+    """Sizes i32[L] (all K), the token of each code i64[K] and, for keywords, its idf f32[K]."""
     tokens = _source(family, documents, tokenizer)
     if family == "text.keywords":
         idf = _idf(tokens)
@@ -33,11 +34,11 @@ def fit(
     else:
         idf = {}
         rows = [row[:levels] for row in tokens]
-    vocabulary = np.array(sorted({token for row in rows for token in row}), np.int64)
-    arrays = {"vocabulary": vocabulary}
+    vocabulary = [NO_TOKEN, *sorted({token for row in rows for token in row})]
+    arrays: dict[str, np.ndarray] = {"vocabulary": np.array(vocabulary, np.int64)}
     if family == "text.keywords":
-        arrays["idf"] = np.array([idf[token] for token in vocabulary.tolist()], np.float32)
-    return np.full(levels, len(vocabulary) + 1, np.int32), arrays
+        arrays["idf"] = np.array([idf.get(token, 0.0) for token in vocabulary], np.float32)
+    return np.full(levels, len(vocabulary), np.int32), arrays
 
 
 def encode(
@@ -48,7 +49,7 @@ def encode(
     tokenizer: DocidTokenizer,
 ) -> np.ndarray:
     """Codes i32[N, L]: the first L known tokens, or the L known tokens of highest tf·idf."""
-    code = {token: j + 1 for j, token in enumerate(arrays["vocabulary"].tolist())}
+    code = {token: j for j, token in enumerate(arrays["vocabulary"].tolist())}
     idf = dict(zip(code, arrays["idf"].tolist(), strict=True)) if family == "text.keywords" else {}
     codes = np.full((len(documents), levels), EOS, np.int32)
     for i, row in enumerate(_source(family, documents, tokenizer)):
@@ -61,7 +62,7 @@ def encode(
 def tokens(arrays: dict[str, np.ndarray], codes: np.ndarray) -> list[list[int]]:
     """The token ids of codes i32[N, L], EOS left out."""
     vocabulary = arrays["vocabulary"]
-    return [vocabulary[row[row != EOS] - 1].tolist() for row in codes]
+    return [vocabulary[row[row != EOS]].tolist() for row in codes]
 
 
 def _source(family: str, documents: Sequence[Document], tokenizer: DocidTokenizer) -> list[list[int]]:
