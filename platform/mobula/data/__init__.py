@@ -1,0 +1,6 @@
+"""Corpora and queries, whatever their source, as the same records."""
+
+from mobula.data.config import DataConfig
+from mobula.data.retrieval import SETS, load_retrieval
+
+__all__ = ["SETS", "DataConfig", "load_retrieval"]

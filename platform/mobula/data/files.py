@@ -1,0 +1,171 @@
+"""A corpus of the user's own (JSONL or TREC files) and BEIR sets by Hugging Face id."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from mobula.data.config import DataConfig
+from mobula.data.records import Document, Query
+from mobula.data.sources import (
+    UNSPLIT,
+    Collection,
+    judged_query,
+    read_jsonl,
+    read_qrels,
+    read_text,
+    text_field,
+)
+from mobula.errors import BadRecord, DataError
+
+SPLITS = ("train", "dev", "test")
+
+
+def load_files(config: DataConfig) -> Collection:
+    """Read a folder in one of two layouts.
+
+    JSONL: ``corpus.jsonl`` (``id`` or ``_id``, ``title``, ``text``, ``date``) and ``queries.jsonl`` (``id`` or
+    ``_id``, ``text``, and either ``gold``, a list of document ids, or judgements beside it).
+    TREC: ``documents.trec`` (``<DOC><DOCNO>``) and ``topics.trec`` (``<top><num><title>``).
+    Judgements: ``qrels/train.tsv``, ``qrels/dev.tsv``, ``qrels/test.tsv`` (splits as given), or ``qrels.tsv`` or
+    ``qrels.txt`` (queries are then divided). A query in ``queries.jsonl`` may name its ``split`` itself.
+
+    Raises:
+        DataError: if the folder has neither layout.
+        BadRecord: naming file, line and field.
+    """
+    folder = Path(config.path).expanduser()
+    if (folder / "corpus.jsonl").is_file():
+        documents, texts, given = _read_jsonl_layout(folder)
+    elif (folder / "documents.trec").is_file():
+        documents, texts, given = _read_trec_layout(folder)
+    else:
+        raise DataError(
+            f"data.path={config.path}: holds neither corpus.jsonl nor documents.trec (see `mobula data list`)"
+        )
+    queries = {**_from_qrels(folder, texts), **given}
+    if not queries:
+        raise DataError(
+            f"{folder}: no relevance judgements; add qrels.txt, qrels/test.tsv or a field gold to the queries"
+        )
+    return Collection(f"path {config.path}", documents, queries)
+
+
+def load_beir(config: DataConfig) -> Collection:
+    """Read a BEIR set (Thakur et al. 2021) by Hugging Face id, with or without a separate ``-qrels`` data set.
+
+    Raises:
+        DataError: if the id is unknown or, without a network, not in the local cache.
+    """
+    name = config.path
+    documents = [
+        Document(str(row["_id"]), row.get("title") or "", row["text"]) for row in _hub(name, "corpus", "corpus")
+    ]
+    texts = {str(row["_id"]): row["text"] for row in _hub(name, "queries", "queries")}
+    queries = {}
+    for split, rows in _hub_qrels(name):
+        qrels: dict[str, dict[str, int]] = {}
+        for row in rows:
+            qrels.setdefault(str(row["query-id"]), {})[str(row["corpus-id"])] = int(row["score"])
+        queries[split] = _judged(texts, qrels, f"{name} {split}")
+    return Collection(f"Hugging Face {name}", documents, queries)
+
+
+def _read_jsonl_layout(folder: Path) -> tuple[list[Document], dict[str, str], dict[str, list[Query]]]:
+    documents = []
+    for number, value in read_jsonl(folder / "corpus.jsonl"):
+        where = f"{folder / 'corpus.jsonl'}, line {number}"
+        id = text_field(value, ("id", "_id"), where)
+        title, date = (text_field(value, (name,), where, optional=True) for name in ("title", "date"))
+        documents.append(Document(id, title, text_field(value, ("text",), where), date or None))
+    texts: dict[str, str] = {}
+    given: dict[str, list[Query]] = {}
+    for number, value in read_jsonl(folder / "queries.jsonl"):
+        where = f"{folder / 'queries.jsonl'}, line {number}"
+        id, text = text_field(value, ("id", "_id"), where), text_field(value, ("text",), where)
+        if "gold" not in value:
+            texts[id] = text
+            continue
+        split = text_field(value, ("split",), where, optional=True) or UNSPLIT
+        if split not in (*SPLITS, UNSPLIT):
+            raise BadRecord(f"{where}: field split must be one of {', '.join(SPLITS)}, found {split!r}")
+        given.setdefault(split, []).append(Query(id, text, _gold(value["gold"], where)))
+    return documents, texts, given
+
+
+def _gold(value: Any, where: str) -> tuple[str, ...]:
+    if not isinstance(value, list) or not value or not all(isinstance(v, str | int) for v in value):
+        raise BadRecord(f"{where}: field gold must be a list of at least one document id, found {value!r}")
+    return tuple(dict.fromkeys(str(v) for v in value))
+
+
+def _read_trec_layout(folder: Path) -> tuple[list[Document], dict[str, str], dict[str, list[Query]]]:
+    documents = [
+        Document(_field(block, "docno"), _field(block, "title"), _field(block, "text") or _body(block))
+        for block in _blocks(read_text(folder / "documents.trec"), "doc")
+    ]
+    topics = _blocks(read_text(folder / "topics.trec"), "top")
+    return documents, {_field(topic, "num"): _field(topic, "title") for topic in topics}, {}
+
+
+def _blocks(text: str, tag: str) -> list[str]:
+    return re.findall(rf"<{tag}>(.*?)</{tag}>", text, flags=re.DOTALL | re.IGNORECASE)
+
+
+def _field(block: str, tag: str) -> str:
+    """A field's text; TREC topics may leave their fields unclosed (``<num> Number: 301``)."""
+    found = re.search(rf"<{tag}>([^<]*)", block, flags=re.IGNORECASE)
+    text = " ".join(found[1].split()) if found else ""
+    return text.removeprefix("Number: ") if tag == "num" else text
+
+
+def _body(block: str) -> str:
+    without = re.sub(r"<(docno|title)>[^<]*</\1>", " ", block, flags=re.IGNORECASE)
+    return " ".join(re.sub(r"<[^>]+>", " ", without).split())
+
+
+def _from_qrels(folder: Path, texts: dict[str, str]) -> dict[str, list[Query]]:
+    queries = {}
+    for split in SPLITS:
+        path = folder / "qrels" / f"{split}.tsv"
+        if path.is_file():
+            queries[split] = _judged(texts, read_qrels(path), str(path))
+    single = next((folder / n for n in ("qrels.tsv", "qrels.txt") if (folder / n).is_file()), None)
+    if single is not None and not queries:
+        queries[UNSPLIT] = _judged(texts, read_qrels(single), str(single))
+    return queries
+
+
+def _judged(texts: dict[str, str], qrels: dict[str, dict[str, int]], where: str) -> list[Query]:
+    unknown = [id for id in qrels if id not in texts]
+    if unknown:
+        raise BadRecord(f"{where}: judges query {unknown[0]!r}, which has no text among the queries")
+    found = (judged_query(id, texts[id], judged) for id, judged in qrels.items())
+    return [query for query in found if query is not None]
+
+
+def _hub(name: str, subset: str, split: str) -> Any:
+    import datasets
+
+    try:
+        return datasets.load_dataset(name, subset, split=split)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise DataError(
+            f"data.path={name}: cannot load {subset!r} from the Hugging Face hub or its cache ({first}); "
+            "check the id, or give a folder with data.name=files"
+        ) from error
+
+
+def _hub_qrels(name: str) -> Iterator[tuple[str, Any]]:
+    """(our split name, judgements): ``BeIR/x`` keeps them in ``BeIR/x-qrels``, others in their default subset."""
+    separate = name.startswith("BeIR/")
+    for split, theirs in (("train", "train"), ("dev", "validation"), ("test", "test")):
+        try:
+            yield split, _hub(f"{name}-qrels" if separate else name, "default", theirs)
+        except DataError:
+            # Few BEIR sets have all three; one without test judgements is of no use.
+            if split == "test":
+                raise

@@ -1,0 +1,46 @@
+"""Record schemas: one per kind of data, whatever the source."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Document:
+    """A document of a corpus. ``date`` is ISO 8601 or None."""
+
+    id: str
+    title: str
+    text: str
+    date: str | None = None
+
+
+@dataclass(frozen=True)
+class Query:
+    """A query with the ids of its relevant documents; ``grades`` (if any) align with ``gold``."""
+
+    id: str
+    text: str
+    gold: tuple[str, ...]
+    grades: tuple[int, ...] | None = None
+
+
+@dataclass
+class RetrievalData:
+    """A corpus and its queries by split (``train``, ``dev``, ``test``, sometimes more).
+
+    ``source`` says where it really came from, ``sha256`` fingerprints documents and queries, ``notes`` holds
+    counts a reader should know (duplicates merged, ambiguous queries, records dropped and why).
+    """
+
+    name: str
+    source: str
+    sha256: str
+    documents: list[Document]
+    queries: dict[str, list[Query]]
+    notes: dict[str, float | str] = field(default_factory=dict)
+
+    @property
+    def records(self) -> int:
+        """Documents and queries together."""
+        return len(self.documents) + sum(len(q) for q in self.queries.values())

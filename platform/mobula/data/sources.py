@@ -1,0 +1,141 @@
+"""Where a set's files come from, and reading them with errors that name the place."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mobula.data.records import Document, Query
+from mobula.environment import data_folder
+from mobula.errors import BadRecord, DataError
+
+DATA = "MOBULA_DATA"
+UNSPLIT = "all"
+
+
+@dataclass
+class Collection:
+    """What a loader returns. Queries that still have to be divided are under the key ``all``."""
+
+    source: str
+    documents: list[Document]
+    queries: dict[str, list[Query]]
+    notes: dict[str, float | str] = field(default_factory=dict)
+
+
+def find_folder(name: str, path: str, needed: str, *, subfolder: str) -> tuple[Path, str] | None:
+    """The folder that holds the file ``needed`` and a sentence saying where it was found.
+
+    A path given in the config must hold it. Without one, ``MOBULA_DATA/subfolder`` is looked at; None means
+    that it is not there, and the caller may go on to a package.
+
+    Raises:
+        DataError: if the given path does not hold the file.
+    """
+    if path:
+        folder = Path(path).expanduser()
+        if not (folder / needed).exists():
+            raise DataError(f"data.path={path}: no {needed} there; name the folder that holds the files of {name}")
+        return folder, f"path {path}"
+    root = data_folder()
+    if root is not None and (root / subfolder / needed).exists():
+        return root / subfolder, f"{DATA}/{subfolder}"
+    return None
+
+
+def require_folder(name: str, path: str, needed: str, *, subfolder: str) -> tuple[Path, str]:
+    """As :func:`find_folder`, for sets that no package provides.
+
+    Raises:
+        DataError: naming the set, where it was looked for and what to do.
+    """
+    found = find_folder(name, path, needed, subfolder=subfolder)
+    if found is None:
+        root = data_folder()
+        looked = f"{DATA} is not set" if root is None else f"no {needed} in {root / subfolder}"
+        raise DataError(f"data set {name} not found: {looked}; set {DATA} or data.path to a folder that holds it")
+    return found
+
+
+def read_text(path: Path) -> str:
+    """A text file as UTF-8 with universal newlines.
+
+    Raises:
+        DataError: if it is missing or is not UTF-8.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise DataError(f"{path}: cannot read ({error.strerror}); is the data set complete?") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not UTF-8 text (byte {error.start}); convert the file") from error
+
+
+def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(line number from 1, object) for every non-empty line.
+
+    Raises:
+        BadRecord: for a line that is not a JSON object.
+    """
+    for number, line in enumerate(read_text(path).split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line)
+        except ValueError as error:
+            raise BadRecord(f"{path}, line {number}: not JSON ({error}); expected one object per line") from error
+        if not isinstance(value, dict):
+            raise BadRecord(f"{path}, line {number}: expected a JSON object, found {type(value).__name__}")
+        yield number, value
+
+
+def text_field(value: dict[str, Any], names: tuple[str, ...], where: str, *, optional: bool = False) -> str:
+    """The first of the fields ``names`` as text; numbers become text.
+
+    Raises:
+        BadRecord: if it is absent (unless optional), empty or neither text nor number.
+    """
+    found = next((value[n] for n in names if value.get(n) is not None), None)
+    if found is None and optional:
+        return ""
+    if isinstance(found, bool) or not isinstance(found, str | int):
+        raise BadRecord(f"{where}: field {names[0]} must be text, found {found!r}")
+    if not str(found).strip() and not optional:
+        raise BadRecord(f"{where}: field {names[0]} is empty")
+    return str(found)
+
+
+def read_qrels(path: Path) -> dict[str, dict[str, int]]:
+    """Relevance grades by query and document, from TREC (4 columns) or BEIR (3 columns with a header) files.
+
+    A document judged more than once keeps its highest grade.
+
+    Raises:
+        BadRecord: for a line with another number of columns, or a grade that is not an integer.
+    """
+    qrels: dict[str, dict[str, int]] = {}
+    for number, line in enumerate(read_text(path).splitlines(), 1):
+        parts = line.split()
+        if not parts or (number == 1 and not parts[-1].lstrip("-").isdigit()):
+            continue
+        if len(parts) not in (3, 4):
+            raise BadRecord(f"{path}, line {number}: expected `query 0 document grade`, found {line!r}")
+        try:
+            grade = int(parts[-1])
+        except ValueError as error:
+            raise BadRecord(f"{path}, line {number}: field grade must be an integer, found {parts[-1]!r}") from error
+        judged = qrels.setdefault(parts[0], {})
+        judged[parts[-2]] = max(grade, judged.get(parts[-2], grade))
+    return qrels
+
+
+def judged_query(id: str, text: str, judged: dict[str, int]) -> Query | None:
+    """A query with the documents of positive grade, or None if there is none."""
+    relevant = {d: g for d, g in judged.items() if g > 0}
+    if not relevant:
+        return None
+    grades = tuple(relevant.values())
+    return Query(id, text, tuple(relevant), None if set(grades) == {1} else grades)
