@@ -61,16 +61,6 @@ def codewords(arrays: dict[str, np.ndarray]) -> np.ndarray:
     return np.einsum("lks,lsd->lkd", codebook, slices).astype(np.float32)
 
 
-def codewords(arrays: dict[str, np.ndarray]) -> np.ndarray:
-    """What each code adds to a centred vector, f32[L, K, D]: :func:`reconstruct` is their sum over levels."""
-    codebook = arrays["codebook"]
-    if "rotation" not in arrays:
-        return codebook
-    levels, _, width = codebook.shape
-    slices = arrays["rotation"].reshape(levels, width, -1)
-    return np.einsum("lkw,lwd->lkd", codebook, slices).astype(np.float32)
-
-
 def kmeans(points: np.ndarray, k: int, iterations: int, seed: int) -> np.ndarray:
     """Centroids f32[k, D] by faiss."""
     clustering = faiss.Kmeans(points.shape[1], k, niter=iterations, seed=seed, min_points_per_centroid=1)

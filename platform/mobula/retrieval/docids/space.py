@@ -122,10 +122,6 @@ class DocidSpace:
         """Vectors f32[L, K, D] whose sum over a code's levels is its reconstruction; None where there are none."""
         return quantised.codewords(self.arrays) if self.family in QUANTISED else None
 
-    def codewords(self) -> np.ndarray | None:
-        """What each code adds to the reconstructed vector, f32[L, K, D]; None where codes do not add up to one."""
-        return quantised.codewords(self.arrays) if self.family in QUANTISED else None
-
     def centred(self, embeddings: np.ndarray | None) -> np.ndarray:
         """Embeddings at unit norm minus the mean of the documents of the fit, f64[N, D].
 

@@ -1,9 +1,9 @@
 """Docids made of a document's own tokens (families ``text.title``, ``text.lead``, ``text.keywords``).
 
-The output vocabulary is the set of tokens that occur in the docid of some document of the fit: code 0 is EOS,
-which pads every docid to L, code j > 0 is token ``vocabulary[j]`` (entry 0 is -1, no token). A document that arrives later is
-described by the tokens of that vocabulary alone (others are skipped), so no code ever lies outside the model's
-output; one without a single known token gets the all-EOS docid.
+The output vocabulary is the set of tokens that occur in the docid of some document of the fit. Code 0 is EOS,
+which pads every docid to L; code j > 0 is token ``vocabulary[j]`` (entry 0 is -1, no token). A document that
+arrives later is described by the tokens of that vocabulary alone (others are skipped), so no code ever lies
+outside the model's output; one without a single known token gets the all-EOS docid.
 """
 
 from __future__ import annotations
