@@ -40,3 +40,7 @@ class TrainingError(MobulaError):
 
 class SweepFailed(MobulaError):
     """No trial of a sweep succeeded; names the reason of the first."""
+
+
+class ModelError(MobulaError):
+    """A model or its files that are missing, damaged or of a kind that is not supported."""
