@@ -12,6 +12,7 @@ from mobula.data.records import Document
 from mobula.errors import MobulaError
 
 DECODERS = ("one_pass", "match", "match_rerank", "best_of_n", "beam", "chain_rescore")
+AR_DECODERS = ("greedy", "beam", "exhaustive")
 ORDERS = ("confidence", "margin", "entropy", "random", "left_to_right")
 SAMPLERS = ("confidence", "ancestral")
 REMASK = ("none", "low_conf", "remdm")
@@ -34,13 +35,13 @@ class SearchOptions:
     """
 
     k: int = key(10, "documents to return", ge=1, le=1000)
-    decoder: str = key("match_rerank", "how codes become a ranked list", choices=DECODERS)
+    decoder: str = key("match_rerank", "how codes become a ranked list", choices=(*DECODERS, "greedy", "exhaustive"))
     steps: int | None = key(None, "denoising steps T (the budget); null: half the code length", ge=1, le=4096)
     threshold: float | None = key(None, "commit every position at least this confident (Fast-dLLM)", gt=0, lt=1)
     order: str = key("confidence", "which masked positions to commit first", choices=ORDERS)
     sampler: str = key("confidence", "confidence (LLaDA) or ancestral (MDLM)", choices=SAMPLERS)
     schedule: str = key("linear", "positions committed per step", choices=("linear", "cosine"))
-    temperature: float = key(0.0, "Gumbel noise temperature; 0 is argmax", ge=0, le=10)
+    temperature: float | None = key(None, "Gumbel noise; 0 is argmax; null: 1 for best_of_n, else 0", ge=0, le=10)
     remask: str = key("none", "whether committed positions may be revised", choices=REMASK)
     remask_conf: str = key("at_commit", "confidence of a committed token", choices=("at_commit", "leave_one_out"))
     remask_cap: float = key(0.5, "upper bound of ReMDM's re-masking rate", ge=0, le=1)
@@ -70,6 +71,16 @@ class SearchOptions:
             found.append("threshold and remask exclude each other")
         if self.sampler == "ancestral" and self.remask != "none":
             found.append("remask needs sampler=confidence")
+        if self.order != "confidence" and (self.sampler == "ancestral" or self.remask != "none"):
+            found.append(f"order={self.order} has no effect with sampler=ancestral or remask; leave it at confidence")
+        if self.schedule != "linear" and (
+            self.threshold is not None or self.sampler == "ancestral" or self.remask != "none"
+        ):
+            found.append(f"schedule={self.schedule} has no effect with threshold, sampler=ancestral or remask")
+        if self.remask_conf != "at_commit" and self.remask == "none":
+            found.append(f"remask_conf={self.remask_conf} needs remask=low_conf or remdm")
+        if self.decoder == "best_of_n" and not self.is_random:
+            found.append("best_of_n with temperature=0 repeats one run; set temperature, order=random or remask=remdm")
         if any(isinstance(v, float) and not math.isfinite(v) for v in vars(self).values()):
             found.append("every number must be finite")
         return found
@@ -87,10 +98,24 @@ class SearchOptions:
         block = self.block or levels
         if levels % block:
             found.append(f"block={block} does not divide the code length {levels}")
-        elif self.budget(levels) * block % levels:
+        elif self.threshold is None and self.budget(levels) * block % levels:
             found.append(f"steps={self.budget(levels)} cannot be shared by {levels // block} blocks")
+        if self.decoder == "beam" and levels % self.beam_per_step:
+            found.append(f"beam_per_step={self.beam_per_step} does not divide the code length {levels}")
         if found:
             raise BadSearch("; ".join(found))
+
+    @property
+    def noise(self) -> float:
+        """Temperature of the Gumbel noise."""
+        if self.temperature is not None:
+            return self.temperature
+        return 1.0 if self.decoder == "best_of_n" else 0.0
+
+    @property
+    def is_random(self) -> bool:
+        """Whether two runs with other random numbers may differ."""
+        return self.noise > 0 or self.order == "random" or self.sampler == "ancestral" or self.remask == "remdm"
 
     def budget(self, levels: int) -> int:
         """Denoising steps for a code of ``levels`` positions."""
@@ -169,4 +194,13 @@ class Searchable(Protocol):
 
         Raises:
             KeyError: if there is none.
+        """
+
+    def insert(self, documents: Sequence[Document]) -> int:
+        """Add documents without training to every retriever that can take them; the new rows_version.
+
+        Retrievers that share a table get a document once. After it, ``document`` knows the new ones.
+
+        Raises:
+            Unsupported: if the default retriever cannot; nothing has changed then.
         """

@@ -1,0 +1,82 @@
+"""The frame of every app: arguments they share, and a FastAPI application with limits and errors around it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from fastapi import FastAPI
+from pydantic import BaseModel, ConfigDict, Field
+from starlette.middleware import Middleware
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from mobula.errors import MobulaError
+from mobula.serving import errors
+from mobula.serving.limits import Guard, Limits, load_keys
+from mobula.serving.metrics import Metrics
+from mobula.serving.paths import LocalPath
+
+
+class AppArgs(BaseModel):
+    """Arguments that every application takes."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    key_required: bool = Field(True, description="ask for an API key; set from the host where it is left out")
+    key_file: LocalPath | None = Field(None, description="file of mode 600 with one API key a line")
+    max_body_bytes: int = Field(262_144, ge=1024, le=64 * 2**20, description="largest request body")
+    requests_per_s: float = Field(200.0, gt=0, description="requests of one client, per second and replica")
+    burst: int = Field(400, ge=1, description="requests of one client at once")
+    time_limit_s: float = Field(20.0, gt=0, le=600, description="time limit of one request")
+    threads: int = Field(1, ge=1, le=256, description="threads a replica computes with")
+
+
+def guarded(
+    title: str,
+    args: AppArgs,
+    statuses: Mapping[type[MobulaError], tuple[int, str]],
+    metrics: Metrics,
+    lifespan: Callable[[FastAPI], Any],
+) -> FastAPI:
+    """A FastAPI application behind :class:`Guard`, whose every error has the one shape.
+
+    Raises:
+        ConfigError: if an API key is required and there is none.
+    """
+    limits = Limits(
+        max_body_bytes=args.max_body_bytes,
+        requests_per_s=args.requests_per_s,
+        burst=args.burst,
+        keys=load_keys(args.key_required, args.key_file) if args.key_required else (),
+    )
+    app = FastAPI(
+        title=title,
+        # FastAPI's own pages load scripts from other hosts; the console has one that does not.
+        docs_url=None,
+        redoc_url=None,
+        lifespan=lifespan,
+        middleware=[
+            Middleware(Counted, metrics=metrics),
+            Middleware(errors.CatchAll),
+            Middleware(Guard, limits=limits),
+        ],
+    )
+    errors.install(app, statuses)
+    return app
+
+
+class Counted:
+    """ASGI layer that counts answers by status."""
+
+    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+        self.app, self.metrics = app, metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass on, and count the status of the answer."""
+
+        async def count(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                self.metrics.answered(message["status"])
+            await send(message)
+
+        await self.app(scope, receive, count)
