@@ -19,7 +19,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mobula.retrieval.docids.table import DocidTable
 from mobula.retrieval.network import DocidModel, Memory
+from mobula.retrieval.search import BadSearch
 
 T = TypeVar("T")
 TILES = {"cpu": (4, 16), "cuda": (32, 128)}
@@ -41,16 +43,22 @@ class Call(Generic[T]):
     decoding: Decoding[T]
     guidance: float = 0.0
     asked: np.ndarray | None = None
-    result: T | None = None
     nfe: int = 0
     rows: int = 0
+    _results: list[T] = field(default_factory=list)
 
     def advance(self, answer: np.ndarray | None) -> None:
         """Hand over the answer and run to the next question or to the end."""
         try:
             self.asked = self.decoding.send(answer)  # type: ignore[arg-type]
         except StopIteration as stop:
-            self.asked, self.result = None, stop.value
+            self.asked = None
+            self._results.append(stop.value)
+
+    @property
+    def result(self) -> T:
+        """What the decoding returned; there is none before its end."""
+        return self._results[0]
 
 
 def together(decodings: Sequence[Decoding[T]]) -> Decoding[list[T]]:
@@ -58,11 +66,11 @@ def together(decodings: Sequence[Decoding[T]]) -> Decoding[list[T]]:
     calls = [Call(0, decoding) for decoding in decodings]
     for call in calls:
         call.advance(None)
-    while waiting := [call for call in calls if call.asked is not None]:
-        asked = [call.asked for call in waiting]
+    while waiting := [(call, z) for call in calls if (z := call.asked) is not None]:
+        asked = [z for _, z in waiting]
         answer = yield np.concatenate(asked)
         ends = np.cumsum([len(z) for z in asked])[:-1]
-        for call, part in zip(waiting, np.split(answer, ends), strict=True):
+        for (call, _), part in zip(waiting, np.split(answer, ends), strict=True):
             call.advance(part)
     return [call.result for call in calls]
 
@@ -128,17 +136,36 @@ def tiles(device: torch.device) -> tuple[int, int]:
     return TILES["cpu" if device.type == "cpu" else "cuda"]
 
 
+def require_fit(model: DocidModel, table: DocidTable, paradigm: str) -> None:
+    """Refuse a model of the other paradigm or of other code sizes than the table's.
+
+    Raises:
+        BadSearch: saying which.
+    """
+    if model.paradigm != paradigm:
+        raise BadSearch(f"the model is {model.paradigm}; this decoder wants a model that is {paradigm}")
+    sizes = model.get_buffer("sizes").tolist()
+    if sizes != table.sizes.tolist():
+        raise BadSearch(f"the model's codes have sizes {sizes}, the table's {table.sizes.tolist()}")
+
+
 def device_of(model: DocidModel) -> torch.device:
     """Where the model's weights are."""
-    return model.sizes.device
+    return model.get_buffer("sizes").device
 
 
 @torch.inference_mode()
-def encode(model: DocidModel, query: dict[str, Tensor], tile: int | None = None) -> Memory:
-    """The memory of B queries, encoded ``tile`` (the narrow tile) at a time."""
+def encode(model: DocidModel, query: dict[str, Tensor]) -> Memory:
+    """The memory of B queries, encoded a narrow tile at a time.
+
+    Raises:
+        BadSearch: if the model is in training mode, where dropout would make results random.
+    """
+    if model.training:
+        raise BadSearch("the model is in training mode; call model.eval() before decoding")
     device = device_of(model)
     size = len(next(iter(query.values())))
-    tile = tile or tiles(device)[0]
+    tile = tiles(device)[0]
     parts = []
     for start in range(0, size, tile):
         index = torch.arange(start, start + tile).clamp(max=size - 1)

@@ -8,7 +8,9 @@ from functools import cached_property
 import numpy as np
 
 from mobula.retrieval.docids.bitset import Bitset
+from mobula.retrieval.docids.scoring import scores_from_columns, top_k
 from mobula.retrieval.docids.table import DocidTable
+from mobula.retrieval.docids.trie import Trie
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,11 +45,22 @@ class Corpus:
         return Bitset(self.table)
 
     @cached_property
-    def first(self) -> np.ndarray:
-        """Codes that some live document has, bool[L, K]."""
-        allowed = np.zeros((self.levels, self.table.width), bool)
-        allowed[np.arange(self.levels)[:, None], self.columns] = True
-        return allowed
+    def trie(self) -> Trie:
+        """The codes by prefix."""
+        return Trie(self.table)
+
+    @cached_property
+    def distinct(self) -> tuple[np.ndarray, np.ndarray]:
+        """Distinct codes i64[C, L] and the index of each document's, i64[N]."""
+        codes, code_of = np.unique(self.columns.T, axis=0, return_inverse=True)
+        return codes, code_of
+
+    @cached_property
+    def place(self) -> np.ndarray:
+        """Document of each row of the table, i64; -1 for a deleted one."""
+        place = np.full(len(self.table), -1, np.int64)
+        place[self.table.live] = np.arange(len(self))
+        return place
 
     @cached_property
     def end(self) -> np.ndarray | None:
@@ -86,14 +99,8 @@ class Corpus:
         return rows
 
     def scores(self, log_probs: np.ndarray) -> np.ndarray:
-        """s(c) = sum_l log p(c_l), f64[N], from a table f64[L, K]: L look-ups per document.
-
-        Levels are added in order, so documents of one code score exactly alike.
-        """
-        total = np.zeros(len(self))
-        for level, column in zip(log_probs, self.columns, strict=True):
-            total += level[column]
-        return total
+        """s(c) = sum_l log p(c_l), f32[N], from a table f64[L, K]; documents of one code score exactly alike."""
+        return scores_from_columns(log_probs[None], self.columns)[0]
 
     def distances(self, code: np.ndarray) -> np.ndarray:
         """Hamming distance of every document's code to ``code``, i64[N]."""
@@ -109,12 +116,4 @@ class Corpus:
 
 def top(scores: np.ndarray, k: int) -> np.ndarray:
     """Indices i64[min(k, N)] of the k highest scores f[N], best first; of equal ones the lower index first."""
-    if k < len(scores):
-        least = np.partition(scores, len(scores) - k)[len(scores) - k]
-        above, level = np.flatnonzero(scores > least), np.flatnonzero(scores == least)
-        kept = np.concatenate([above, level[: k - len(above)]])
-    else:
-        kept = np.arange(len(scores))
-    # Sorting by index first makes the stable sort break ties by index.
-    kept.sort()
-    return kept[np.argsort(-scores[kept], kind="stable")]
+    return top_k(scores[None], k)[0][0]

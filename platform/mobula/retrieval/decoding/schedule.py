@@ -5,6 +5,7 @@ L positions, T steps, s = 1..T the present step.
 
 from __future__ import annotations
 
+import itertools
 import math
 
 
@@ -23,7 +24,7 @@ def commits(length: int, steps: int, kind: str) -> list[int]:
         each, rest = divmod(length, steps)
         return [each + (s < rest) for s in range(steps)]
     masked = [math.floor(length * math.cos(math.pi * s / (2 * steps))) for s in range(steps + 1)]
-    return [before - after for before, after in zip(masked, masked[1:], strict=False)]
+    return [before - after for before, after in itertools.pairwise(masked)]
 
 
 def kept(length: int, steps: int, step: int) -> int:
