@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import stat
+import sys
 from pathlib import Path
 
 logger = logging.getLogger(__name__)
@@ -37,15 +38,15 @@ def driver_environment() -> None:
     What the user has set already is kept.
     """
     settings = {
-        "RAY_AUTH_MODE": "token",
         "RAY_USAGE_STATS_ENABLED": "0",
         # Ray Train's print patch shows every line of a worker twice.
         "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
         "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": str(START_TIMEOUT_S),
-        # Ray says at every start that this will become the default; it suits us already.
-        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
         "TOKENIZERS_PARALLELISM": "false",
     }
+    if "ray" not in sys.modules:
+        # Ray reads this one when it is imported. Set later, only the servers it starts would ask for a token.
+        settings["RAY_AUTH_MODE"] = "token"
     if ray_address() is None:
         settings["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = str(LOCAL_POLL_S)
     for name, value in settings.items():
@@ -81,10 +82,11 @@ def token_file() -> Path:
     return Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or "~/.ray/auth_token").expanduser()
 
 
-def secure_token_file() -> None:
-    """Make the token file readable by its owner alone; warn if others could read it before.
+def secure_token_file(*, fresh: bool = False) -> None:
+    """Make the token file readable by its owner alone, and warn if others could read it before.
 
-    Ray creates it with the mode that the umask gives, which is usually readable by everyone.
+    Ray creates the file with the mode that the umask gives, usually readable by everyone; directly after that
+    (``fresh``) nobody needs a warning.
     """
     path = token_file()
     if not path.is_file():
@@ -97,7 +99,8 @@ def secure_token_file() -> None:
     except OSError as error:
         logger.warning("%s: mode %o lets others read the token and cannot be changed (%s)", path, mode, error.strerror)
         return
-    logger.warning("%s: mode %o let others read the token of this user's clusters; set to 600", path, mode)
+    if not fresh:
+        logger.warning("%s: mode %o let others read the token of this user's clusters; set to 600", path, mode)
 
 
 def job_environment() -> dict[str, str]:
@@ -122,7 +125,7 @@ def tune_environment() -> None:
         "TUNE_GLOBAL_CHECKPOINT_S": "1",
         # Ctrl-C stops a sweep like any program; Tune would return the trials so far as if they were all.
         "TUNE_DISABLE_SIGINT_HANDLER": "1",
-        # No CSV, JSON and TensorBoard file per trial: a sweep writes its own table.
+        # No CSV and TensorBoard file per trial: a sweep writes its own table.
         "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     }
     os.environ.update(settings)

@@ -10,7 +10,7 @@ from typing import Any
 from mobula.config import key
 
 # Keys that decide how a run is carried out but not what comes out of it: they may change between attempts.
-OPERATIONAL = ("checkpoint_every", "keep", "max_failures", "cpus_per_worker")
+OPERATIONAL = ("checkpoint_every", "keep", "max_failures")
 
 
 @dataclass
@@ -30,9 +30,9 @@ class TrainingConfig:
     schedule: str = key("linear", "form of the falling part", choices=("linear", "cosine"))
     precision: str = key("fp32", "fp32, or bf16 for mixed precision")
     zero: int = key(0, "ZeRO stage: what the workers share out (0 nothing ... 3 all states and weights)", ge=0, le=3)
-    workers: int = key(0, "Ray Train workers; 0: train in this process, without Ray", ge=0)
-    cpus_per_worker: float = key(1.0, "CPUs reserved for each worker", gt=0)
-    gpus_per_worker: float = key(0.0, "GPUs reserved for each worker", ge=0)
+    workers: int | None = key(
+        None, "Ray Train workers; 0: train in this process, without Ray; not set: as cluster.yaml says", ge=0
+    )
     eval_every: int | None = key(None, "evaluate on the dev split this often; at the end only if not set", ge=1)
     monitor: str = key("", "dev metric that chooses the best weights; empty: the last weights are used")
     mode: str = key("max", "whether a larger or a smaller monitored metric is better", choices=("max", "min"))
@@ -50,7 +50,7 @@ class TrainingConfig:
     @property
     def world(self) -> int:
         """Processes that share a batch."""
-        return max(1, self.workers)
+        return max(1, self.workers or 0)
 
     @property
     def micro(self) -> int:
@@ -83,5 +83,3 @@ class TrainingConfig:
             yield f"warmup={self.warmup} and decay={self.decay} together exceed the whole run"
         if self.early_stop is not None and not (self.monitor and self.eval_every):
             yield "early_stop needs monitor and eval_every"
-        if self.workers == 0 and self.gpus_per_worker > 1:
-            yield f"gpus_per_worker={self.gpus_per_worker}: one process (workers=0) trains on one GPU at most"

@@ -40,7 +40,7 @@ class Engine:
         )
         self._parameters = trained
         self._zero_norm = torch.zeros(())
-        settings = _settings(config, sum(p.numel() for p in trained))
+        settings = _settings(config, sum(p.numel() for p in trained), overlap=device.type == "cuda")
         self._engine, *_ = deepspeed.initialize(
             model=_Loss(self.model, task), optimizer=self.optimizer, config=settings, dist_init_required=False
         )
@@ -163,12 +163,12 @@ def _groups(parameters: list[nn.Parameter], weight_decay: float) -> list[dict[st
     return [group for group in groups if group["params"]]
 
 
-def _settings(config: TrainingConfig, elements: int) -> dict[str, Any]:
-    """DeepSpeed's configuration."""
+def _settings(config: TrainingConfig, elements: int, *, overlap: bool) -> dict[str, Any]:
+    """DeepSpeed's configuration for ``elements`` trained weights."""
     bucket = min(LARGEST_BUCKET, max(1, elements))
     zero: dict[str, Any] = {"stage": config.zero, "reduce_bucket_size": bucket, "allgather_bucket_size": bucket}
     if config.zero > 0:
-        zero["overlap_comm"] = config.gpus_per_worker > 0
+        zero["overlap_comm"] = overlap
     return {
         "train_micro_batch_size_per_gpu": config.micro,
         "gradient_accumulation_steps": config.accumulation,

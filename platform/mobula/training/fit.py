@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,9 +12,11 @@ from typing import Any
 import torch
 
 from mobula.artifacts import write_json
+from mobula.cluster.resources import WorkerResources
+from mobula.cluster.spec import ClusterSpec, Train
 from mobula.config import differences
 from mobula.errors import ArtifactError, ConfigError, RunConflict
-from mobula.training import checkpoints, loop
+from mobula.training import checkpoints, loop, ray_backend
 from mobula.training.config import TrainingConfig
 from mobula.training.task import Task
 
@@ -44,13 +47,14 @@ def fit(
     *,
     seed: int,
     name: str,
-    cluster: Any = None,
+    cluster: ClusterSpec | None = None,
     progress: Callable[[dict[str, Any]], None] | None = None,
 ) -> FitResult:
     """Train ``task`` in ``directory``; go on where an interrupted call stopped; return a finished one's result.
 
-    ``name`` is shown in Ray's dashboard and in errors. ``progress`` is called with every row of metrics. On
-    several nodes the directory must be on storage that all of them see.
+    ``cluster`` says what a worker gets, and how many there are unless ``config.workers`` does. ``name`` is shown
+    in Ray's dashboard and in errors. ``progress`` is called with every row of metrics. On several nodes the
+    directory must be on storage that all of them see.
 
     Raises:
         ConfigError: the keys of ``config`` contradict each other.
@@ -59,32 +63,23 @@ def fit(
         TrainingError: the loss is not finite, workers were lost too often, or the storage refuses.
         ArtifactError: the checkpoint to resume from is damaged.
     """
+    requested = cluster.platform.train if cluster else Train(workers=0)
+    if config.workers is None:
+        config = dataclasses.replace(config, workers=requested.workers)
+    resources = WorkerResources(config.world, requested.cpus_per_worker, requested.gpus_per_worker)
     problems = [f"training.{problem}" for problem in config.problems()]
     if problems:
         raise ConfigError(problems, name)
     directory = directory.resolve()
     _bind(directory, {"task": task.identity(), "seed": seed, "training": config.identity()})
     if not (directory / loop.RESULT).is_file():
-        _train(task, config, directory, seed, name, cluster, progress or _silent)
+        report = progress or _silent
+        if config.workers == 0:
+            device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+            loop.train(task, config, directory, seed, device, report)
+        else:
+            ray_backend.train(task, config, directory, seed, name, resources, report)
     return _result(directory)
-
-
-def _train(
-    task: Task,
-    config: TrainingConfig,
-    directory: Path,
-    seed: int,
-    name: str,
-    cluster: Any,
-    progress: Callable[[dict[str, Any]], None],
-) -> None:
-    if config.workers == 0:
-        device = torch.device("cuda" if config.gpus_per_worker else "cpu")
-        loop.train(task, config, directory, seed, device, progress)
-        return
-    from mobula.training import ray_backend
-
-    ray_backend.train(task, config, directory, seed, name, cluster, progress)
 
 
 def _bind(directory: Path, fingerprint: dict[str, Any]) -> None:
@@ -94,7 +89,8 @@ def _bind(directory: Path, fingerprint: dict[str, Any]) -> None:
         changed = differences(json.loads(path.read_text(encoding="utf-8")), fingerprint)
         if changed:
             raise RunConflict(
-                f"{directory}: holds another training ({'; '.join(changed[:6])}); use another directory or remove this one"
+                f"{directory}: holds another training ({'; '.join(changed[:6])}); "
+                "use another directory, or remove this one"
             )
         return
     with checkpoints.writing(path):

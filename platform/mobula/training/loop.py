@@ -24,7 +24,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mobula.artifacts import write_json, write_text
-from mobula.errors import RunConflict, TrainingError
+from mobula.errors import ArtifactError, RunConflict, TrainingError
 from mobula.training import checkpoints
 from mobula.training.config import TrainingConfig
 from mobula.training.engine import Engine, join_process_group
@@ -38,6 +38,10 @@ RESULT = "result.json"
 LOCK_WAIT_S = 60.0
 
 Row = dict[str, Any]
+
+
+class RankFailure(TrainingError):
+    """One rank failed while the others wait for it: they have to be ended from outside."""
 
 
 @dataclass
@@ -173,13 +177,17 @@ class _Loop:
         self.state.losses, self.state.extras = self.window.losses, self.window.extras
         facts = {**asdict(self.state), "world": dist.get_world_size()}
         partial = checkpoints.partial_state(self.directory, self.state.step)
-        with checkpoints.writing(partial):
-            partial.mkdir(parents=True, exist_ok=True)
-            self.engine.save(partial)
+        try:
+            with checkpoints.writing(partial):
+                partial.mkdir(parents=True, exist_ok=True)
+                self.engine.save(partial)
+        except TrainingError as error:
+            raise RankFailure(str(error)) from error
         self._together(lambda: checkpoints.commit_state(self.directory, self.state.step, facts, self.config.keep))
 
     def _resume(self) -> None:
-        found = checkpoints.newest_state(self.directory)
+        self._together(lambda: checkpoints.remove_partial(self.directory))
+        found = self._newest()
         if found is not None:
             folder, facts = found
             world = facts.pop("world")
@@ -193,11 +201,23 @@ class _Loop:
             self.window = _Window(list(self.state.losses), dict(self.state.extras))
         self.started = time.perf_counter() - self.state.seconds
         self.reported = (time.perf_counter(), self.state.step * self.config.batch)
-        self._together(self._clear)
+        self._together(self._cut_metrics)
 
-    def _clear(self) -> None:
-        """Remove what an interrupted attempt left: half-written files and the rows of steps to be done again."""
-        checkpoints.remove_partial(self.directory)
+    def _newest(self) -> tuple[Path, dict[str, Any]] | None:
+        """Rank 0 verifies the newest checkpoint for all."""
+        found: Any = None
+        if self.first:
+            try:
+                found = checkpoints.newest_state(self.directory)
+            except ArtifactError as error:
+                found = error
+        found = _from_first(found)
+        if isinstance(found, ArtifactError):
+            raise found
+        return found
+
+    def _cut_metrics(self) -> None:
+        """Drop the rows of steps that will be done again."""
         path = self.directory / METRICS
         rows = read_metrics(path) if path.is_file() else []
         kept = [json.dumps(row) + "\n" for row in rows if row["step"] <= self.state.step]
@@ -217,9 +237,7 @@ class _Loop:
             checkpoints.remove_states(self.directory)
 
     def _write(self, row: Row, everywhere: bool = False) -> None:
-        if self.first:
-            with checkpoints.writing(self.directory / METRICS), (self.directory / METRICS).open("a") as stream:
-                stream.write(json.dumps(row) + "\n")
+        self._together(lambda: _append(self.directory / METRICS, row))
         if self.first or everywhere:
             self.report(row)
 
@@ -347,6 +365,11 @@ def read_metrics(path: Path) -> list[Row]:
         with contextlib.suppress(ValueError):
             rows.append(json.loads(line))
     return rows
+
+
+def _append(path: Path, row: Row) -> None:
+    with path.open("a", encoding="utf-8") as stream:
+        stream.write(json.dumps(row) + "\n")
 
 
 @functools.lru_cache(maxsize=2)

@@ -1,0 +1,185 @@
+"""The training loop on Ray Train's workers; the one module that imports ``ray.train``.
+
+Ray places the workers, joins them into a process group and replaces lost ones. What survives an attempt is ours
+alone: the directory's checkpoints (see :mod:`mobula.training.checkpoints`). Ray's own record of a run is
+thrown away with every call, because under a known name Ray "resumes" a finished run by returning its old result.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import threading
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from mobula import environment
+from mobula.cluster.connect import check_resources, connect
+from mobula.cluster.resources import WorkerResources
+from mobula.errors import ClusterError, MobulaError, TrainingError
+from mobula.training import loop
+from mobula.training.config import TrainingConfig
+from mobula.training.task import Task
+
+SCRATCH = "ray"
+FOLLOW_S = 0.5
+# Attempts to place the workers, each of which lasts as long as the start timeout.
+PLACEMENTS = 1
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What a worker needs to know."""
+
+    task: Task
+    config: TrainingConfig
+    directory: Path
+    seed: int
+
+
+def train(
+    task: Task,
+    config: TrainingConfig,
+    directory: Path,
+    seed: int,
+    name: str,
+    resources: WorkerResources,
+    progress: Callable[[loop.Row], None],
+) -> None:
+    """Run :func:`mobula.training.loop.train` on the workers that ``resources`` asks for.
+
+    Raises:
+        ClusterError: the cluster cannot give the workers, or a node does not see the directory.
+        TrainingError, ArtifactError, RunConflict: as the loop does; or workers were lost too often.
+    """
+    with connect():
+        check_resources(resources)
+        trainer = _trainer(_Work(task, config, directory, seed), name, resources)
+        try:
+            with _following(directory / loop.METRICS, progress):
+                error = _outcome(trainer)
+        finally:
+            shutil.rmtree(directory / SCRATCH, ignore_errors=True)
+    if error is not None:
+        raise error
+
+
+def _trainer(work: _Work, name: str, resources: WorkerResources) -> Any:
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    gpu = resources.gpus > 0
+    variables = environment.worker_environment(gpu, threads=int(resources.cpus))
+    return TorchTrainer(
+        _worker,  # type: ignore[arg-type]
+        train_loop_config={"work": work},
+        scaling_config=ScalingConfig(
+            num_workers=resources.workers, use_gpu=gpu, resources_per_worker=resources.bundle()
+        ),
+        torch_config=TorchConfig(backend="nccl" if gpu else "gloo"),
+        run_config=RunConfig(
+            name=f"{name}-{uuid.uuid4().hex[:8]}",
+            storage_path=str(work.directory / SCRATCH),
+            failure_config=FailureConfig(max_failures=work.config.max_failures, controller_failure_limit=PLACEMENTS),
+            worker_runtime_env={"env_vars": variables},
+        ),
+    )
+
+
+def _outcome(trainer: Any) -> MobulaError | None:
+    """Train; the error that ended it, if one did."""
+    from ray.exceptions import RayError
+    from ray.train import ControllerError, WorkerGroupError
+
+    try:
+        return trainer.fit().return_value
+    except ControllerError as error:
+        return ClusterError(f"the cluster did not start the workers: {_line(error.controller_failure)}")
+    except RayError as error:
+        return ClusterError(f"Ray Train's controller failed: {_line(error)}")
+    except WorkerGroupError as error:
+        rank, cause = min(error.worker_failures.items())
+        return TrainingError(
+            f"training stopped after worker failures on ranks {sorted(error.worker_failures)}, more than "
+            f"training.max_failures allows; rank {rank}: {_line(cause)}; the same command goes on from the last "
+            "checkpoint"
+        )
+
+
+def _worker(settings: dict[str, Any]) -> MobulaError | None:
+    """One worker's training. An error that a restart would only repeat is returned: Ray retries what is raised."""
+    import ray.train
+    import ray.train.torch
+
+    work: _Work = settings["work"]
+    try:
+        _require_shared(work.directory)
+        loop.train(work.task, work.config, work.directory, work.seed, ray.train.torch.get_device(), _report)
+    except loop.RankFailure:
+        raise
+    except MobulaError as error:
+        return error
+    return None
+
+
+def _report(row: loop.Row) -> None:
+    """Show an evaluation in Ray's dashboard, and to a Tune trial around this training.
+
+    Every rank has the rows of evaluations; ``ray.train.report`` waits for all of them.
+    """
+    import ray.train
+
+    if "dev" in row:
+        ray.train.report({"step": row["step"], **row["dev"]})
+
+
+def _require_shared(directory: Path) -> None:
+    """Raise on every rank unless all of them see the driver's directory."""
+    import ray
+
+    seen: list[str | None] = [None] * dist.get_world_size()
+    address = ray.util.get_node_ip_address()
+    dist.all_gather_object(seen, None if (directory / SCRATCH).is_dir() else address)
+    blind = sorted({address for address in seen if address is not None})
+    if blind:
+        raise ClusterError(
+            f"{directory}: not visible on node(s) {', '.join(blind)}; put the run on storage that all nodes share "
+            "(metadata.storage in cluster.yaml)"
+        )
+
+
+@contextlib.contextmanager
+def _following(path: Path, progress: Callable[[loop.Row], None]) -> Iterator[None]:
+    """Call ``progress`` with the rows that the workers append to the metrics file during the block."""
+    done = threading.Event()
+    thread = threading.Thread(target=_follow, args=(path, progress, done), daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+def _follow(path: Path, progress: Callable[[loop.Row], None], done: threading.Event) -> None:
+    shown = loop.read_metrics(path)[-1:] if path.is_file() else []
+    last = shown[0]["step"] if shown else 0
+    finished = False
+    while not finished:
+        finished = done.wait(FOLLOW_S)
+        rows = loop.read_metrics(path) if path.is_file() else []
+        fresh = [row for row in rows if row["step"] > last]
+        for row in fresh:
+            progress(row)
+        last = max([last, *(row["step"] for row in fresh)])
+
+
+def _line(error: BaseException) -> str:
+    """The last line of an error's text, which names the cause."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1][:300] if lines else type(error).__name__
