@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 FORWARDED = ("MOBULA_DATA", "HF_HOME", "HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE")
 # A controller of Ray Train looks at its workers this often. Ray's 2 s delays every report on a small machine.
 LOCAL_POLL_S = 0.2
-START_TIMEOUT_S = 60
+START_TIMEOUT_S = 180
 
 
 def data_folder() -> Path | None:

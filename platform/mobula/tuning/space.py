@@ -33,14 +33,6 @@ Point = dict[str, Any]
 
 
 @dataclass
-class Objective:
-    """A metric that trials report, and its better direction."""
-
-    metric: str = key("", "name of a metric that the method reports")
-    mode: str = key("max", "max or min")
-
-
-@dataclass
 class Asha:
     """When ASHA (Li et al. 2020, Algorithm 2) stops a trial; counted in a quantity that trials report."""
 
@@ -73,7 +65,7 @@ class SpaceConfig(ExperimentConfig):
     exclude: list[dict[str, Any]] = key(
         [], "rows of key: value (or list of values); a point that matches a whole row is left out"
     )
-    objectives: list[Objective] = key([], "what to optimise; ASHA and the `within` table follow the first")
+    objectives: dict[str, str] = key({}, "metric -> max or min, in order; ASHA and plots follow the first")
     within: list[float] = key([], "limits on the second objective; the report names the best trial inside each")
     per: str | None = key(None, "parameter each of whose values gets its own best trial in the report")
     searcher: str = key("grid", "grid: every point; random: seeded draws; optuna: TPE", choices=SEARCHERS)
@@ -81,10 +73,10 @@ class SpaceConfig(ExperimentConfig):
     asha: Asha = section(Asha)
     trials: int | None = key(None, "trials to run (random and optuna)", ge=1)
     concurrent: int | None = key(
-        None, "trials at a time; null: as the cluster says, else 1 for inference and distributed, else what fits", ge=1
+        None, "trials at a time; null: what cluster.yaml says, without one 1", ge=1
     )
-    cpus: float | None = key(None, "CPUs of a trial; null: 1 (distributed: only its workers count)", gt=0)
-    gpus: float = key(0.0, "GPUs of a trial", ge=0)
+    cpus: float | None = key(None, "CPUs of a trial; null: what cluster.yaml says, without one 1", gt=0)
+    gpus: float | None = key(None, "GPUs of a trial; null: what cluster.yaml says, without one 0", ge=0)
 
     def problems(self) -> list[str]:
         """Contradictions between the keys, and parameters that are not a space."""
@@ -97,7 +89,7 @@ class SpaceConfig(ExperimentConfig):
             yield f"artifact is for mode=inference, not mode={self.mode}"
         if self.scheduler == "asha" and self.mode == "inference":
             yield "scheduler=asha needs trials that train (mode=inline or distributed)"
-        if self.mode == "distributed" and (self.cpus is not None or self.gpus):
+        if self.mode == "distributed" and (self.cpus is not None or self.gpus is not None):
             yield "cpus and gpus of a distributed trial are those of its training workers; leave them out here"
         if self.searcher == "grid" and self.trials is not None:
             yield "searcher=grid runs every point; leave trials out, or use searcher=random"
@@ -105,14 +97,12 @@ class SpaceConfig(ExperimentConfig):
             yield f"searcher={self.searcher} needs trials"
 
     def _objective_problems(self) -> Iterator[str]:
-        names = [objective.metric for objective in self.objectives]
-        if not names or not all(names):
-            yield "objectives: give at least one {metric: NAME, mode: max|min}"
-        yield from (f"objectives: {name} is there twice" for name, n in Counter(names).items() if n > 1)
-        for objective in self.objectives:
-            if objective.mode not in ("max", "min"):
-                yield f"objectives: {objective.metric} has mode {objective.mode!r}; expected max or min"
-        if self.within and (len(self.objectives) < 2 or self.objectives[1].mode != "min"):
+        if not self.objectives:
+            yield "objectives is empty; give at least one metric: max or metric: min"
+        for metric, mode in self.objectives.items():
+            if mode not in ("max", "min"):
+                yield f"objectives.{metric}={mode!r}: expected max or min"
+        if self.within and list(self.objectives.values())[1:2] != ["min"]:
             yield "within limits the second objective, which must be one with mode=min"
 
     def _parameter_problems(self) -> Iterator[str]:
@@ -243,7 +233,11 @@ def load(path: Path, overrides: tuple[str, ...] | list[str] = ()) -> Space:
     problems = configs.check_values(schema, itertools.chain(config.fixed.items(), _samples(config)))
     if problems:
         raise ConfigError(list(dict.fromkeys(problems)), str(path))
-    return Space(config, schema, with_keys(configs.to_dict(experiment), config.fixed))
+    base = with_keys(configs.to_dict(experiment), config.fixed)
+    problems = list(_worker_problems(config, base))
+    if problems:
+        raise ConfigError(problems, str(path))
+    return Space(config, schema, base)
 
 
 def with_keys(values: dict[str, Any], point: Point) -> dict[str, Any]:
@@ -255,6 +249,17 @@ def with_keys(values: dict[str, Any], point: Point) -> dict[str, Any]:
     return result
 
 
+def _worker_problems(config: SpaceConfig, base: dict[str, Any]) -> Iterator[str]:
+    """A trial trains in its own process or starts workers; the experiment's training section must say the same."""
+    workers = base.get("training", {}).get("workers")
+    if workers is None:
+        return
+    if config.mode == "inline" and workers > 0:
+        yield f"mode=inline trains in the trial's process, but training.workers={workers}; set it to 0 in fixed"
+    if config.mode == "distributed" and workers == 0:
+        yield "mode=distributed needs training.workers of at least 1; set it in fixed, or use mode=inline"
+
+
 def _samples(config: SpaceConfig) -> Iterator[tuple[str, Any]]:
     """Every choice and both ends of every range: what the experiment's schema must accept."""
     for name, domain in config.parameters.items():
@@ -262,7 +267,9 @@ def _samples(config: SpaceConfig) -> Iterator[tuple[str, Any]]:
 
 
 def _matches(point: Point, row: dict[str, Any]) -> bool:
-    return all(point[name] in (value if isinstance(value, list) else [value]) for name, value in row.items())
+    return all(
+        point[name] == value or (isinstance(value, list) and point[name] in value) for name, value in row.items()
+    )
 
 
 def _draw(domain: dict[str, Any], generator: np.random.Generator) -> Any:
