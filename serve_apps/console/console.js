@@ -1,0 +1,167 @@
+import { $, call, element, events, options, shown, table } from "./page.js";
+import { Denoising } from "./denoising.js";
+import { showReport } from "./report.js";
+
+let facts = null;
+let running = null;
+
+function notice(error) {
+  $("notice").hidden = !error;
+  $("notice").textContent = error ? error.message : "";
+}
+
+function request(extra = {}) {
+  const steps = Number($("steps").value);
+  const stepwise = facts.stepwise.includes($("decoder").value);
+  return {
+    query: $("query").value,
+    k: Number($("k").value),
+    decoder: $("decoder").value,
+    order: $("order").value,
+    remask: $("remask").value,
+    ...(steps > 0 && stepwise ? { steps } : {}),
+    ...extra,
+  };
+}
+
+// --- the budget ---------------------------------------------------------------------------------------------
+
+function showBudget() {
+  const decoder = $("decoder").value;
+  const stepwise = facts.stepwise.includes(decoder);
+  const steps = Number($("steps").value);
+  // Only remasking lets a request take more steps than the code has positions.
+  $("steps").max = $("remask").value === "none" ? facts.levels : 4 * facts.levels;
+  $("steps").disabled = !stepwise;
+  const half = Math.max(1, Math.floor(facts.levels / 2));
+  const chosen = steps === 0 ? `${half} steps (the default, half the code length)` : `${steps} step${steps > 1 ? "s" : ""}`;
+  $("budget-shown").textContent = stepwise ? chosen : `${decoder} takes no steps`;
+  const wanted = stepwise ? (steps || half) : null;
+  const measured = facts.calibration.find((row) => row.decoder === decoder && row.steps === wanted);
+  $("latency").textContent = measured ? `95 % of such searches took at most ${shown(measured.p95_ms)} ms on this host` : "";
+}
+
+// --- search -------------------------------------------------------------------------------------------------
+
+function hit(found, shared) {
+  return element("li", { class: shared ? "shared" : undefined },
+    element("h3", {}, found.title || found.doc_id),
+    element("span", { class: "id" }, `${found.doc_id}, score ${found.score === null ? "none" : shown(found.score)}`),
+    element("p", {}, found.snippet));
+}
+
+function cost(result) {
+  const over = result.budget.over_budget ? ", no measured budget fits the time" : "";
+  return `${shown(result.ms)} ms, ${result.nfe} network calls, ${result.steps_used} steps${over}`;
+}
+
+async function search(signal) {
+  const retriever = $("retriever").value;
+  const traced = retriever === facts.default;
+  $("denoising").hidden = !traced;
+  let result = null;
+  if (traced) {
+    const picture = new Denoising($("code").tBodies[0], $("progress"), facts.levels);
+    for await (const [name, value] of events("trace", request(), signal)) {
+      if (name === "step") picture.step(value);
+      if (name === "result") result = value;
+      if (name === "error") throw new Error(value.error.message);
+    }
+    picture.done(result.raw_code);
+  } else {
+    result = await call("search", request({ retriever }), signal);
+  }
+  $("results-title").hidden = false;
+  $("cost").textContent = cost(result);
+  $("results").replaceChildren(...result.hits.map((found) => hit(found)));
+}
+
+// --- comparison ---------------------------------------------------------------------------------------------
+
+async function compare(signal) {
+  const names = [...$("arms").querySelectorAll("input:checked")].map((box) => box.value);
+  const outcomes = await Promise.allSettled(names.map((retriever) => call("search", request({ retriever }), signal)));
+  const times = new Map();
+  for (const { value } of outcomes) for (const found of value?.hits ?? []) times.set(found.doc_id, (times.get(found.doc_id) ?? 0) + 1);
+  $("columns").replaceChildren(...outcomes.map(({ value, reason }, i) => element("section", {},
+    element("h2", {}, names[i], element("small", {}, value ? cost(value) : "")),
+    value ? element("ol", { class: "hits" }, ...value.hits.map((found) => hit(found, times.get(found.doc_id) > 1)))
+      : element("p", { class: "does_not_hold" }, reason.message))));
+}
+
+// --- reports ------------------------------------------------------------------------------------------------
+
+async function listReports() {
+  const runs = await call("reports");
+  options($("run"), runs.map((run) => run.name));
+  if (runs.length) await openReport();
+  else $("report").replaceChildren(element("p", { class: "hint" }, "No finished run here yet."));
+}
+
+async function openReport() {
+  const name = $("run").value;
+  showReport($("report"), name, await call(`reports/${encodeURIComponent(name)}`));
+}
+
+// --- the page -----------------------------------------------------------------------------------------------
+
+const TABS = ["search", "compare", "reports"];
+
+function open(tab) {
+  for (const name of TABS) {
+    $(name).hidden = name !== tab;
+    $(`tab-${name}`).setAttribute("aria-selected", String(name === tab));
+    $(`tab-${name}`).tabIndex = name === tab ? 0 : -1;
+  }
+  $("form").hidden = tab === "reports";
+  document.querySelector(".only-search").hidden = tab !== "search";
+  notice(null);
+  if (tab === "reports") listReports().catch(notice);
+}
+
+function current() {
+  return TABS.find((name) => !$(name).hidden);
+}
+
+async function submit(event) {
+  event.preventDefault();
+  running?.abort();
+  const mine = running = new AbortController();
+  const button = $("form").querySelector(".primary");
+  button.disabled = true;
+  notice(null);
+  try {
+    await (current() === "compare" ? compare : search)(mine.signal);
+  } catch (error) {
+    if (error.name !== "AbortError") notice(error);
+  } finally {
+    if (running === mine) button.disabled = false;
+  }
+}
+
+async function start() {
+  facts = await call("retrievers");
+  options($("decoder"), facts.decoders, "match_rerank");
+  options($("order"), facts.orders, "confidence");
+  options($("remask"), facts.remask, "none");
+  options($("retriever"), facts.retrievers, facts.default);
+  $("arms").append(...facts.retrievers.map((name) =>
+    element("label", {}, element("input", { type: "checkbox", value: name, checked: true }), name)));
+  for (const id of ["steps", "decoder", "remask"]) $(id).addEventListener("input", showBudget);
+  $("form").addEventListener("submit", submit);
+  $("run").addEventListener("change", () => openReport().catch(notice));
+  for (const name of TABS) {
+    $(`tab-${name}`).addEventListener("click", () => open(name));
+    $(`tab-${name}`).addEventListener("keydown", (event) => {
+      const move = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
+      if (!move) return;
+      const next = TABS[(TABS.indexOf(name) + move + TABS.length) % TABS.length];
+      open(next);
+      $(`tab-${next}`).focus();
+    });
+  }
+  showBudget();
+  document.body.dataset.ready = "yes";
+}
+
+start().catch(notice);
