@@ -23,7 +23,8 @@ def commits(length: int, steps: int, kind: str) -> list[int]:
     if kind == "linear":
         each, rest = divmod(length, steps)
         return [each + (s < rest) for s in range(steps)]
-    masked = [math.floor(length * math.cos(math.pi * s / (2 * steps))) for s in range(steps + 1)]
+    # The margin keeps rounding from turning an exact integer (0 at the end) into the one below.
+    masked = [math.floor(length * math.cos(math.pi * s / (2 * steps)) + 1e-9) for s in range(steps + 1)]
     return [before - after for before, after in itertools.pairwise(masked)]
 
 
