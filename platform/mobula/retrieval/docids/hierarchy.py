@@ -3,7 +3,8 @@
 A code is branch, ..., branch, leaf index, END, END, ... All levels share one alphabet: 0 is END, 1..B the
 branches, B+1.. the leaf indices. A leaf has twice ``hk.leaf`` indices, so that documents which arrive later
 find room; documents beyond share the last one. Nodes are numbered breadth first, children of a node in a row:
-``first[n]`` is the first child (-1 for a leaf), ``children[n]`` their number, ``centroid[n]`` a node's mean.
+``first[n]`` is the first child (-1 for a leaf), ``children[n]`` their number, ``centroid[n]`` the centroid that
+draws points to a node.
 """
 
 from __future__ import annotations
@@ -34,12 +35,12 @@ def fit(config: DocidConfig, points: np.ndarray, seed: int) -> tuple[np.ndarray,
         groups = _split(config, points, members[node], depth[node], seed + node)
         if groups:
             first[node], children[node] = len(members), len(groups)
-        for group in groups:
+        for group, mean in groups:
             members.append(group)
             depth.append(depth[node] + 1)
             first.append(-1)
             children.append(0)
-            centroid.append(points[group].mean(0))
+            centroid.append(mean)
         node += 1
     size = 1 + config.hk.branch + 2 * config.hk.leaf
     arrays: dict[str, np.ndarray] = {
@@ -102,7 +103,10 @@ def reconstruct(arrays: dict[str, np.ndarray], codes: np.ndarray) -> np.ndarray:
     return arrays["centroid"][node]
 
 
-def _split(config: DocidConfig, points: np.ndarray, members: np.ndarray, depth: int, seed: int) -> list[np.ndarray]:
+def _split(
+    config: DocidConfig, points: np.ndarray, members: np.ndarray, depth: int, seed: int
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """The children of a node, each with its members i64[m] and centroid f32[D]; none if it stays a leaf."""
     if len(members) <= config.hk.leaf or depth + 3 > config.levels:
         return []
     own = points[members]
@@ -110,8 +114,8 @@ def _split(config: DocidConfig, points: np.ndarray, members: np.ndarray, depth: 
         return []
     centroids = kmeans(own, min(config.hk.branch, len(members)), config.iterations, seed)
     chosen = nearest(own, centroids)
-    groups = [members[chosen == k] for k in range(len(centroids))]
-    groups = [group for group in groups if len(group)]
+    groups = [(members[chosen == k], mean) for k, mean in enumerate(centroids)]
+    groups = [group for group in groups if len(group[0])]
     return groups if len(groups) > 1 else []
 
 

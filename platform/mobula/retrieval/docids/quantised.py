@@ -185,5 +185,6 @@ def _opq_rotation(config: DocidConfig, points: np.ndarray, seed: int) -> np.ndar
     quantiser.cp.seed = seed
     matrix = faiss.OPQMatrix(dim, config.levels)
     matrix.pq = quantiser
+    matrix.niter = config.iterations
     matrix.train(np.ascontiguousarray(points, np.float32))
     return faiss.vector_to_array(matrix.A).reshape(dim, dim).copy()

@@ -32,8 +32,8 @@ class DocidTokenizer(Protocol):
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each text, without special tokens."""
 
-    def decode(self, tokens: Sequence[Sequence[int]]) -> list[str]:
-        """The text of each token sequence."""
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of token ids."""
 
 
 @dataclass(frozen=True, eq=False)

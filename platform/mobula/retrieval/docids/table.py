@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from mobula.artifacts import write_json
@@ -217,20 +218,11 @@ class DocidTable:
             sizes, levels = arrays["sizes"], facts["levels"]
             books = {name.removeprefix("space."): a for name, a in arrays.items() if name.startswith("space.")}
             space = DocidSpace(facts["family"], sizes[:levels], books, facts["meta"], tokenizer)
-            table = cls(
-                space,
-                arrays["codes"],
-                facts["doc_ids"],
-                arrays["live"],
-                sizes,
-                facts["collision"],
-                facts["rows_version"],
-            )
+            collision, version = facts["collision"], facts["rows_version"]
+            table = cls(space, arrays["codes"], facts["doc_ids"], arrays["live"], sizes, collision, version)
             stored = facts["hash"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ArtifactError(
-                f"{directory}: no readable docid table ({error.__class__.__name__}: {error})"
-            ) from error
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+            raise ArtifactError(f"{directory}: no readable docid table ({error.__class__.__name__}: {error})") from None
         if table.hash != stored:
             raise DocidSpaceMismatch(f"{directory}: codebooks differ from the hash in {FACTS}; write the table anew")
         if expect_hash is not None and table.hash != expect_hash:
