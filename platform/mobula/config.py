@@ -67,6 +67,15 @@ def load(schema: type[T], path: Path | None = None, overrides: Sequence[str] = (
 
 def build(schema: type[T], values: dict[str, Any], overrides: Sequence[str] = (), source: str = "config") -> T:
     """As :func:`load`, from a nested mapping instead of a file."""
+    result = unchecked(schema, values, overrides, source)
+    problems = contradictions(result)
+    if problems:
+        raise ConfigError(problems, source)
+    return result
+
+
+def unchecked(schema: type[T], values: dict[str, Any], overrides: Sequence[str] = (), source: str = "config") -> T:
+    """As :func:`build`, without a look at contradictions between keys."""
     problems: list[str] = []
     assignments = list(_leaves(values, schema))
     for text in overrides:
@@ -81,11 +90,7 @@ def build(schema: type[T], values: dict[str, Any], overrides: Sequence[str] = ()
         problems.extend(_assign(config, fields, name, value))
     if problems:
         raise ConfigError(problems, source)
-    result = OmegaConf.to_object(config)
-    problems = list(_contradictions(result, ""))
-    if problems:
-        raise ConfigError(problems, source)
-    return result
+    return OmegaConf.to_object(config)
 
 
 def check_values(schema: type, values: Iterable[tuple[str, Any]]) -> list[str]:
@@ -95,6 +100,11 @@ def check_values(schema: type, values: Iterable[tuple[str, Any]]) -> list[str]:
     """
     fields = dict(_fields(schema))
     return [p for name, value in values for p in _assign(OmegaConf.structured(schema), fields, name, value)]
+
+
+def contradictions(config: Any) -> list[str]:
+    """What the ``problems()`` of a config and of its sections say; a section checks what concerns several keys."""
+    return list(_contradictions(config, ""))
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -262,7 +272,6 @@ def _hint(value: Any, choices: Sequence[str]) -> str:
 
 
 def _contradictions(config: Any, prefix: str) -> Iterator[str]:
-    """What the sections' own ``problems()`` say; a section checks what concerns several of its keys."""
     check = getattr(config, "problems", None)
     if callable(check):
         yield from (f"{prefix}{problem}" for problem in check())

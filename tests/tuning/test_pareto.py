@@ -27,9 +27,7 @@ def better_or_equal(a, b, modes):
 @given(fronts())
 def test_front_is_what_nothing_dominates(case):
     points, modes = case
-    expected = [
-        i for i, p in enumerate(points) if not any(better_or_equal(q, p, modes) and q != p for q in points)
-    ]
+    expected = [i for i, p in enumerate(points) if not any(better_or_equal(q, p, modes) and q != p for q in points)]
     assert pareto_front(points, modes) == expected
 
 

@@ -94,7 +94,7 @@ def test_excluded_points_are_left_out_and_counted(write):
 
 def test_a_space_without_a_point_says_what_refused_it(write):
     path = write({"parameters": TERMS, "objectives": QUALITY, "exclude": [{"decode.terms": [1, 2]}]})
-    with pytest.raises(ConfigError, match="no point of the space is allowed.*exclude"):
+    with pytest.raises(ConfigError, match=r"no point of the space is allowed.*exclude"):
         spaces.load(path).points()
 
 

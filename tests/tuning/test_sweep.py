@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
@@ -34,7 +35,7 @@ def test_an_inference_sweep_trains_once_and_finds_the_front(write, tmp_path, jou
     # The most terms are the best quality; a front holds no trial that costs more and is no better.
     ranked = [result.outcomes[i].metrics for i in result.front]
     assert ranked[0]["r2"] > 0.9
-    assert all(a["r2"] > b["r2"] and a["multiplications"] > b["multiplications"] for a, b in zip(ranked, ranked[1:]))
+    assert all(a["r2"] > b["r2"] and a["multiplications"] > b["multiplications"] for a, b in itertools.pairwise(ranked))
 
     written = json.loads((tmp_path / "out" / "sweep.json").read_text())
     assert [t["point"] for t in written["trials"]] == [o.point for o in result.outcomes]
@@ -43,6 +44,8 @@ def test_an_inference_sweep_trains_once_and_finds_the_front(write, tmp_path, jou
     within = tables["Best r2 within a limit on multiplications"]
     assert within[1] == [0.5, "none"]
     assert within[2][2] <= 4
+    assert {p.name for p in (tmp_path / "out" / "plots").iterdir()} == {"pareto.png", "pareto.svg"}
+    assert "## Pareto front" in (tmp_path / "out" / "report.md").read_text()
 
     with pytest.raises(RunConflict, match="this run is finished"):
         sweep(space, tmp_path / "out")

@@ -1,5 +1,6 @@
 """Every shipped space loads and holds points."""
 
+import itertools
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,11 @@ def test_the_space_loads_with_its_experiment(path, monkeypatch):
     monkeypatch.chdir(ROOT)
     space = spaces.load(path)
     assert space.config.about.what and space.config.about.minutes
-    assert space.config.searcher == "optuna" or space.points()
+    drawn = itertools.islice(space._draws(), 3000)
+    points = [p for p in drawn if space.allows(p)] if space.config.searcher == "optuna" else space.points()
+    for name, domain in space.config.parameters.items():
+        unreachable = [v for v in domain.get("choice", []) if all(p[name] != v for p in points)]
+        assert not unreachable, f"{name}: {unreachable} is in no allowed point"
 
 
 def test_the_denoising_budget_has_no_two_budgets_and_no_point_twice(monkeypatch):

@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from mobula import artifacts
-from mobula.config import digest
 from mobula.errors import SweepFailed
 from mobula.evaluation import report as rendering
 from mobula.experiment import Run
@@ -79,7 +78,8 @@ class Table:
 
     def hypervolume(self) -> dict[str, Any]:
         """The front's hypervolume against the worst value of each objective among the completed trials."""
-        worst = [min(c) if m == "max" else max(c) for c, m in zip(zip(*self.values, strict=True), self.modes, strict=True)]
+        columns = zip(zip(*self.values, strict=True), self.modes, strict=True)
+        worst = [min(column) if mode == "max" else max(column) for column, mode in columns]
         return {"value": pareto.hypervolume(self.values, worst, self.modes), "reference": worst}
 
     def tables(self) -> dict[str, list[list[Any]]]:
@@ -88,14 +88,17 @@ class Table:
         if self.config.within:
             tables[f"Best {self.metrics[0]} within a limit on {self.metrics[1]}"] = self._within()
         if self.config.per:
-            tables[f"Best trial per {self.config.per}"] = self._rows(self._best_per(self.config.per))
+            tables[f"Best trial per {self.config.per}"] = self._rows(self._best_per_group())
         tables["Trials"] = self._rows(range(len(self.outcomes)))
         return tables
 
     def notes(self, left_out: dict[str, int]) -> list[str]:
         """What a reader must know to read the tables."""
         volume = self.hypervolume()
-        notes = [f"Every value is measured on the dev split; hypervolume {volume['value']:.4g} against {volume['reference']}."]
+        notes = [
+            "Every value is measured on the dev split: confirm a choice on the test split once.",
+            f"Hypervolume of the front {volume['value']:.4g}, against {volume['reference']}.",
+        ]
         notes += [f"{n} points left out: {reason}" for reason, n in left_out.items()]
         notes += [f"Trial {i} failed: {o.error}" for i, o in enumerate(self.outcomes) if o.status == "failed"]
         return notes
@@ -105,9 +108,15 @@ class Table:
         if len(self.metrics) < 2:
             return {}
         quality, cost = self.metrics[:2]
-        pairs = [(row[1], row[0]) for row in self.values]
-        front = sorted(pairs[i] for i in pareto.pareto_front([row[:2] for row in self.values], self.modes[:2]))
-        return {"pareto": {"kind": "scatter", "x": cost, "y": quality, "points": pairs, "line": front}}
+        series: dict[str, list[tuple[float, float]]] = {}
+        for index, row in zip(self.completed, self.values, strict=True):
+            series.setdefault(self._group(index), []).append((row[1], row[0]))
+        front = pareto.pareto_front([row[:2] for row in self.values], self.modes[:2])
+        line = sorted((self.values[i][1], self.values[i][0]) for i in front)
+        return {"pareto": {"kind": "scatter", "x": cost, "y": quality, "series": series, "line": line}}
+
+    def _group(self, index: int) -> str:
+        return str(self.outcomes[index].point[self.config.per]) if self.config.per else ""
 
     def _rows(self, indices: Sequence[int]) -> list[list[Any]]:
         header = ["trial", *self.config.parameters, *self.metrics, "s", "status"]
@@ -120,17 +129,18 @@ class Table:
         return [index, *point, *values, round(outcome.seconds, 2), outcome.status]
 
     def _within(self) -> list[list[Any]]:
-        header, *_ = self._rows([])
+        [header] = self._rows([])
         rows = []
         for limit in self.config.within:
             best = pareto.best_within(self.values, 0, 1, limit, mode=self.modes[0])
-            rows.append([limit, *(["none"] if best is None else self._row(self.completed[best]))])
+            nothing = ["none", *[""] * (len(header) - 1)]
+            rows.append([limit, *(nothing if best is None else self._row(self.completed[best]))])
         return [["at most", *header], *rows]
 
-    def _best_per(self, name: str) -> list[int]:
+    def _best_per_group(self) -> list[int]:
         best: dict[str, int] = {}
         for index in self._ranked(self.completed):
-            best.setdefault(digest(self.outcomes[index].point[name]), index)
+            best.setdefault(self._group(index), index)
         return list(best.values())
 
     def _ranked(self, indices: Sequence[int]) -> list[int]:

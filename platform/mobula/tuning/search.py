@@ -8,6 +8,7 @@ from typing import Any
 
 import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.study import StudyDirection
 from optuna.trial import TrialState
 from ray import tune
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
@@ -29,19 +30,19 @@ class OptunaPoints(Searcher):
     """
 
     def __init__(self, space: Space, metrics: list[str], modes: list[str]) -> None:
-        super().__init__(metric=metrics, mode=modes)
+        super().__init__()
         self.space = space
         self.metrics = metrics
         self.distributions = {name: _distribution(domain) for name, domain in space.config.parameters.items()}
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        directions = ["maximize" if mode == "max" else "minimize" for mode in modes]
+        directions = [StudyDirection.MAXIMIZE if mode == "max" else StudyDirection.MINIMIZE for mode in modes]
         self.study = optuna.create_study(
             sampler=optuna.samplers.TPESampler(seed=space.config.seed), directions=directions
         )
         self.running: dict[str, optuna.trial.Trial] = {}
         self.seen: set[str] = set()
 
-    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
+    def suggest(self, trial_id: str) -> Any:
         """The next point, or FINISHED when no new one turns up."""
         for _ in range(PATIENCE):
             trial = self.study.ask(self.distributions)

@@ -14,7 +14,6 @@ from ray import tune
 from ray.tune.logger import JsonLoggerCallback
 
 from mobula import artifacts, environment, methods
-from mobula import config as configs
 from mobula.cluster.connect import connect
 from mobula.cluster.spec import ClusterSpec, Tune
 from mobula.errors import ClusterError, ConfigError
@@ -139,7 +138,8 @@ def _run(space: Space, points: list[Point], trials: Trials, limits: Tune, run: R
     trainable = tune.with_parameters(Measurement if space.config.mode == "inference" else train, trials=trials)
     resources = {"CPU": limits.cpus_per_trial, "GPU": limits.gpus_per_trial}
     tuner = _tuner(space, points, tune.with_resources(trainable, resources), limits.concurrent_trials, run)
-    return [_outcome(result, trials) for result in tuner.fit()]
+    results = tuner.fit()
+    return [_outcome(results[i], trials) for i in range(len(results))]
 
 
 def _tuner(space: Space, points: list[Point], trainable: Any, concurrent: int, run: Run) -> tune.Tuner:
