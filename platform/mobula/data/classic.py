@@ -20,7 +20,7 @@ from mobula.errors import BadRecord, DataError
 
 MONTHS = ("jan", "feb", "mar", "apr", "may", "jun", "jul", "aug", "sep", "oct", "nov", "dec")
 _LITERAL = re.compile(r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"", re.DOTALL)
-_PASSAGE = re.compile(r'\[\d+\] Title: "(.*?)" Text: ?(.*?)(?=\n\[\d+\] Title: "|\nQuestion: )', re.DOTALL)
+_PASSAGE = re.compile(r"\[\d+\] Title: ([^\n]*?) Text: ?(.*?)(?=\n\[\d+\] Title: |\nQuestion: )", re.DOTALL)
 _QUESTION = re.compile(r'Please answer the question: "(.*?)" using provided passages', re.DOTALL)
 
 
@@ -105,8 +105,8 @@ def cacm(config: DataConfig) -> Collection:
 def nq(config: DataConfig) -> Collection:
     """1,000 Natural Questions with five retrieved Wikipedia passages each, pooled into one corpus.
 
-    A question's gold are its passages that hold its normalised answer (at least 3 characters, whole words);
-    questions without such a passage are dropped.
+    A question's gold are its passages whose title and text hold its normalised answer (at least 3 characters,
+    whole words); questions without such a passage are dropped.
     """
     folder, source = require_folder("nq", config.path, "nq_generator_training.json", subfolder="nq")
     path = folder / "nq_generator_training.json"
@@ -120,15 +120,22 @@ def nq(config: DataConfig) -> Collection:
         question = _QUESTION.search(record["prompt"])
         if question is None:
             raise BadRecord(f"{path}, record {number}: field prompt holds no question")
-        passages = [(title.strip('" '), _one_line(text)) for title, text in _PASSAGE.findall(record["prompt"])]
+        passages = [(_unquote(title), _one_line(_unquote(text))) for title, text in _PASSAGE.findall(record["prompt"])]
         for passage in passages:
             ids.setdefault(passage, str(len(ids)))
-        gold = tuple(dict.fromkeys(ids[p] for p in passages if _holds(p[1], record["response"])))
+        gold = tuple(dict.fromkeys(ids[p] for p in passages if _holds(" ".join(p), record["response"])))
         if gold:
             queries.append(Query(record["query_id"], question[1], gold))
     documents = [Document(id, title, text) for (title, text), id in ids.items()]
     notes: dict[str, float | str] = {"questions without an answering passage": len(records) - len(queries)}
     return Collection(source, documents, {UNSPLIT: queries}, notes)
+
+
+def _unquote(field: str) -> str:
+    """A field of a tab-separated file: quotes around it go, doubled ones inside become single."""
+    field = field.strip()
+    quoted = len(field) > 1 and field[0] == field[-1] == '"'
+    return (field[1:-1] if quoted else field).replace('""', '"')
 
 
 def _holds(passage: str, answer: str) -> bool:

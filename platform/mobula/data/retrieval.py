@@ -8,6 +8,7 @@ import json
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 from mobula.data import classic, files, functions
 from mobula.data.config import DataConfig
@@ -199,10 +200,14 @@ def _ask_for_titles(
 
 def _divide(documents: list[Document], queries: dict[str, list[Query]], config: DataConfig) -> dict[str, list[Query]]:
     """Give the queries the splits they lack."""
-    if config.split == "by_document":
-        queries = {UNSPLIT: [query for found in queries.values() for query in found]}
     by_document = config.split == "by_document"
-    options = {"by_document": by_document, "threshold": config.near_duplicate, "seed": config.seed}
+    if by_document:
+        queries = {UNSPLIT: [query for found in queries.values() for query in found]}
+    options: dict[str, Any] = {
+        "by_document": by_document,
+        "threshold": config.near_duplicate,
+        "seed": config.seed,
+    }
     if UNSPLIT in queries:
         shares = {"test": config.test_share, "dev": config.dev_share}
         rest = {split: found for split, found in queries.items() if split != UNSPLIT}

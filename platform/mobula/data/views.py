@@ -108,7 +108,7 @@ def make_views(
     for query in held_out:
         for id in query.gold:
             forbidden[id].append(frozenset(normalise(query.text).split()))
-    views = []
+    views: list[Query] = []
     for document in documents:
         random = generator(seed, kind, document.id)
         if kind == "window":
@@ -121,7 +121,7 @@ def make_views(
             texts = external.get(document.id, [])[:count]
         texts = [text for text in texts if not _near(text, forbidden[document.id], near_duplicate)]
         views.extend(Query(f"{document.id}#{kind}{i}", text, (document.id,)) for i, text in enumerate(texts))
-    if not views:
+    if not views and count:
         raise DataError(f"no {kind} view could be made of {len(documents)} documents; are their texts empty?")
     return views
 

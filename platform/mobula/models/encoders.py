@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import time
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -155,31 +156,32 @@ class TransformerEncoder:
         vectors = np.zeros((len(texts), self.dim), dtype=np.float32)
         for rows, hidden, mask, pooled in self._run(tokens, batch):
             width = hidden.shape[1]
-            states[rows, :width] = (hidden * mask[:, :, None]).cpu().numpy()
+            states[rows, :width] = hidden.cpu().numpy()
             present[rows, :width] = mask.cpu().numpy()
             vectors[rows] = pooled.cpu().numpy()
         return states, present, vectors
 
     @torch.inference_mode()
-    def _run(self, tokens: list[list[int]], batch: int) -> Iterator[tuple[np.ndarray, Tensor, Tensor, Tensor]]:
-        """(rows, states, mask, pooled) batch by batch, texts of like length together so that little is padding."""
-        order = np.argsort([-len(ids) for ids in tokens], kind="stable")
-        padding = self.tokenizer.pad_token_id or 0
-        told = time.monotonic()
-        for start in range(0, len(order), batch):
-            rows = order[start : start + batch]
-            width = len(tokens[rows[0]])
-            ids = np.full((len(rows), width), padding, dtype=np.int64)
-            mask = np.zeros((len(rows), width), dtype=bool)
-            for row, position in enumerate(rows):
-                ids[row, : len(tokens[position])] = tokens[position]
-                mask[row, : len(tokens[position])] = True
-            ids_t, mask_t = torch.from_numpy(ids).to(self.device), torch.from_numpy(mask).to(self.device)
-            hidden = self._network(input_ids=ids_t, attention_mask=mask_t.long()).last_hidden_state
-            yield rows, hidden, mask_t, self._head(hidden, mask_t)
-            if time.monotonic() - told > PROGRESS_S:
-                told = time.monotonic()
-                log.info("%s: %d of %d texts encoded", self.name, start + len(rows), len(order))
+    def _run(self, tokens: list[list[int]], batch: int) -> Iterator[tuple[list[int], Tensor, Tensor, Tensor]]:
+        """(rows, states, mask, pooled) for batches of texts that have the same number of tokens.
+
+        Nothing is padding, and no text's vector depends on the length of the texts beside it.
+        """
+        by_length: dict[int, list[int]] = defaultdict(list)
+        for row, ids in enumerate(tokens):
+            by_length[len(ids)].append(row)
+        told, done = time.monotonic(), 0
+        for _, members in sorted(by_length.items(), reverse=True):
+            for start in range(0, len(members), batch):
+                rows = members[start : start + batch]
+                ids = torch.tensor([tokens[row] for row in rows], device=self.device)
+                mask = torch.ones(ids.shape, dtype=torch.bool, device=self.device)
+                hidden = self._network(input_ids=ids, attention_mask=mask.long()).last_hidden_state
+                yield rows, hidden, mask, self._head(hidden, mask)
+                done += len(rows)
+                if time.monotonic() - told > PROGRESS_S:
+                    told = time.monotonic()
+                    log.info("%s: %d of %d texts encoded", self.name, done, len(tokens))
 
 
 class _Head(nn.Module):

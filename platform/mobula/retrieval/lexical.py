@@ -1,0 +1,126 @@
+"""BM25 (Robertson and Zaragoza, 2009; Lucene's variant) with Snowball stems over title and text."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import bm25s
+import numpy as np
+import Stemmer
+from bm25s.stopwords import STOPWORDS_EN
+
+from mobula.data.duplicates import split_words
+from mobula.data.records import Document, Query
+from mobula.data.views import body
+from mobula.errors import DataError
+from mobula.evaluation.ranking import per_query
+from mobula.retrieval.search import Hit, SearchOptions, SearchResult
+
+GRID = tuple((k1, b) for k1 in (0.9, 1.2, 1.6) for b in (0.4, 0.75))
+DEFAULT = (1.2, 0.75)
+MEASURE = "MRR@10"
+_STOP = frozenset(STOPWORDS_EN)
+
+
+def terms(text: str) -> list[str]:
+    """Stems of the text's words without English stop words."""
+    # A stemmer holds a cache that threads must not share; making one costs microseconds.
+    return Stemmer.Stemmer("english").stemWords([word for word in split_words(text) if word not in _STOP])
+
+
+@dataclass(frozen=True)
+class _Index:
+    doc_ids: list[str]
+    corpus: list[list[str]]
+    scorer: bm25s.BM25
+
+    @classmethod
+    def build(cls, doc_ids: list[str], corpus: list[list[str]], k1: float, b: float) -> _Index:
+        scorer = bm25s.BM25(k1=k1, b=b)
+        scorer.index(corpus, show_progress=False)
+        return cls(doc_ids, corpus, scorer)
+
+    def scores(self, query: str) -> np.ndarray:
+        """BM25 of every document f32[N]; zeros if no term of the query occurs in the corpus."""
+        known = self.scorer.get_tokens_ids(terms(query))
+        return self.scorer.get_scores_from_ids(known) if known else np.zeros(len(self.doc_ids), dtype=np.float32)
+
+
+class Bm25:
+    """BM25 as a retriever. Equal scores are ranked in corpus order, so every list is full and deterministic."""
+
+    name = "bm25"
+
+    def __init__(self, documents: Sequence[Document], k1: float = DEFAULT[0], b: float = DEFAULT[1]) -> None:
+        self.k1, self.b = k1, b
+        self._writing = threading.Lock()
+        self._version = 0
+        corpus = [terms(body(document)) for document in documents]
+        if not any(corpus):
+            raise DataError("BM25 needs a document with at least one word that is not a stop word")
+        self._index = _Index.build([d.id for d in documents], corpus, k1, b)
+
+    def search(self, queries: Sequence[str], options: Sequence[SearchOptions]) -> list[SearchResult]:
+        """As :class:`mobula.retrieval.search.Retriever`."""
+        index = self._index
+        found = zip(queries, options, strict=True)
+        return [SearchResult(_top(index, query, option.k), scored_by="BM25") for query, option in found]
+
+    def insert(self, documents: Sequence[Document]) -> int:
+        """Add documents and rebuild the index: their words change every word's document frequency.
+
+        Raises:
+            DataError: for an id that is in the corpus already.
+        """
+        added = [terms(body(document)) for document in documents]
+        with self._writing:
+            index = self._index
+            doc_ids = extended(index.doc_ids, documents)
+            self._index = _Index.build(doc_ids, index.corpus + added, self.k1, self.b)
+            self._version += 1
+            return self._version
+
+
+def tune(documents: Sequence[Document], dev: Sequence[Query]) -> tuple[Bm25, dict[tuple[float, float], float]]:
+    """The best BM25 of :data:`GRID` by MRR@10 on dev queries, and the value of every point (k1, b)."""
+    retriever = Bm25(documents)
+    base = retriever._index
+    options = [SearchOptions(k=10)] * len(dev)
+    texts = [query.text for query in dev]
+    values: dict[tuple[float, float], float] = {}
+    indexes: dict[tuple[float, float], _Index] = {}
+    for k1, b in GRID:
+        index = indexes[k1, b] = _Index.build(base.doc_ids, base.corpus, k1, b)
+        hits = [_top(index, text, option.k) for text, option in zip(texts, options, strict=True)]
+        found = per_query(hits, dev, documents=len(documents), measures=[MEASURE])
+        values[k1, b] = float(found[MEASURE].mean())
+    # max keeps the first of equals, so the choice does not depend on rounding order.
+    retriever.k1, retriever.b = best = max(GRID, key=values.__getitem__)
+    retriever._index = replace(indexes[best])
+    return retriever, values
+
+
+def extended(doc_ids: list[str], documents: Sequence[Document]) -> list[str]:
+    """The ids with those of new documents behind them.
+
+    Raises:
+        DataError: for an id that is in use or given twice.
+    """
+    known = set(doc_ids)
+    for document in documents:
+        if document.id in known:
+            raise DataError(f"document {document.id!r} is already in the corpus; delete it first to replace it")
+        known.add(document.id)
+    return doc_ids + [document.id for document in documents]
+
+
+def _top(index: _Index, query: str, k: int) -> list[Hit]:
+    scores = index.scores(query)
+    rows = np.arange(len(scores))
+    if k < len(scores):
+        # All that reach the k-th score, so that which of equals stays does not depend on the partition.
+        rows = np.flatnonzero(scores >= np.partition(scores, len(scores) - k)[len(scores) - k])
+    rows = rows[np.argsort(-scores[rows], kind="stable")][:k]
+    return [Hit(index.doc_ids[row], float(scores[row])) for row in rows]
