@@ -72,7 +72,7 @@ class Toy:
         words = self.retrievers["words"]
         for step in range(1, options.budget(LEVELS) + 1):
             words.step()
-            yield StepEvent(step, [(step - 1, step, 0.5)], [], LEVELS - step)
+            yield StepEvent(step, [(step - 1, step, 0.5)], [], max(1, LEVELS - step))
         yield words._rank(query, options)
 
     def document(self, doc_id: str) -> dict[str, Any]:
