@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import functools
+import os
+import signal
+import time
 from dataclasses import dataclass
 from importlib import resources
+from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -16,10 +21,8 @@ LENGTH = 16
 @functools.cache
 def text_bytes() -> Tensor:
     """The bytes (i64[T]) of text that every installation of Python has."""
-    import this
-
-    source = resources.files("json").joinpath("decoder.py").read_text(encoding="utf-8")
-    return torch.tensor(list((this.s + source).encode()), dtype=torch.long) % 128
+    source = resources.files("json").joinpath("decoder.py").read_bytes()
+    return torch.tensor(list(source), dtype=torch.long) % 128
 
 
 class Network(nn.Module):
@@ -47,7 +50,6 @@ class ByteTask:
     examples: int = 50
     width: int = 8
     dropout: float = 0.1
-    explode_at: int | None = None
 
     def build(self) -> nn.Module:
         return Network(self.width, self.dropout)
@@ -71,4 +73,45 @@ class ByteTask:
         return {"loss": float(loss)}
 
     def identity(self) -> str:
-        return f"bytes-{self.examples}-{self.width}-{self.dropout}-{self.explode_at}"
+        return f"bytes-{self.examples}-{self.width}-{self.dropout}"
+
+
+@dataclass
+class KilledOnce(ByteTask):
+    """The same task; the process of one rank is killed when it draws its batch of step ``kill_at``, once.
+
+    ``marker`` is a file that records the kill, since the next attempt is another process.
+    """
+
+    marker: str = ""
+    kill_at: int = 0
+    kill_rank: int = 1
+    drawn: int = 0
+
+    def batch(self, indices: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+        self.drawn += 1
+        if self.drawn > self.kill_at and dist.get_rank() == self.kill_rank and not Path(self.marker).exists():
+            Path(self.marker).write_text(str(time.time()))
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().batch(indices, generator)
+
+
+@dataclass
+class Slow(ByteTask):
+    """The same task, slow enough to be interrupted from outside."""
+
+    def batch(self, indices: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+        time.sleep(0.3)
+        return super().batch(indices, generator)
+
+
+@dataclass
+class Diverging(ByteTask):
+    """The same task; its loss becomes NaN with the third batch."""
+
+    drawn: int = 0
+
+    def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor | float]]:
+        loss, extras = super().loss(model, batch)
+        self.drawn += 1
+        return (loss * float("nan") if self.drawn == 3 else loss), extras

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -97,20 +96,24 @@ class Engine:
         """All weights and buffers of the task's model, gathered; empty on ranks other than 0 under ZeRO-3."""
         if self.config.zero < 3:
             return self.model.state_dict(keep_vars=True)
-        return dict(self._gathered())
+        return self._gathered()
 
     def close(self) -> None:
         """Let go of the model and its hooks."""
         self._engine.destroy()
 
-    def _gathered(self) -> Iterator[tuple[str, Tensor]]:
+    def _gathered(self) -> dict[str, Tensor]:
         import deepspeed
 
-        for name, tensor in self.model.state_dict(keep_vars=True).items():
+        # A tied weight has several names and is copied once, so that its names still share memory.
+        copies: dict[int, Tensor] = {}
+        named = self.model.state_dict(keep_vars=True)
+        for tensor in named.values():
             parts = [tensor] if hasattr(tensor, "ds_id") else []
             with deepspeed.zero.GatheredParameters(parts):
-                if dist.get_rank() == 0:
-                    yield name, tensor.detach().cpu().clone()
+                if dist.get_rank() == 0 and id(tensor) not in copies:
+                    copies[id(tensor)] = tensor.detach().cpu().clone()
+        return {name: copies[id(tensor)] for name, tensor in named.items() if id(tensor) in copies}
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16")

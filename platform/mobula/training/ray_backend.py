@@ -82,10 +82,12 @@ def _trainer(work: _Work, name: str, resources: WorkerResources) -> Any:
             num_workers=resources.workers, use_gpu=gpu, resources_per_worker=resources.bundle()
         ),
         torch_config=TorchConfig(backend="nccl" if gpu else "gloo"),
-        run_config=RunConfig(
+        run_config=RunConfig(  # type: ignore[call-arg]
             name=f"{name}-{uuid.uuid4().hex[:8]}",
             storage_path=str(work.directory / SCRATCH),
-            failure_config=FailureConfig(max_failures=work.config.max_failures, controller_failure_limit=PLACEMENTS),
+            failure_config=FailureConfig(  # type: ignore[call-arg]
+                max_failures=work.config.max_failures, controller_failure_limit=PLACEMENTS
+            ),
             worker_runtime_env={"env_vars": variables},
         ),
     )

@@ -1,0 +1,157 @@
+"""Training on Ray Train's workers: agreement with one process, lost workers, a lost driver, missing resources."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from small_task import ByteTask, Diverging, KilledOnce
+
+from mobula.cluster.connect import check_resources, connect
+from mobula.cluster.resources import WorkerResources
+from mobula.cluster.spec import ClusterSpec, Platform, Train
+from mobula.errors import ClusterError, TrainingError
+from mobula.training import FitResult, TrainingConfig, fit
+from mobula.training.loop import read_metrics
+
+HERE = Path(__file__).parent
+CONFIG = TrainingConfig(
+    steps=10, batch=8, micro_batch=4, lr=1e-2, workers=2, zero=1, report_every=1, eval_every=5, checkpoint_every=2,
+    monitor="loss", mode="min",
+)  # fmt: skip
+
+pytestmark = [pytest.mark.end_to_end, pytest.mark.timeout(900)]
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[None]:
+    """One Ray for all tests here; its workers find the tasks of this folder."""
+    with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory(prefix="ray") as folder:
+        patch.setenv("PYTHONPATH", python_path())
+        patch.setenv("RAY_TMPDIR", folder)
+        with connect(cpus=4):
+            yield
+
+
+@pytest.fixture(scope="module")
+def whole(cluster: None, tmp_path_factory: pytest.TempPathFactory) -> FitResult:
+    return train(tmp_path_factory.mktemp("whole"))
+
+
+def python_path() -> str:
+    return os.pathsep.join([str(HERE.parents[1] / "platform"), str(HERE)])
+
+
+def train(directory: Path, task: ByteTask | None = None, **changes) -> FitResult:
+    return fit(task or ByteTask(), dataclasses.replace(CONFIG, **changes), directory, seed=3, name="test")
+
+
+def curve(result: FitResult) -> list[dict]:
+    return [{k: v for k, v in row.items() if k != "examples_per_s"} for row in read_metrics(result.history)]
+
+
+def assert_same(a: FitResult, b: FitResult) -> None:
+    assert curve(a) == curve(b)
+    assert a.weights.read_bytes() == b.weights.read_bytes()
+    assert a.last.read_bytes() == b.last.read_bytes()
+
+
+def test_two_workers_agree_with_one_process(whole: FitResult, tmp_path: Path) -> None:
+    alone = train(tmp_path, workers=0)
+    for ours, theirs in zip(curve(whole), curve(alone), strict=True):
+        assert ours.keys() == theirs.keys()
+        if "loss" in ours:
+            assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize("zero", [0, 3])
+def test_stages_agree_on_two_workers(whole: FitResult, tmp_path: Path, zero: int) -> None:
+    staged = train(tmp_path, zero=zero)
+    for ours, theirs in zip(curve(staged), curve(whole), strict=True):
+        if "loss" in ours:
+            assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_F1_a_killed_worker_changes_nothing(whole: FitResult, tmp_path: Path, rank: int) -> None:
+    step = random.randrange(1, 10)
+    marker = tmp_path / "killed"
+    result = train(tmp_path / "run", KilledOnce(marker=str(marker), kill_at=step, kill_rank=rank))
+    assert marker.exists(), f"rank {rank} was not killed at step {step}"
+    assert_same(result, whole)
+
+
+def test_workers_lost_too_often_are_an_error_and_the_run_can_go_on(whole: FitResult, tmp_path: Path) -> None:
+    killed = KilledOnce(marker=str(tmp_path / "killed"), kill_at=5)
+    with pytest.raises(TrainingError, match=r"worker failures on ranks .*max_failures"):
+        train(tmp_path / "run", killed, max_failures=0)
+    assert_same(train(tmp_path / "run"), whole)
+
+
+DRIVER = """
+import sys
+from pathlib import Path
+from small_task import Slow
+from test_ray_backend import train
+
+if __name__ == "__main__":
+    train(Path(sys.argv[1]), Slow())
+"""
+
+
+def test_F4_the_same_command_resumes_after_a_killed_driver(whole: FitResult, tmp_path: Path) -> None:
+    script = tmp_path / "driver.py"
+    script.write_text(DRIVER)
+    with tempfile.TemporaryDirectory(prefix="ray") as folder:
+        environment = {**os.environ, "PYTHONPATH": python_path(), "RAY_TMPDIR": folder}
+        environment.pop("RAY_ADDRESS", None)
+        command = [sys.executable, str(script), str(tmp_path / "run")]
+        kill_at = random.randrange(2, 8)
+        driver = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
+        wait_for_step(tmp_path / "run" / "metrics.jsonl", kill_at, driver)
+        driver.send_signal(signal.SIGKILL)
+        driver.wait()
+        assert not (tmp_path / "run" / "result.json").exists()
+        subprocess.run(command, env=environment, check=True, timeout=400)
+    assert_same(train(tmp_path / "run"), whole)
+
+
+def wait_for_step(path: Path, step: int, driver: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 400
+    while not path.is_file() or not any(row["step"] >= step for row in read_metrics(path)):
+        assert driver.poll() is None and time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def test_F11_a_loss_that_is_not_finite_is_not_retried(cluster: None, tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match="the loss became nan at step 3"):
+        train(tmp_path, Diverging())
+
+
+def test_F10_missing_resources_fail_soon_and_are_named(cluster: None, tmp_path: Path) -> None:
+    spec = ClusterSpec(Path("cluster.yaml"), {}, Platform(train=Train(workers=2, gpus_per_worker=1)), {})
+    started = time.monotonic()
+    with pytest.raises(ClusterError, match=r"GPU: 2 workers x 1 = 2 asked for, but the cluster has 0"):
+        fit(ByteTask(), CONFIG, tmp_path, seed=3, name="test", cluster=spec)
+    assert time.monotonic() - started < 30
+
+
+def test_F10_workers_do_not_straddle_nodes(cluster: None) -> None:
+    check_resources(WorkerResources(workers=2, cpus=2))
+    with pytest.raises(ClusterError, match=r"CPU: 2 workers x 3 = 6 asked for, but the cluster has 4 on 1 node"):
+        check_resources(WorkerResources(workers=2, cpus=3))
+
+
+def test_nothing_of_rays_own_record_is_left_to_resume_from(whole: FitResult) -> None:
+    assert not (whole.weights.parent / "ray").exists()
+    assert json.loads((whole.weights.parent / "result.json").read_text())["steps"] == 10
