@@ -122,9 +122,10 @@ class Run:
     Use :meth:`open`. While it is open, a lock keeps a second process out.
     """
 
-    def __init__(self, directory: Path, config: ExperimentConfig) -> None:
+    def __init__(self, directory: Path, config: ExperimentConfig, cluster: Any = None) -> None:
         self.directory = directory
         self.config = config
+        self.cluster = cluster
         self.config_hash = digest(identity(config))
         self.started = time.time()
 
@@ -145,8 +146,10 @@ class Run:
 
     @classmethod
     @contextlib.contextmanager
-    def open(cls, directory: Path, config: ExperimentConfig, *, resume: str = "auto") -> Iterator[Run]:
-        """Open a run directory for writing.
+    def open(
+        cls, directory: Path, config: ExperimentConfig, *, resume: str = "auto", cluster: Any = None
+    ) -> Iterator[Run]:
+        """Open a run directory for writing. ``cluster`` is the :class:`mobula.cluster.spec.ClusterSpec`, if any.
 
         ``resume``: ``auto`` goes on with an unfinished run of the same config and starts an absent one,
         ``never`` wants an absent or empty directory, ``must`` wants an unfinished run.
@@ -154,7 +157,7 @@ class Run:
         Raises:
             RunConflict: if the directory holds a finished run, another config, or is in use.
         """
-        run = cls(directory.resolve(), config)
+        run = cls(directory.resolve(), config, cluster)
         try:
             run.directory.mkdir(parents=True, exist_ok=True)
         except OSError as error:

@@ -74,9 +74,7 @@ def build_model(config: ModelConfig, arm: Arm, table: DocidTable) -> DocidModel:
     return construct(shape, table, codewords, config.sharpness)
 
 
-def construct(
-    shape: NetworkShape, table: DocidTable, codewords: Tensor | None, sharpness: float = 10.0
-) -> DocidModel:
+def construct(shape: NetworkShape, table: DocidTable, codewords: Tensor | None, sharpness: float = 10.0) -> DocidModel:
     """The network of a shape; the frozen embedding tables come from the installed packages."""
     return DocidModel(
         shape,
@@ -151,4 +149,3 @@ def load_weights(model: nn.Module, path: Path) -> None:
         model.load_state_dict(load_file(path))
     except RuntimeError as error:
         raise ArtifactError(f"{path}: the weights do not fit the model ({str(error).splitlines()[0]})") from error
-

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from mobula.config import key, section
 from mobula.data import DataConfig
+from mobula.data.views import KINDS
+from mobula.evaluation.ranking import MEASURES
 from mobula.experiment import ExperimentConfig
 from mobula.retrieval import arms
 from mobula.retrieval.build import ModelConfig
@@ -13,14 +15,12 @@ from mobula.retrieval.docids.config import DocidConfig
 from mobula.retrieval.search import REMASK, SearchOptions
 from mobula.training import TrainingConfig
 
-PSEUDO = ("windows", "keyphrases", "titles", "file")
-
 
 @dataclass
 class ViewsConfig:
     """What stands in for a query in training (spec section 4)."""
 
-    pseudo: list[str] = key(["windows"], "kinds of pseudo-queries", choices=PSEUDO)
+    pseudo: list[str] = key(["window"], "kinds of pseudo-queries", choices=KINDS)
     per_document: int = key(20, "pseudo-queries per document and kind", ge=0, le=10_000)
     queries: float = key(0.1, "share of the examples that are real training queries, where there are any", ge=0, le=1)
     file: str = key("", "JSON lines {doc_id, text} of an external query generator, for kind file")
@@ -55,6 +55,7 @@ class EvaluationConfig:
     """What is measured on the test splits."""
 
     seeds: int = key(1, "training seeds per arm: seed, seed + 1, ...", ge=1, le=20)
+    primary: str = key("Hit@10", "measure that claims and choices on dev use", choices=MEASURES)
     depth: int = key(100, "documents per ranked list", ge=1, le=1000)
     steps: list[int] = key([1, 2, 4, 8], "denoising budgets T", ge=1)
     decoders: list[str] = key(["match", "match_rerank"], "decoders swept over the budgets")

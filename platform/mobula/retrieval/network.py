@@ -11,6 +11,7 @@ d width, D size of the sentence embedding. A code of -1 is [MASK].
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -69,6 +70,21 @@ class Memory:
             tuple((k[index], v[index]) for k, v in self.keys_values),
             None if self.vector is None else self.vector[index],
             None if self.embedded is None else self.embedded[index],
+        )
+
+    @classmethod
+    def concat(cls, parts: Sequence[Memory]) -> Memory:
+        """The memory of all queries of ``parts``, in order."""
+        first = parts[0]
+        layers = range(len(first.keys_values))
+        return cls(
+            torch.cat([part.mask for part in parts]),
+            torch.cat([part.pooled for part in parts]),
+            tuple(tuple(torch.cat([part.keys_values[i][j] for part in parts]) for j in (0, 1)) for i in layers),  # type: ignore[misc]
+            None if first.vector is None else torch.cat([part.vector for part in parts if part.vector is not None]),
+            None
+            if first.embedded is None
+            else torch.cat([part.embedded for part in parts if part.embedded is not None]),
         )
 
 
@@ -205,7 +221,7 @@ class LearnedCodes(nn.Module):
 
 
 class TokenCodes(nn.Module):
-    """Codes that are tokens: a frozen embedding table seen through trained projections, so new tokens need no training."""
+    """Codes that are tokens: a frozen table seen through trained projections, so new tokens need no training."""
 
     def __init__(self, table: Tensor, width: int) -> None:
         super().__init__()
@@ -416,11 +432,8 @@ class DocidModel(nn.Module):
         """Query vector minus the codewords each level may see, [B*G, L, D]."""
         prior = _required(self.prior)
         words = prior.words(codes, self.index)
-        if self.paradigm == "autoregressive":
-            seen = words.cumsum(2) - words
-        else:
-            # A level's own codeword is excluded: its logits must not depend on its own code.
-            seen = words.sum(2, keepdim=True) - words
+        # A level's own codeword is excluded: its logits must not depend on its own code.
+        seen = (words.cumsum(2) if self.paradigm == "autoregressive" else words.sum(2, keepdim=True)) - words
         query = prior.query(_required(memory.vector))
         return (query[:, None, None, :] - seen).flatten(0, 1)
 

@@ -11,7 +11,7 @@ import numpy as np
 from mobula.artifacts import write_json, write_text
 from mobula.data import RetrievalData
 from mobula.data.records import Query
-from mobula.data.views import make_views
+from mobula.data.views import body, make_views
 from mobula.models.encoders import TextEncoder, load_encoder
 from mobula.models.text import load_static
 from mobula.retrieval.build import ModelConfig
@@ -78,17 +78,12 @@ def fit_family(
     return DocidTable.build(space, data.documents, vectors, collision)
 
 
-def document_text(title: str, text: str) -> str:
-    """Title and body, as encoders read a document."""
-    return f"{title}. {text}" if title else text
-
-
 def _embed_documents(encoder: TextEncoder, data: RetrievalData, directory: Path) -> np.ndarray:
     path = directory / "documents.npy"
     if path.is_file():
         return np.load(path, allow_pickle=False)
     log.info("embedding %d documents with %s", len(data.documents), encoder.name)
-    vectors = encoder.embed([document_text(d.title, d.text) for d in data.documents]).astype(np.float32)
+    vectors = encoder.embed([body(d) for d in data.documents]).astype(np.float32)
     _save(path, vectors)
     write_text(directory / "doc_ids.txt", "\n".join(d.id for d in data.documents))
     return vectors
@@ -114,26 +109,34 @@ def _write_views(
 
 
 def training_examples(config: ViewsConfig, data: RetrievalData, seed: int) -> tuple[list[str], np.ndarray]:
-    """View texts, and examples i64[M, 2] (view row, document row); real queries are repeated up to their share."""
-    rows = {document.id: row for row, document in enumerate(data.documents)}
-    texts: list[str] = []
-    pseudo: list[tuple[int, int]] = []
-    for doc_id, text in make_views(config.pseudo, data.documents, config.per_document, seed=seed, file=config.file):
-        pseudo.append((len(texts), rows[doc_id]))
-        texts.append(text)
-    real: list[tuple[int, int]] = []
-    for query in data.queries["train"]:
-        real.extend((len(texts), rows[doc_id]) for doc_id in query.gold)
-        texts.append(query.text)
+    """View texts, and examples i64[M, 2] (view row, document row); real queries are repeated up to their share.
+
+    No pseudo-query is a near-duplicate of a dev or test query of the same document.
+    """
+    held_out = [query for split, queries in data.queries.items() if split != "train" for query in queries]
+    path = Path(config.file) if config.file else None
+    views = [
+        view
+        for kind in config.pseudo
+        for view in make_views(data.documents, kind, config.per_document, seed, path=path, held_out=held_out)
+    ]
+    real = data.queries.get("train", [])
+    pseudo_pairs = _pairs(views, data, 0)
+    real_pairs = _pairs(real, data, len(views))
     repeats = 1
-    if real and pseudo and config.queries < 1:
-        repeats = round(config.queries / (1 - config.queries) * len(pseudo) / len(real))
-    return texts, np.array(pseudo + real * repeats, dtype=np.int64).reshape(-1, 2)
+    if real_pairs and pseudo_pairs and config.queries < 1:
+        repeats = round(config.queries / (1 - config.queries) * len(pseudo_pairs) / len(real_pairs))
+    examples = pseudo_pairs * (config.queries < 1) + real_pairs * repeats
+    return [query.text for query in [*views, *real]], np.array(examples, dtype=np.int64).reshape(-1, 2)
 
 
-def _write_dev(
-    config: Config, data: RetrievalData, encoder: TextEncoder, inputs: QueryInputs, directory: Path
-) -> None:
+def _pairs(queries: list[Query], data: RetrievalData, offset: int) -> list[tuple[int, int]]:
+    """(view row, document row) of every query and gold document; rows of views start at ``offset``."""
+    rows = {document.id: row for row, document in enumerate(data.documents)}
+    return [(offset + i, rows[doc_id]) for i, query in enumerate(queries) for doc_id in query.gold]
+
+
+def _write_dev(config: Config, data: RetrievalData, encoder: TextEncoder, inputs: QueryInputs, directory: Path) -> None:
     queries = sample(data.queries["dev"], config.evaluation.dev_queries, config.seed)
     texts = [query.text for query in queries]
     StoredFeatures.write(directory / "dev", inputs, texts)

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 
 import faiss
 import numpy as np
 import torch
 
 from mobula.data.records import Document
+from mobula.data.views import body
 from mobula.models.encoders import TextEncoder
 from mobula.retrieval.decoding import ArDecoder, Decoder
 from mobula.retrieval.docids.table import DocidTable, InsertReport
 from mobula.retrieval.inputs import QueryInputs
 from mobula.retrieval.network import DocidModel
-from mobula.retrieval.prepare import document_text
-from mobula.retrieval.search import Hit, SearchOptions, SearchResult, StepEvent, Unsupported
+from mobula.retrieval.search import Hit, SearchOptions, SearchResult, StepEvent
 from mobula.retrieval.tasks import DualEncoder
 
 
@@ -31,7 +30,6 @@ class DocidRetriever:
         table: DocidTable,
         inputs: QueryInputs,
         encoder: TextEncoder,
-        seen: set[str] | None = None,
     ) -> None:
         self.name = name
         self.model = model.eval()
@@ -51,14 +49,14 @@ class DocidRetriever:
         """Code length L."""
         return self.table.levels
 
-    def search(
-        self,
-        queries: Sequence[str],
-        options: Sequence[SearchOptions],
-        gold: list[set[str]] | None = None,
-    ) -> list[SearchResult]:
-        """As :class:`Retriever`; with ``gold``, results also say whether the raw code was exact."""
-        return self._decoder.search(self.features(queries), list(options), gold)
+    @property
+    def decoder(self) -> Decoder | ArDecoder:
+        """The decoder over the present table; it stays valid for its own version of the table."""
+        return self._decoder
+
+    def search(self, queries: Sequence[str], options: Sequence[SearchOptions]) -> list[SearchResult]:
+        """As :class:`Retriever`."""
+        return self._decoder.search(self.features(queries), list(options))
 
     def features(self, queries: Sequence[str]) -> dict[str, torch.Tensor]:
         """The network's input for texts, on the model's device."""
@@ -66,13 +64,7 @@ class DocidRetriever:
         return {name: values.to(device) for name, values in self.inputs.features(queries).items()}
 
     def trace(self, query: str, options: SearchOptions) -> Iterator[StepEvent | SearchResult]:
-        """Denoising steps as they happen, then the result.
-
-        Raises:
-            Unsupported: for an autoregressive model, which has no denoising steps.
-        """
-        if not isinstance(self._decoder, Decoder):
-            raise Unsupported(f"retriever {self.name} is autoregressive and has no denoising steps to trace")
+        """Decoding steps as they happen, then the result."""
         return self._decoder.trace(self.features([query]), options)
 
     def insert(self, documents: Sequence[Document]) -> int:
@@ -81,7 +73,7 @@ class DocidRetriever:
         Raises:
             Unsupported: if the docid family cannot take documents without training.
         """
-        vectors = self.encoder.embed([document_text(d.title, d.text) for d in documents])
+        vectors = self.encoder.embed([body(d) for d in documents])
         with self._writing:
             table, self.last_insert = self.table.insert(documents, vectors)
             self._decoder = self._make(table)
@@ -120,7 +112,7 @@ class DualRetriever:
 
     def insert(self, documents: Sequence[Document]) -> int:
         """Embed and add documents."""
-        vectors = self.encoder.embed([document_text(d.title, d.text) for d in documents])
+        vectors = self.encoder.embed([body(d) for d in documents])
         with self._writing:
             doc_ids, index = self._state
             grown = faiss.clone_index(index)
@@ -137,8 +129,3 @@ class DualRetriever:
         index = faiss.IndexFlatIP(embeddings.shape[1])
         index.add(self._embed(embeddings))
         return doc_ids, index
-
-
-def at_depth(options: SearchOptions, depth: int, **changes: object) -> SearchOptions:
-    """Options for an evaluation list of ``depth`` documents, with other keys changed."""
-    return replace(options, k=depth, **changes)  # type: ignore[arg-type]

@@ -132,12 +132,14 @@ class DocidTask:
 
     def evaluate(self, model: DocidModel) -> dict[str, float]:
         """Dev Hit@1 and Hit@10, and the share of distinct top-1 documents (by one_pass, or beam 10)."""
-        options = SearchOptions(k=10, decoder="one_pass", beam=10)
         query = {name: values.to(_device(model)) for name, values in self.prepared.dev.all().items()}
         if self.arm.paradigm == "autoregressive":
-            results = ArDecoder(model, self.table).search(query, [options] * len(self.prepared.dev_gold))
+            decoder: Decoder | ArDecoder = ArDecoder(model, self.table)
+            options = SearchOptions(k=10, decoder="beam", beam=10)
         else:
-            results = Decoder(model, self.table).search(query, [options] * len(self.prepared.dev_gold))
+            decoder = Decoder(model, self.table)
+            options = SearchOptions(k=10, decoder="one_pass")
+        results = decoder.search(query, [options] * len(self.prepared.dev_gold))
         found = [[hit.doc_id for hit in result.hits] for result in results]
         return dev_measures(found, self.prepared.dev_gold)
 

@@ -1,0 +1,149 @@
+"""Measuring systems on a test split: ranking measures per query and seed, cost, and latency side by side."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mobula.data.records import Query
+from mobula.evaluation import ranking
+from mobula.evaluation.intervals import mean_interval
+from mobula.experiment import Measure
+from mobula.retrieval.search import SearchOptions, SearchResult
+
+BATCH = 64
+WARM_UP = 5
+
+Search = Callable[[Sequence[str], Sequence[SearchOptions]], list[SearchResult]]
+
+
+@dataclass
+class System:
+    """A retriever with fixed options, as one row of the table. ``search`` is the full path from text to hits."""
+
+    name: str
+    search: Search
+    options: SearchOptions
+    width: int | None = None
+
+
+@dataclass
+class Outcome:
+    """What a system did on a split: values[measure] holds f64[Q] per seed; the rest are means over queries."""
+
+    values: dict[str, list[np.ndarray]] = field(default_factory=dict)
+    facts: dict[str, list[float]] = field(default_factory=dict)
+    ms: np.ndarray = field(default_factory=lambda: np.zeros(0))
+
+    def per_query(self, measure: str) -> np.ndarray:
+        """f64[S, Q] of a measure."""
+        return np.stack(self.values[measure])
+
+    def fact(self, name: str) -> float | None:
+        """Mean over seeds of a cost or of a rate; None where the system has none."""
+        found = self.facts.get(name)
+        return float(np.mean(found)) if found else None
+
+
+class Split:
+    """A split under evaluation: its queries, and the outcome of every system measured on it."""
+
+    def __init__(self, name: str, queries: list[Query], documents: int, directory: Path | None, resamples: int) -> None:
+        self.name = name
+        self.queries = queries
+        self.documents = documents
+        self.directory = directory
+        self.resamples = resamples
+        self.outcomes: dict[str, Outcome] = {}
+
+    @property
+    def texts(self) -> list[str]:
+        """Query texts."""
+        return [query.text for query in self.queries]
+
+    @property
+    def gold(self) -> list[set[str]]:
+        """Gold document ids."""
+        return [set(query.gold) for query in self.queries]
+
+    def record(self, name: str, results: Sequence[SearchResult], *, seed: int = 0, width: int | None = None) -> None:
+        """Add one seed's results of a system; writes them as a TREC run file if there is a folder."""
+        hits = [result.hits for result in results]
+        if self.directory is not None:
+            tag = f"{name}-s{seed}".replace("/", "-").replace(" ", "-")
+            ranking.write_run(self.directory / f"{tag}.trec", hits, self.queries, tag)
+        outcome = self.outcomes.setdefault(name, Outcome())
+        for measure, values in ranking.per_query(hits, self.queries, documents=self.documents, width=width).items():
+            outcome.values.setdefault(measure, []).append(values)
+        for fact, value in _facts(results).items():
+            outcome.facts.setdefault(fact, []).append(value)
+
+    def measure(self, name: str, measure: str) -> Measure:
+        """A measure of a system with its interval over queries and seeds."""
+        return mean_interval(self.outcomes[name].per_query(measure), resamples=self.resamples)
+
+    def table(self, names: Sequence[str] | None = None) -> list[list[Any]]:
+        """Rows for the report: quality in per cent, raw rates, cost."""
+        header = ["system", *ranking.MEASURES, "raw valid %", "raw exact %", "NFE", "rows", "p50 ms", "p95 ms"]
+        return [header, *(self._row(name) for name in names or self.outcomes)]
+
+    def _row(self, name: str) -> list[Any]:
+        outcome = self.outcomes[name]
+        quality = [_percent(outcome, measure) for measure in ranking.MEASURES]
+        rates = [_scaled(outcome.fact(fact), 100) for fact in ("raw_valid", "raw_exact")]
+        cost = [_scaled(outcome.fact(fact), 1) for fact in ("nfe", "rows")]
+        timed = [round(float(np.percentile(outcome.ms, p)), 2) if len(outcome.ms) else None for p in (50, 95)]
+        return [name, *quality, *rates, *cost, *timed]
+
+
+def search_all(search: Search, texts: Sequence[str], options: SearchOptions) -> list[SearchResult]:
+    """Search in batches, every query with the same options."""
+    results: list[SearchResult] = []
+    for start in range(0, len(texts), BATCH):
+        batch = texts[start : start + BATCH]
+        results.extend(search(batch, [options] * len(batch)))
+    return results
+
+
+def time_systems(systems: Sequence[System], texts: Sequence[str]) -> dict[str, np.ndarray]:
+    """Milliseconds f64[Q] per query at batch 1, tokenisation and encoding included.
+
+    Systems take turns on every query, so that a machine that slows down slows all of them; the first queries
+    warm up and are dropped.
+    """
+    times: dict[str, list[float]] = {system.name: [] for system in systems}
+    warm = list(texts[:WARM_UP])
+    for position, text in enumerate([*warm, *texts]):
+        for system in systems:
+            started = time.perf_counter()
+            system.search([text], [system.options])
+            if position >= len(warm):
+                times[system.name].append((time.perf_counter() - started) * 1000)
+    return {name: np.array(values) for name, values in times.items()}
+
+
+def _facts(results: Sequence[SearchResult]) -> dict[str, float]:
+    facts = {
+        "nfe": float(np.mean([r.nfe for r in results])),
+        "rows": float(np.mean([r.rows for r in results])),
+        "steps": float(np.mean([r.steps_used for r in results])),
+        "distinct_top1": len({r.hits[0].doc_id for r in results}) / len(results),
+    }
+    for name in ("raw_valid", "raw_exact"):
+        known = [getattr(r, name) for r in results if getattr(r, name) is not None]
+        if known:
+            facts[name] = float(np.mean(known))
+    return facts
+
+
+def _percent(outcome: Outcome, measure: str) -> float | None:
+    return round(100 * float(outcome.per_query(measure).mean()), 1) if measure in outcome.values else None
+
+
+def _scaled(value: float | None, factor: float) -> float | None:
+    return None if value is None else round(factor * value, 1)

@@ -1,0 +1,113 @@
+"""What the commands and jobs/ do: run an experiment, a sweep, a deployment, a benchmark."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mobula import environment, methods
+from mobula.errors import ConfigError
+from mobula.experiment import Report, Run
+
+if TYPE_CHECKING:
+    from mobula.cluster.spec import ClusterSpec
+
+BENCHMARKS = ("training", "startup", "decoding", "serving")
+
+
+def run_experiment(
+    experiment: Path,
+    overrides: Sequence[str],
+    out: Path,
+    *,
+    resume: str = "auto",
+    cluster_file: Path | None = None,
+) -> Report:
+    """Run an experiment file into ``out``; prints the report's tables.
+
+    Raises:
+        MobulaError: for anything the user can mend.
+    """
+    environment.driver_environment()
+    from mobula.evaluation import report as reports
+
+    config = methods.load_config(experiment, list(overrides))
+    method = methods.get(config.method)
+    with Run.open(out, config, resume=resume, cluster=find_cluster(cluster_file)) as run:
+        report = method.run(run)
+        report.cost["wall_s"] = round(run.seconds, 3)
+        reports.write(report, run.directory)
+    reports.print_report(report)
+    print(f"report: {out / 'report.md'}, artifact: {out / 'artifact'}")
+    return report
+
+
+def run_sweep(
+    space: Path,
+    overrides: Sequence[str],
+    out: Path,
+    *,
+    resume: str = "auto",
+    cluster_file: Path | None = None,
+) -> None:
+    """Run the sweep of a space file into ``out``; prints its table.
+
+    Raises:
+        MobulaError: for anything the user can mend.
+    """
+    environment.driver_environment()
+    from mobula.tuning.sweep import sweep
+
+    result = sweep(space, out, overrides, cluster=find_cluster(cluster_file), resume=resume)
+    print((result.directory / "sweep.md").read_text(encoding="utf-8"))
+
+
+def run_serve(
+    apps: Sequence[str],
+    overrides: Sequence[str] = (),
+    *,
+    cluster_file: Path | None = None,
+    host: str | None = None,
+    port: int | None = None,
+) -> None:
+    """Deploy applications of the cluster file and keep them running until interrupted.
+
+    Raises:
+        MobulaError: for anything the user can mend.
+    """
+    environment.driver_environment()
+    from mobula.serving import deploy
+
+    found = find_cluster(cluster_file)
+    if found is None:
+        raise ConfigError(["no cluster file: give --cluster, or run where cluster.yaml is"], "serve")
+    deploy.run(found, apps, overrides, host=host, port=port)
+
+
+def find_cluster(path: Path | None) -> ClusterSpec | None:
+    """The cluster file that was named, or cluster.yaml of the current directory, or none.
+
+    Raises:
+        ConfigError: if the file is missing or wrong.
+    """
+    from mobula.cluster import spec
+
+    if path is None and not spec.DEFAULT.is_file():
+        return None
+    return spec.load(path or spec.DEFAULT)
+
+
+def run_benchmark(name: str) -> dict[str, Any]:
+    """Run benchmarks/NAME.py of the checkout in the current directory.
+
+    Raises:
+        ConfigError: if there is no such benchmark.
+    """
+    if name not in BENCHMARKS:
+        raise ConfigError([f"unknown benchmark {name!r}; expected one of {', '.join(BENCHMARKS)}"], "benchmark")
+    environment.driver_environment()
+    sys.path.insert(0, str(Path.cwd()))
+    return importlib.import_module(f"benchmarks.{name}").run()
