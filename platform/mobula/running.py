@@ -62,7 +62,7 @@ def run_sweep(
     from mobula.tuning.sweep import sweep
 
     result = sweep(space, out, overrides, cluster=find_cluster(cluster_file), resume=resume)
-    print((result.directory / "sweep.md").read_text(encoding="utf-8"))
+    print((result.directory / "report.md").read_text(encoding="utf-8"))
 
 
 def run_serve(

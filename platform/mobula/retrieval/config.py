@@ -93,8 +93,13 @@ class Config(ExperimentConfig):
                 arms.parse(text)
             except ValueError as error:
                 found.append(str(error))
-        if not self.arms or not self.arms[0].startswith("diffusion/"):
-            found.append("arms: the first arm must be a diffusion arm")
+        if not self.arms:
+            found.append("arms is empty; name at least one paradigm/family")
+        if self.model.backbone == "encoder" and self.model.codeword_prior and self.docid.encoder != self.model.encoder:
+            found.append(
+                f"docid.encoder={self.docid.encoder} but model.encoder={self.model.encoder}: "
+                "the codeword prior needs one encoder for both; or set model.codeword_prior=false"
+            )
         if self.docid.collision == "append" and any("text." in arm for arm in self.arms):
             found.append("docid.collision=append is for arms without text docids")
         return found

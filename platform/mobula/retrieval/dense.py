@@ -31,7 +31,7 @@ class Dense:
         vectors = encoder.embed([body(d) for d in documents]) if embeddings is None else embeddings
         index = faiss.IndexFlatIP(encoder.dim)
         index.add(np.ascontiguousarray(vectors, dtype=np.float32))
-        self._state = ([d.id for d in documents], index)
+        self._state: tuple[list[str], faiss.Index] = ([d.id for d in documents], index)
 
     def search(self, queries: Sequence[str], options: Sequence[SearchOptions]) -> list[SearchResult]:
         """As :class:`mobula.retrieval.search.Retriever`; ``nfe`` is the one call of the query encoder."""

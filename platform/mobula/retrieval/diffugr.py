@@ -20,6 +20,7 @@ from mobula.artifacts import Artifact
 from mobula.config import digest
 from mobula.data import load_retrieval
 from mobula.data.records import RetrievalData
+from mobula.errors import ConfigError
 from mobula.experiment import DataFacts, Report, Run
 from mobula.retrieval import library
 from mobula.retrieval.config import Config
@@ -38,6 +39,10 @@ load = library.load
 def run(run: Run) -> Report:
     """Train and evaluate; leaves checkpoints, run files and the artifact in the run's directory."""
     config: Config = run.config  # type: ignore[assignment]
+    if config.parsed_arms[0].paradigm != "diffusion":
+        raise ConfigError(
+            [f"arms: the first arm is the main one and must be diffusion, found {config.arms[0]}"], config.name
+        )
     data = load_retrieval(config.data)
     run.bind("data", data.sha256)
     material = prepare(config, data, run.directory / "prepared")
@@ -70,7 +75,7 @@ def write_artifact(config: Config, material: Material, fitted: Any, directory: P
 def measure(artifact: Artifact, config: Config, split: str = "dev") -> dict[str, float]:
     """Quality and latency of the main arm under ``config.decode`` on the artifact's dev queries (for sweeps).
 
-    Returns ``hit1``, ``hit10``, ``mrr10``, ``nfe``, ``steps``, ``p50_ms``, ``p95_ms``.
+    Returns ``hit@1``, ``hit@10``, ``mrr@10``, ``nfe``, ``steps``, ``p50_ms``, ``p95_ms``.
     """
     opened = library.cached(artifact)
     queries = sample(opened.queries[split], config.evaluation.dev_queries, config.seed)
@@ -83,27 +88,29 @@ def measure(artifact: Artifact, config: Config, split: str = "dev") -> dict[str,
     outcome = found.outcomes["decoded"]
     quality = {
         name: float(outcome.per_query(measure).mean())
-        for name, measure in {"hit1": "Hit@1", "hit10": "Hit@10", "mrr10": "MRR@10"}.items()
+        for name, measure in {"hit@1": "Hit@1", "hit@10": "Hit@10", "mrr@10": "MRR@10"}.items()
     }
     cost = {"nfe": outcome.fact("nfe") or 0.0, "steps": outcome.fact("steps") or 0.0}
     return {**quality, **cost, "p50_ms": float(np.median(ms)), "p95_ms": float(np.percentile(ms, 95))}
 
 
 def train_trial(config: Config, directory: Path, report: Callable[[dict[str, Any]], None]) -> None:
-    """Train the main arm alone, reporting {step, hit1, hit10, ...} after each evaluation (for training sweeps)."""
+    """Train the first arm alone at the rate ``training.lr`` (for training sweeps).
+
+    Reports {step, hit@1, hit@10, distinct_top1} after each evaluation on dev.
+    """
     data: RetrievalData = load_retrieval(config.data, quiet=True)
     arm = config.parsed_arms[0]
     alone = replace(config, arms=[str(arm)])
     # Trials that differ in training alone share what was prepared.
     shared = digest([data.sha256, asdict(config.docid), asdict(config.model), asdict(config.views), config.seed])
     material = prepare(alone, data, directory.parent / "prepared" / shared[:16])
-    rate = getattr(config.learning_rates, arm.paradigm)[0]
 
     def progress(row: dict[str, Any]) -> None:
         if "dev" in row:
             report({"step": row["step"], **row["dev"]})
 
     task = docid_task(alone, material.prepared, arm)
-    settings = settings_for(config.training, rate)
+    settings = settings_for(config.training, config.training.lr)
     result = fit(task, settings, directory / "fit", seed=config.seed, name=str(arm), progress=progress)
     log.info("trial done: best dev %s %.3f", MONITOR, result.best[MONITOR])

@@ -15,7 +15,7 @@ from mobula.retrieval.tasks import DocidTask, DualEncoder, DualTask, Prepared
 from mobula.training import FitResult, Task, TrainingConfig, fit
 
 log = logging.getLogger(__name__)
-MONITOR = "hit10"
+MONITOR = "hit@10"
 EVALUATIONS = 10  # evaluations on dev in one training, unless training.eval_every says otherwise
 
 

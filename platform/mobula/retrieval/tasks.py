@@ -245,8 +245,8 @@ def dev_measures(found: list[list[str]], gold: list[set[str]]) -> dict[str, floa
     """Hit@1, Hit@10 and the share of distinct top-1 documents of ranked ids."""
     pairs = list(zip(found, gold, strict=True))
     return {
-        "hit1": float(np.mean([bool(set(ids[:1]) & g) for ids, g in pairs])),
-        "hit10": float(np.mean([bool(set(ids[:10]) & g) for ids, g in pairs])),
+        "hit@1": float(np.mean([bool(set(ids[:1]) & g) for ids, g in pairs])),
+        "hit@10": float(np.mean([bool(set(ids[:10]) & g) for ids, g in pairs])),
         "distinct_top1": len({ids[0] for ids in found}) / len(found),
     }
 
