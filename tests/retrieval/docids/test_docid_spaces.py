@@ -230,7 +230,10 @@ def test_hkmeans_paths_lead_to_leaves(
         assert [index for _, index in sorted(members)] == list(range(len(members)))
 
     later = space.encode(*newcomers, taken=codes)
-    assert len(np.unique(np.concatenate([codes, later]), axis=0)) == len(codes) + len(later)
+    rows, counts = np.unique(np.concatenate([codes, later]), axis=0, return_counts=True)
+    assert (rows[counts > 1].max(1) == 4 + 2 * 20).all()  # only the last index of a full leaf is shared
+    assert counts.sum() == len(codes) + len(later)
+    assert (counts > 1).sum() < 5
 
 
 def test_hkmeans_documents_beyond_a_full_leaf_share_its_last_index(words: StaticEmbedding) -> None:
