@@ -59,7 +59,8 @@ class RetrieverArgs(AppArgs):
     artifact: LocalPath = Field(description="artifact of a finished retrieval run")
     reports: LocalPath | None = Field(None, description="directory whose runs the console shows")
     added: LocalPath | None = Field(
-        None, description="directory that keeps documents added to the corpus, shared by all replicas; null: none can be"
+        None,
+        description="directory that keeps documents added to the corpus, shared by all replicas; null: none can be",
     )
     max_batch_size: int = Field(16, ge=1, le=1024, description="requests computed together")
     calibration_s: float = Field(20.0, ge=0, le=600, description="time for measuring budgets at start; 0: no max_ms")
@@ -125,6 +126,7 @@ class FoundDocument(BaseModel):
     score: float | None
     title: str
     snippet: str
+    code: list[int] | None = Field(description="its docid; null if the retrieval model has none for it")
 
 
 class Budget(BaseModel):
@@ -215,10 +217,11 @@ class Corpus:
     def show(self, doc_id: str, score: float) -> dict[str, Any]:
         """A hit with title and the beginning of the text."""
         document = self.searchable.document(doc_id)
-        snippet = document.get("text", "")[:SNIPPET_CHARACTERS]
+        snippet = document["text"][:SNIPPET_CHARACTERS]
         # A document that the model gives no probability has score -inf, which JSON cannot hold.
         finite = score if math.isfinite(score) else None
-        return {"doc_id": doc_id, "score": finite, "title": document.get("title", ""), "snippet": snippet}
+        title, code = document["title"], document.get("code")
+        return {"doc_id": doc_id, "score": finite, "title": title, "snippet": snippet, "code": code}
 
     def _insert(self, rows: Rows) -> None:
         self.rows_version = self.searchable.insert([Document(**row) for row in rows])
@@ -435,9 +438,7 @@ def _plan(request: SearchRequest, corpus: Corpus) -> tuple[str, SearchOptions, d
     return retriever, options, budget.model_dump()
 
 
-def _found(
-    result: SearchResult, corpus: Corpus, retriever: str, budget: dict[str, Any], ms: float
-) -> dict[str, Any]:
+def _found(result: SearchResult, corpus: Corpus, retriever: str, budget: dict[str, Any], ms: float) -> dict[str, Any]:
     names = ("decoder", "constraint", "scored_by", "nfe", "rows", "steps_used", "filled", "raw_code", "raw_valid")
     hits = [corpus.show(hit.doc_id, float(hit.score)) for hit in result.hits]
     facts = {name: getattr(result, name) for name in names}
@@ -462,7 +463,7 @@ class Retriever:
         self.args = args
         self.state = State(Corpus.load(args))
 
-    def __serve_build_asgi_app__(self) -> FastAPI:  # noqa: N807 - Serve's name for it
+    def __serve_build_asgi_app__(self) -> FastAPI:
         return create_app(self.state, self.args, ServeMetrics())
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:

@@ -163,9 +163,12 @@ def cluster_validate(cluster_file: Path | None) -> None:
 @cluster.command("render")
 @click.option("--target", type=click.Choice(["kuberay", "ray"]), default="kuberay", show_default=True)
 @click.option("--out", type=click.Path(path_type=Path), default=None, help="File to write; default: print.")
+@click.option("--overlay", type=click.Path(path_type=Path), default=None, help="File whose keys replace those.")
 @click.argument("overrides", nargs=-1, metavar="[key=value ...]")
 @CLUSTER
-def cluster_render(target: str, overrides: tuple[str, ...], out: Path | None, cluster_file: Path | None) -> None:
+def cluster_render(
+    target: str, overrides: tuple[str, ...], out: Path | None, overlay: Path | None, cluster_file: Path | None
+) -> None:
     """Write manifests for KubeRay (RayCluster, RayJob, RayService) or the file for `ray up`.
 
     Overrides are below metadata: storage=/shared/mobula.
@@ -173,7 +176,7 @@ def cluster_render(target: str, overrides: tuple[str, ...], out: Path | None, cl
     from mobula.cluster import render, spec
     from mobula.serving import schema
 
-    found = spec.load(cluster_file or spec.DEFAULT, overrides)
+    found = spec.load(cluster_file or spec.DEFAULT, overrides, overlay)
     text = render.render(found, target, serve=schema.check(found))
     if out is None:
         click.echo(text, nl=False)

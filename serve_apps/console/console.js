@@ -46,7 +46,8 @@ function showBudget() {
 function hit(found, shared) {
   return element("li", { class: shared ? "shared" : undefined },
     element("h3", {}, found.title || found.doc_id),
-    element("span", { class: "id" }, `${found.doc_id}, score ${found.score === null ? "none" : shown(found.score)}`),
+    element("span", { class: "id" }, [found.doc_id, `score ${found.score === null ? "none" : shown(found.score)}`,
+      ...(found.code ? [`docid ${found.code.join("-")}`] : [])].join(", ")),
     element("p", {}, found.snippet));
 }
 

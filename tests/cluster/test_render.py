@@ -8,7 +8,7 @@ import yaml
 from ray.serve.schema import ServeDeploySchema
 
 from mobula.cluster import spec
-from mobula.cluster.render import render
+from mobula.cluster.render import in_a_pod, render
 from mobula.errors import ConfigError
 from mobula.serving import schema
 
@@ -18,7 +18,10 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.fixture
 def loaded(monkeypatch):
     monkeypatch.setenv("MOBULA_API_KEY", "a-secret-key-of-this-test")
-    overrides = ["storage=/shared/mobula", "nodes={head: {cpus: 2}, worker: {cpus: 4, gpus: 1, memory_gb: 16, min: 0, max: 3}}"]
+    overrides = [
+        "storage=/shared/mobula",
+        "nodes={head: {cpus: 2}, worker: {cpus: 4, gpus: 1, memory_gb: 16, min: 0, max: 3}}",
+    ]
     return spec.load(ROOT / "cluster.yaml", overrides)
 
 
@@ -31,7 +34,7 @@ def test_kuberay_manifests_parse_back(loaded):
     bodies = [cluster["spec"], job["spec"]["rayClusterSpec"], service["spec"]["rayClusterConfig"]]
     assert all(body == bodies[0] and body["authOptions"] == {"mode": "token"} for body in bodies)
     back = yaml.safe_load(service["spec"]["serveConfigV2"])
-    assert back == serve and ServeDeploySchema.model_validate(back)
+    assert back == in_a_pod(serve) and ServeDeploySchema.model_validate(back)
 
 
 def test_nodes_become_groups_with_their_resources(loaded):
@@ -62,9 +65,17 @@ def test_ray_target_is_a_file_for_ray_up(loaded):
     assert file["metadata"]["train"]["workers"] == 2
 
 
-def test_storage_inside_a_pod_is_refused():
-    with pytest.raises(ConfigError, match="shared by all pods"):
-        render(spec.load(ROOT / "cluster.yaml"))
+def test_s1_endpoint_in_a_pod_is_public_and_wants_a_key(loaded):
+    serve = schema.check(loaded)
+    public = in_a_pod(serve)
+    assert public["http_options"]["host"] == "0.0.0.0" and serve["http_options"]["host"] == "127.0.0.1"
+    assert [a["args"]["key_required"] for a in public["applications"]] == [True]
+
+
+def test_file_as_it_stands_renders_with_its_storage_on_the_claim():
+    cluster = next(yaml.safe_load_all(render(spec.load(ROOT / "cluster.yaml"))))
+    container = cluster["spec"]["headGroupSpec"]["template"]["spec"]["containers"][0]
+    assert container["workingDir"] == "/app" and container["volumeMounts"][0]["mountPath"] == "/app/runs"
 
 
 def test_unknown_target_is_refused(loaded):

@@ -16,7 +16,9 @@ from serve_apps.retriever import Corpus, RetrieverArgs, State, create_app
 from tests.serving import console
 from tests.serving.toy import LEVELS, Toy
 
-pytestmark = pytest.mark.skipif(console.chromium() is None, reason="no chromium on this machine (apt-get install chromium)")
+pytestmark = pytest.mark.skipif(
+    console.chromium() is None, reason="no chromium on this machine (apt-get install chromium)"
+)
 
 REPORT = {
     "method": "toy",
@@ -41,7 +43,9 @@ def url(tmp_path_factory):
     run = root / "runs" / "sharks"
     run.mkdir(parents=True)
     (run / "report.json").write_text(json.dumps(REPORT))
-    (run / "curve.svg").write_text('<svg xmlns="http://www.w3.org/2000/svg" width="80" height="40"><rect width="80" height="40"/></svg>')
+    (run / "curve.svg").write_text(
+        '<svg xmlns="http://www.w3.org/2000/svg" width="80" height="40"><rect width="80" height="40"/></svg>'
+    )
     args = RetrieverArgs(artifact=root, reports=root / "runs", key_required=False, calibration_s=10)
     app = create_app(State(Corpus(Toy(), "0" * 16, args)), args)
     with socket.socket() as s:

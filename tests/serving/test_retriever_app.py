@@ -411,7 +411,9 @@ def test_s6_names_of_reports_never_leave_their_directory(tmp_path, name):
         answer = ask(app, "GET", path)
         # A client may resolve ".." itself and then ask for another, harmless page.
         assert answer.status_code in (200, 307, 404), path
-        assert not any(leak in answer.text for leak in ('"experiment":"secret"', '"experiment":".hidden"', "root:")), path
+        assert not any(leak in answer.text for leak in ('"experiment":"secret"', '"experiment":".hidden"', "root:")), (
+            path
+        )
     assert ask(app, "GET", "/reports/one/plots/link.svg").status_code == 404
     assert ask(app, "GET", f"/console/{name}").status_code in (200, 307, 404)
     assert [r["name"] for r in ask(app, "GET", "/reports").json()] == ["one"]

@@ -184,7 +184,9 @@ def test_f6_killed_replica_fails_no_request_and_is_replaced(cluster):
     assert len(load.statuses) > 20 and load.failed == []
     with httpx.Client() as http:
         for _ in range(8):
-            assert http.post(f"{served.base}/search", json={"query": "squid", "k": 1}).json()["hits"][0]["doc_id"] == "n1"
+            assert (
+                http.post(f"{served.base}/search", json={"query": "squid", "k": 1}).json()["hits"][0]["doc_id"] == "n1"
+            )
 
 
 def replicas():

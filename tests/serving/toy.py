@@ -54,7 +54,9 @@ class Words:
         ranked = sorted(score, key=lambda i: (-score[i], i))[: options.k]
         hits = [Hit(i, score[i]) for i in ranked]
         steps = options.budget(LEVELS)
-        return SearchResult(hits, nfe=steps, rows=steps, steps_used=steps, decoder=options.decoder, raw_code=(1, 2, 3, 4))
+        return SearchResult(
+            hits, nfe=steps, rows=steps, steps_used=steps, decoder=options.decoder, raw_code=(1, 2, 3, 4)
+        )
 
 
 class Toy:

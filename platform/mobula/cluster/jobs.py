@@ -63,7 +63,9 @@ def submit(
             (it is stopped then, and Ray's message is part of the error).
     """
     if not arguments:
-        raise ClusterError("nothing to submit; put the command after --, e.g. `mobula submit -- python jobs/train.py X`")
+        raise ClusterError(
+            "nothing to submit; put the command after --, e.g. `mobula submit -- python jobs/train.py X`"
+        )
     if name is not None and not NAME.fullmatch(name):
         raise ClusterError(f"job name {name!r}: expected 1 to 64 of A-Z a-z 0-9 . _ -")
     jobs = client(address)

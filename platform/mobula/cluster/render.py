@@ -6,10 +6,12 @@ from a Kubernetes Secret. KubeRay 1.6 or newer is expected (token authentication
 
 from __future__ import annotations
 
+import copy
 import math
 import shlex
 from collections.abc import Sequence
 from importlib.metadata import version
+from pathlib import PurePosixPath
 from typing import Any, Literal
 
 import yaml
@@ -31,16 +33,12 @@ def render(
     ``serve`` is the checked Serve config (:func:`mobula.serving.schema.check`); without it there is no RayService.
 
     Raises:
-        ConfigError: if the target is unknown, or the cluster cannot be described for it.
+        ConfigError: if the target is unknown.
     """
     if target == "ray":
         return yaml.safe_dump(spec.ray_up(), sort_keys=False)
     if target != "kuberay":
         raise ConfigError([f"target={target!r}: expected one of {', '.join(TARGETS)}"], "cluster render")
-    if not spec.platform.storage.startswith("/"):
-        # A relative path would lie inside each pod and vanish with it.
-        problem = f"metadata.storage={spec.platform.storage!r}: Kubernetes needs an absolute path, shared by all pods"
-        raise ConfigError([f"{problem} (override storage=/shared/mobula)"], str(spec.path))
     manifests = [_manifest(spec, "RayCluster", _cluster(spec)), _manifest(spec, "RayJob", _job(spec, job))]
     if serve is not None:
         manifests.append(_manifest(spec, "RayService", _service(spec, serve)))
@@ -48,7 +46,10 @@ def render(
 
 
 def _manifest(spec: ClusterSpec, kind: str, body: dict[str, Any]) -> dict[str, Any]:
-    metadata = {"name": f"{spec.name}-{kind.removeprefix('Ray').lower()}", "namespace": spec.platform.kubernetes.namespace}
+    metadata = {
+        "name": f"{spec.name}-{kind.removeprefix('Ray').lower()}",
+        "namespace": spec.platform.kubernetes.namespace,
+    }
     return {"apiVersion": "ray.io/v1", "kind": kind, "metadata": metadata, "spec": body}
 
 
@@ -89,7 +90,17 @@ def _job(spec: ClusterSpec, job: Sequence[str]) -> dict[str, Any]:
 
 
 def _service(spec: ClusterSpec, serve: dict[str, Any]) -> dict[str, Any]:
-    return {"serveConfigV2": yaml.safe_dump(serve, sort_keys=False), "rayClusterConfig": _cluster(spec)}
+    return {"serveConfigV2": yaml.safe_dump(in_a_pod(serve), sort_keys=False), "rayClusterConfig": _cluster(spec)}
+
+
+def in_a_pod(serve: dict[str, Any]) -> dict[str, Any]:
+    """The Serve config for Kubernetes: a Service cannot reach a pod's loopback, so it is public and wants a key."""
+    public = copy.deepcopy(serve)
+    public["http_options"]["host"] = "0.0.0.0"
+    for application in public["applications"]:
+        if "key_required" in application.get("args", {}):
+            application["args"]["key_required"] = True
+    return public
 
 
 def _pod(spec: ClusterSpec, container: str, node: NodeType) -> dict[str, Any]:
@@ -104,12 +115,16 @@ def _pod(spec: ClusterSpec, container: str, node: NodeType) -> dict[str, Any]:
                 {
                     "name": container,
                     "image": kubernetes.image,
+                    # Relative paths of cluster.yaml are relative to it.
+                    "workingDir": ROOT,
                     "resources": {"requests": dict(amount), "limits": dict(amount)},
                     "env": [
                         {"name": "PYTHONPATH", "value": f"{ROOT}/platform:{ROOT}"},
                         {"name": "MOBULA_API_KEY", "valueFrom": {"secretKeyRef": secret}},
                     ],
-                    "volumeMounts": [{"name": "storage", "mountPath": spec.platform.storage}],
+                    "volumeMounts": [
+                        {"name": "storage", "mountPath": str(PurePosixPath(ROOT) / spec.platform.storage)}
+                    ],
                 }
             ],
             "volumes": [{"name": "storage", "persistentVolumeClaim": {"claimName": kubernetes.storage_claim}}],

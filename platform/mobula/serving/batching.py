@@ -38,8 +38,15 @@ class Batcher:
     ) -> None:
         self.compute, self.max_batch_size, self.observe = compute, max_batch_size, observe
         self.waiting: dict[Hashable, deque[tuple[Any, asyncio.Future]]] = {}
-        self.thread = ThreadPoolExecutor(1, thread_name_prefix="model")
         self.runner: asyncio.Task | None = None
+        self._thread: ThreadPoolExecutor | None = None
+
+    @property
+    def thread(self) -> ThreadPoolExecutor:
+        """The model's thread; a new one after :meth:`close`, since an app may be started again."""
+        if self._thread is None:
+            self._thread = ThreadPoolExecutor(1, thread_name_prefix="model")
+        return self._thread
 
     async def submit(self, group: Hashable, item: Any) -> Any:
         """The result of ``item``. If the caller is cancelled, its item is dropped, or its batch stopped."""
@@ -75,7 +82,10 @@ class Batcher:
         """Drop what waits; the thread ends after its current step."""
         if self.runner is not None:
             self.runner.cancel()
-        self.thread.shutdown(wait=False, cancel_futures=True)
+        if self._thread is not None:
+            self._thread.shutdown(wait=False, cancel_futures=True)
+        self.runner = self._thread = None
+        self.waiting.clear()
 
     async def _drain(self) -> None:
         while self.waiting:

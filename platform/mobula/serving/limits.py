@@ -59,7 +59,9 @@ def load_keys(required: bool, key_file: Path | None = None) -> tuple[bytes, ...]
     keys = tuple(line.strip().encode() for line in (text or "").splitlines() if line.strip())
     if required and not keys:
         raise ConfigError(
-            ["an API key is required where the host is not loopback; set MOBULA_API_KEY, or key_file to a file of mode 600"],
+            [
+                "an API key is required where the host is not loopback; set MOBULA_API_KEY, or key_file to a file of mode 600"
+            ],
             "serve",
         )
     if any(len(k) < MIN_KEY_CHARACTERS for k in keys):

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mobula.cancellation import raise_if_cancelled
 from mobula.retrieval.decoding.beam import best_changed
 from mobula.retrieval.decoding.calls import device_of, encode, require_fit, tiles
 from mobula.retrieval.decoding.corpus import Corpus, top
@@ -185,6 +186,7 @@ class TrieBeam:
     @torch.inference_mode()
     def _step(self) -> np.ndarray:
         """Log-probabilities f64[R, G, K] of the next level."""
+        raise_if_cancelled()
         logits, self.cache = self.model.step(self.memory, self.cache, self.previous)
         return torch.log_softmax(logits.float(), -1).double().cpu().numpy()
 

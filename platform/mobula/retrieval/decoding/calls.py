@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mobula.cancellation import raise_if_cancelled
 from mobula.retrieval.docids.table import DocidTable
 from mobula.retrieval.network import DocidModel, Memory
 from mobula.retrieval.search import BadSearch
@@ -90,6 +91,7 @@ class Network:
 
     def round(self, calls: Sequence[Call[Any]]) -> None:
         """Answer the questions of every call, all in as few network calls as the tiles allow, and advance them."""
+        raise_if_cancelled()
         asked = [(call, z) for call in calls if (z := call.asked) is not None]
         answers = self._log_probs(asked)
         for (call, z), answer in zip(asked, answers, strict=True):
