@@ -216,7 +216,7 @@ def test_a_monitored_metric_that_is_not_measured_is_an_error(tmp_path: Path) -> 
         train(tmp_path, monitor="hit@10")
 
 
-def test_F11_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(tmp_path: Path) -> None:
+def test_f11_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(tmp_path: Path) -> None:
     class Exploding(ByteTask):
         calls = 0
 

@@ -83,7 +83,7 @@ def test_stages_agree_on_two_workers(whole: FitResult, tmp_path: Path, zero: int
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_F1_a_killed_worker_changes_nothing(whole: FitResult, tmp_path: Path, rank: int) -> None:
+def test_f1_a_killed_worker_changes_nothing(whole: FitResult, tmp_path: Path, rank: int) -> None:
     step = random.randrange(1, 10)
     marker = tmp_path / "killed"
     result = train(tmp_path / "run", KilledOnce(marker=str(marker), kill_at=step, kill_rank=rank))
@@ -109,7 +109,7 @@ if __name__ == "__main__":
 """
 
 
-def test_F4_the_same_command_resumes_after_a_killed_driver(whole: FitResult, tmp_path: Path) -> None:
+def test_f4_the_same_command_resumes_after_a_killed_driver(whole: FitResult, tmp_path: Path) -> None:
     script = tmp_path / "driver.py"
     script.write_text(DRIVER)
     with tempfile.TemporaryDirectory(prefix="ray") as folder:
@@ -133,12 +133,12 @@ def wait_for_step(path: Path, step: int, driver: subprocess.Popen) -> None:
         time.sleep(0.1)
 
 
-def test_F11_a_loss_that_is_not_finite_is_not_retried(cluster: None, tmp_path: Path) -> None:
+def test_f11_a_loss_that_is_not_finite_is_not_retried(cluster: None, tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match="the loss became nan at step 3"):
         train(tmp_path, Diverging())
 
 
-def test_F10_missing_resources_fail_soon_and_are_named(cluster: None, tmp_path: Path) -> None:
+def test_f10_missing_resources_fail_soon_and_are_named(cluster: None, tmp_path: Path) -> None:
     spec = ClusterSpec(Path("cluster.yaml"), {}, Platform(train=Train(workers=2, gpus_per_worker=1)), {})
     started = time.monotonic()
     with pytest.raises(ClusterError, match=r"GPU: 2 workers x 1 = 2 asked for, but the cluster has 0"):
@@ -146,7 +146,7 @@ def test_F10_missing_resources_fail_soon_and_are_named(cluster: None, tmp_path: 
     assert time.monotonic() - started < 30
 
 
-def test_F10_workers_do_not_straddle_nodes(cluster: None) -> None:
+def test_f10_workers_do_not_straddle_nodes(cluster: None) -> None:
     check_resources(WorkerResources(workers=2, cpus=2))
     with pytest.raises(ClusterError, match=r"CPU: 2 workers x 3 = 6 asked for, but the cluster has 4 on 1 node"):
         check_resources(WorkerResources(workers=2, cpus=3))

@@ -147,14 +147,16 @@ def _import(device: torch.device) -> Any:
     in_process_environment(gpu=device.type == "cuda")
     import deepspeed
     import deepspeed.ops
+    from deepspeed.ops.op_builder.all_ops import ALL_OPS
 
     # DeepSpeed 0.19 calls collectives by names that torch 2.13 has replaced; torch says so at every call.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed.c10d_logger")
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     if device.type == "cpu":
         # Otherwise every start loads a C++ all-reduce through shared memory, which takes minutes to compile the
-        # first time. There is no public switch (DeepSpeed 0.19); a test fails when an upgrade moves this one.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        # first time, and asks gcc which other ops it could build. There is no public switch (DeepSpeed 0.19);
+        # tests fail when an upgrade moves this one.
+        deepspeed.ops.__compatible_ops__ = dict.fromkeys(ALL_OPS, False)
     return deepspeed
 
 

@@ -1,0 +1,134 @@
+"""The retriever endpoint under Ray Serve against the same application under plain uvicorn: R5.
+
+Both arms answer the same searches on this machine in one run and take turns, round by round; the first round of
+each is dropped. The reported ratio is the median over pairs of neighbouring rounds, ours over uvicorn's, so it is
+not moved by a machine that is slow for a while. The model is a small diffusion model with fresh weights over a
+synthetic corpus: the cost of the endpoint does not depend on whether its answers are good.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+
+from benchmarks.measuring import ratio
+
+ROOT = Path(__file__).resolve().parents[1]
+CONCURRENCY = (1, 16)
+ROUNDS = 8
+ROUND_S = 1.5
+START_TIMEOUT_S = 240
+SEARCH = {"query": "warm seas and large schools", "k": 10, "steps": 1}
+
+
+def run() -> dict[str, Any]:
+    """Ratios of requests per second, and requests per second and latencies of every arm.
+
+    ``default_over_uvicorn_rps`` and ``haproxy_over_uvicorn_rps`` are at 16 clients; ``..._c1`` at one.
+    """
+    result: dict[str, Any] = {"name": "serving", "ratios": {}, "arms": {}}
+    with tempfile.TemporaryDirectory(prefix="mb") as work:
+        for proxy in ("default", "haproxy"):
+            # Serve reads its mode when it is imported, so each mode gets processes of its own.
+            with started("uvicorn", Path(work)) as plain, started(proxy, Path(work)) as served:
+                for clients in CONCURRENCY:
+                    rows = paired(served, plain, clients)
+                    suffix = "" if clients == CONCURRENCY[-1] else f"_c{clients}"
+                    rps = [[r["rps"] for r in arm] for arm in rows]
+                    result["ratios"][f"{proxy}_over_uvicorn_rps{suffix}"] = ratio(*rps)
+                    for name, arm in ((proxy, rows[0]), (f"uvicorn_beside_{proxy}", rows[1])):
+                        result["arms"][f"{name}_c{clients}"] = summary(arm)
+    return result
+
+
+def paired(ours: str, theirs: str, clients: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Rounds of both arms in turn, without the first of each."""
+    rows = [(asyncio.run(load(ours, clients)), asyncio.run(load(theirs, clients))) for _ in range(ROUNDS + 1)]
+    return [a for a, _ in rows[1:]], [b for _, b in rows[1:]]
+
+
+async def load(url: str, clients: int) -> dict[str, Any]:
+    """One round: ``clients`` connections that ask one search after another."""
+    times: list[float] = []
+    stop = time.perf_counter() + ROUND_S
+
+    async def client(http: httpx.AsyncClient) -> None:
+        while time.perf_counter() < stop:
+            start = time.perf_counter()
+            answer = await http.post(f"{url}/search", json=SEARCH)
+            times.append(time.perf_counter() - start)
+            answer.raise_for_status()
+
+    limits = httpx.Limits(max_connections=clients)
+    async with httpx.AsyncClient(limits=limits, timeout=30) as http:
+        start = time.perf_counter()
+        await asyncio.gather(*(client(http) for _ in range(clients)))
+        seconds = time.perf_counter() - start
+    return {"rps": len(times) / seconds, "times": times}
+
+
+def summary(rounds: list[dict[str, Any]]) -> dict[str, float]:
+    """Requests per second (median over rounds) and latencies in ms over all requests."""
+    times = 1000 * np.concatenate([r["times"] for r in rounds])
+    p50, p95, p99 = np.percentile(times, [50, 95, 99])
+    rps = float(np.median([r["rps"] for r in rounds]))
+    return {name: round(float(v), 2) for name, v in (("rps", rps), ("p50_ms", p50), ("p95_ms", p95), ("p99_ms", p99))}
+
+
+@contextmanager
+def started(arm: str, work: Path) -> Iterator[str]:
+    """The address of an arm that runs in a process of its own, until the block ends."""
+    port = free_port()
+    log = work / f"{arm}-{port}.log"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT / 'platform'}:{ROOT}"}
+    command = [sys.executable, "-m", "benchmarks.serving_arm", arm, str(port), str(work)]
+    with log.open("w") as stream:
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=stream, stderr=stream)
+    url = f"http://127.0.0.1:{port}"
+    try:
+        _await(url, process, log)
+        yield url
+    finally:
+        process.send_signal(signal.SIGTERM)
+        try:
+            process.wait(60)
+        except subprocess.TimeoutExpired:
+            process.kill()
+
+
+def _await(url: str, process: subprocess.Popen, log: Path) -> None:
+    deadline = time.monotonic() + START_TIMEOUT_S
+    while time.monotonic() < deadline and process.poll() is None:
+        try:
+            if httpx.get(f"{url}/healthz", timeout=5).status_code == 200:
+                return
+        except httpx.HTTPError:
+            pass
+        time.sleep(0.5)
+    tail = "\n".join(log.read_text().splitlines()[-15:])
+    raise RuntimeError(f"the arm at {url} did not start:\n{tail}")
+
+
+def free_port() -> int:
+    """A port that nobody listens on."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+if __name__ == "__main__":
+    print(json.dumps(run(), indent=2))
