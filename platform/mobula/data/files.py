@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from mobula.artifacts import write_text
 from mobula.data.config import DataConfig
-from mobula.data.records import Document, Query
+from mobula.data.records import Document, Query, RetrievalData
 from mobula.data.sources import (
     UNSPLIT,
     Collection,
@@ -21,13 +23,14 @@ from mobula.data.sources import (
 from mobula.errors import BadRecord, DataError
 
 SPLITS = ("train", "dev", "test")
+NAMED = (*SPLITS, "given")
 
 
 def load_files(config: DataConfig) -> Collection:
     """Read a folder in one of two layouts.
 
     JSONL: ``corpus.jsonl`` (``id`` or ``_id``, ``title``, ``text``, ``date``) and ``queries.jsonl`` (``id`` or
-    ``_id``, ``text``, and either ``gold``, a list of document ids, or judgements beside it).
+    ``_id``, ``text``, and ``gold``, a list of document ids with or without ``grades``, or else judgements beside it).
     TREC: ``documents.trec`` (``<DOC><DOCNO>``) and ``topics.trec`` (``<top><num><title>``).
     Judgements: ``qrels/train.tsv``, ``qrels/dev.tsv``, ``qrels/test.tsv`` (splits as given), or ``qrels.tsv`` or
     ``qrels.txt`` (queries are then divided). A query in ``queries.jsonl`` may name its ``split`` itself.
@@ -51,6 +54,18 @@ def load_files(config: DataConfig) -> Collection:
             f"{folder}: no relevance judgements; add qrels.txt, qrels/test.tsv or a field gold to the queries"
         )
     return Collection(f"path {config.path}", documents, queries)
+
+
+def export(data: RetrievalData, folder: Path) -> None:
+    """Write a corpus and its queries in the JSONL layout of :func:`load_files`."""
+    documents = ({"id": d.id, "title": d.title, "text": d.text, "date": d.date} for d in data.documents)
+    write_text(folder / "corpus.jsonl", "".join(json.dumps(d, ensure_ascii=False) + "\n" for d in documents))
+    queries = (
+        {"id": q.id, "text": q.text, "gold": q.gold, "grades": q.grades, "split": split}
+        for split, found in data.queries.items()
+        for q in found
+    )
+    write_text(folder / "queries.jsonl", "".join(json.dumps(q, ensure_ascii=False) + "\n" for q in queries))
 
 
 def load_beir(config: DataConfig) -> Collection:
@@ -89,9 +104,10 @@ def _read_jsonl_layout(folder: Path) -> tuple[list[Document], dict[str, str], di
             texts[id] = text
             continue
         split = text_field(value, ("split",), where, optional=True) or UNSPLIT
-        if split not in (*SPLITS, UNSPLIT):
-            raise BadRecord(f"{where}: field split must be one of {', '.join(SPLITS)}, found {split!r}")
-        given.setdefault(split, []).append(Query(id, text, _gold(value["gold"], where)))
+        if split not in (*NAMED, UNSPLIT):
+            raise BadRecord(f"{where}: field split must be one of {', '.join(NAMED)}, found {split!r}")
+        gold = _gold(value["gold"], where)
+        given.setdefault(split, []).append(Query(id, text, gold, _grades(value.get("grades"), gold, where)))
     return documents, texts, given
 
 
@@ -99,6 +115,15 @@ def _gold(value: Any, where: str) -> tuple[str, ...]:
     if not isinstance(value, list) or not value or not all(isinstance(v, str | int) for v in value):
         raise BadRecord(f"{where}: field gold must be a list of at least one document id, found {value!r}")
     return tuple(dict.fromkeys(str(v) for v in value))
+
+
+def _grades(value: Any, gold: tuple[str, ...], where: str) -> tuple[int, ...] | None:
+    if value is None:
+        return None
+    whole = isinstance(value, list) and all(isinstance(v, int) and v > 0 for v in value)
+    if not whole or len(value) != len(gold):
+        raise BadRecord(f"{where}: field grades must be a list of {len(gold)} positive integers, found {value!r}")
+    return tuple(value)
 
 
 def _read_trec_layout(folder: Path) -> tuple[list[Document], dict[str, str], dict[str, list[Query]]]:

@@ -70,7 +70,8 @@ def per_query(
         measures = measures_within(width, documents)
     for measure in measures:
         check_width(measure, width, documents)
-    run, qrels = [], []
+    run: list[ScoredDoc] = []
+    qrels: list[Qrel] = []
     for position, (found, query) in enumerate(zip(hits, queries, strict=True)):
         # Positions serve as query ids: the caller's need not be unique across splits.
         id = str(position)

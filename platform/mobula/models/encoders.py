@@ -168,8 +168,8 @@ class TransformerEncoder:
         Nothing is padding, and no text's vector depends on the length of the texts beside it.
         """
         by_length: dict[int, list[int]] = defaultdict(list)
-        for row, ids in enumerate(tokens):
-            by_length[len(ids)].append(row)
+        for row, found in enumerate(tokens):
+            by_length[len(found)].append(row)
         told, done = time.monotonic(), 0
         for _, members in sorted(by_length.items(), reverse=True):
             for start in range(0, len(members), batch):

@@ -1,0 +1,123 @@
+"""Duplicates, splits and views."""
+
+import itertools
+import random
+
+import pytest
+
+from mobula.data import DataConfig, Document, Query, load_retrieval
+from mobula.data import duplicates as dup
+from mobula.data.splits import divide, drop_leaks
+from mobula.data.views import KeyPhrases, chunks, generator, hold_out_windows, make_views, read_views, windows
+from mobula.errors import BadRecord, DataError
+
+
+def query(id, text, *gold):
+    return Query(id, text, gold or ("d",))
+
+
+@pytest.mark.parametrize("threshold", [0.3, 0.5, 0.8, 1.0])
+def test_near_pairs_match_brute_force(threshold):
+    rng = random.Random(1)
+    texts = [" ".join(rng.choices("abcdefghijkl", k=rng.randint(0, 12))) for _ in range(150)]
+    sets = [frozenset(text.split()) for text in texts]
+    pairs = itertools.combinations(range(len(texts)), 2)
+    expected = {(i, j) for i, j in pairs if dup.jaccard(sets[i], sets[j]) >= threshold}
+    found = [tuple(sorted(pair)) for pair in dup.near_pairs(texts, threshold)]
+    assert len(found) == len(set(found))
+    assert set(found) == expected
+    assert expected
+
+
+def test_normalised_text_is_lower_case_and_alphanumeric():
+    assert dup.normalise("  It's a_TEST: naïve, 北京! ") == "it s a test naïve 北京"
+
+
+def test_duplicates(tmp_path):
+    """Identical texts become multi-gold; no near-duplicate query stands in two splits."""
+    documents = [Document("1", "", "same words here"), Document("2", "", "Same words, HERE!"), Document("3", "", "x")]
+    queries = [query(str(i), f"the question number {i} about topic{i % 40} word{i}", "1") for i in range(100)]
+    queries.append(query("twin", "The question; number 0 about topic0 WORD0", "3"))
+    from mobula.data import RetrievalData, export
+
+    export(RetrievalData("x", "x", "", documents, {"all": queries}), tmp_path)
+    data = load_retrieval(DataConfig(name="files", path=str(tmp_path)), quiet=True)
+    assert all(q.gold in {("1", "2"), ("3",)} for found in data.queries.values() for q in found)
+    assert data.notes["queries given an identical document as further gold"] == 100
+    homes = {q.id: split for split, found in data.queries.items() for q in found}
+    assert homes["0"] == homes["twin"]
+    forms = [{dup.normalise(q.text) for q in found} for found in data.queries.values()]
+    assert not any(a & b for a, b in itertools.combinations(forms, 2))
+
+
+def test_shares_are_met_and_order_is_kept():
+    queries = [query(f"{i:03d}", f"unique{i} words{i}") for i in range(200)]
+    options = {"by_document": False, "threshold": 0.8, "seed": 3}
+    divided = divide(queries, {"test": 0.25, "dev": 0.1}, "train", **options)
+    assert {name: len(found) for name, found in divided.items()} == {"test": 50, "dev": 20, "train": 130}
+    assert all([q.id for q in found] == sorted(q.id for q in found) for found in divided.values())
+    assert divide(queries, {"test": 0.25, "dev": 0.1}, "train", **options) == divided
+    assert divide(queries, {"test": 0.25, "dev": 0.1}, "train", **{**options, "seed": 4}) != divided
+
+
+def test_given_test_queries_stay_and_their_twins_leave_training():
+    queries = {"train": [query("a", "one two three"), query("b", "four five")], "test": [query("c", "one two three")]}
+    kept, dropped = drop_leaks(queries, 0.8)
+    assert dropped == 1
+    assert [q.id for q in kept["train"]] == ["b"]
+    assert [q.id for q in kept["test"]] == ["c"]
+
+
+def test_windows_are_contiguous_and_of_the_length_asked_for():
+    words = [f"w{i}" for i in range(60)]
+    found = windows(" ".join(words), 300, generator(0, "window", "d"))
+    lengths = {len(text.split()) for text in found}
+    assert min(lengths) >= 8 and max(lengths) <= 24 and len(lengths) > 10
+    assert all(text in " ".join(words) for text in found)
+    assert {text.split()[0] for text in found} >= {"w0"}
+    assert any(text.endswith("w59") for text in found)
+    assert windows("only four words here", 2, generator(0, "window", "d")) == ["only four words here"] * 2
+    assert windows("  ", 2, generator(0, "window", "d")) == []
+
+
+def test_views_are_deterministic_and_independent_of_other_documents():
+    documents = [Document(str(i), f"title {i}", " ".join(f"w{i}x{j}" for j in range(50))) for i in range(3)]
+    first = make_views(documents, "window", 5, seed=1)
+    assert make_views(documents[:1], "window", 5, seed=1) == first[:5]
+    assert make_views(documents, "window", 5, seed=2) != first
+    assert [view.gold for view in first] == [(str(i),) for i in range(3) for _ in range(5)]
+
+
+def test_held_out_windows_stay_out_of_training_views():
+    documents = [Document("1", "", " ".join(f"w{j}" for j in range(40)))]
+    held = hold_out_windows(documents, 1, seed=0)
+    views = make_views(documents, "window", 500, seed=5, held_out=held)
+    words = frozenset(held[0].text.split())
+    assert 0 < len(views) < 500
+    assert all(dup.jaccard(words, frozenset(view.text.split())) < 0.8 for view in views)
+
+
+def test_key_phrases_prefer_rare_terms():
+    documents = [Document(str(i), "", f"common shared rare{i}") for i in range(50)]
+    documents.append(Document("x", "", "other"))
+    phrases = KeyPhrases(documents).sample("common shared rare7", 400, generator(0, "k", "7"), low=1, high=1)
+    assert phrases.count("rare7") > 350
+
+
+def test_chunks_cover_the_text():
+    assert chunks("a b c d e", 2) == ["a b", "c d", "e"]
+
+
+def test_external_views_are_checked(tmp_path):
+    path = tmp_path / "views.jsonl"
+    path.write_text('{"doc_id": "1", "text": "a question"}\n{"doc_id": "9", "text": "x"}\n')
+    with pytest.raises(BadRecord, match=r"line 2: field doc_id='9' is not a document"):
+        read_views(path, [Document("1", "", "t")])
+    path.write_text('{"doc_id": "1", "text": "a question"}\n')
+    views = make_views([Document("1", "", "t")], "file", 3, 0, path=path)
+    assert [(v.text, v.gold) for v in views] == [("a question", ("1",))]
+
+
+def test_empty_documents_give_no_views():
+    with pytest.raises(DataError, match="no window view"):
+        make_views([Document("1", "", "")], "window", 3, 0)
