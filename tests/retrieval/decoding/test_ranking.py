@@ -165,6 +165,7 @@ def test_nfe_and_rows_of_every_decoder():
     for (decoder, beam), (nfe, rows) in expected.items():
         found, model = search(table, hashed(width=3), decoder=decoder, beam=beam, **common)
         assert (found.nfe, found.rows) == (nfe, rows)
+        assert len(model.seen) >= nfe
     guided, _ = search(table, hashed(width=3), decoder="match", cfg=1.0, **common)
     assert (guided.nfe, guided.rows) == (3, 6)
 

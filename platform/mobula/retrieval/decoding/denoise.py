@@ -81,7 +81,8 @@ class Row:
         if not len(leave_out):
             if (self.z == MASK).all():
                 return self.first, self.first[:0]
-            if self.forced() is not None:
+            # Without re-masking `fill` has already dealt with a single code left.
+            if self.options.remask != "none" and self.forced() is not None:
                 return np.zeros_like(self.first), self.first[:0]
         z = np.repeat(self.z[None], 1 + len(leave_out), axis=0)
         z[1 + np.arange(len(leave_out)), leave_out] = MASK
