@@ -95,6 +95,9 @@ def started(arm: str, work: Path) -> Iterator[str]:
     port = free_port()
     log = work / f"{arm}-{port}.log"
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT / 'platform'}:{ROOT}"}
+    if arm == "haproxy":
+        # The arm imports ray.serve at once, which reads them then.
+        environment |= {"RAY_SERVE_ENABLE_HA_PROXY": "1", "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1"}
     command = [sys.executable, "-m", "benchmarks.serving_arm", arm, str(port), str(work)]
     with log.open("w") as stream:
         process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=stream, stderr=stream)

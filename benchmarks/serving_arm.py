@@ -27,7 +27,26 @@ from serve_apps.retriever import Corpus, Retriever, RetrieverArgs, State, create
 ROOT = Path(__file__).resolve().parents[1]
 ARM = "diffusion/rq"
 DOCUMENTS, WORDS = 1000, 40
-VOCABULARY = ("warm cold deep sea ray school fish wave tide salt reef sand light dark blue green moon wind storm calm").split()
+VOCABULARY = [
+    "warm",
+    "cold",
+    "deep",
+    "sea",
+    "ray",
+    "school",
+    "fish",
+    "wave",
+    "tide",
+    "salt",
+    "reef",
+    "sand",
+    "light",
+    "dark",
+    "blue",
+    "green",
+    "moon",
+    "wind",
+]
 UNLIMITED = {"key_required": False, "requests_per_s": 1e9, "burst": 10**9, "calibration_s": 0, "added": None}
 
 
@@ -65,7 +84,11 @@ def build(args: RetrieverArgs) -> Application:
 def under_serve(port: int, work: Path, haproxy: bool) -> None:
     """Serve with the settings of cluster.yaml until SIGTERM."""
     artifacts.write(
-        work / "artifact", kind="model", method="diffugr", meta={}, fill=lambda f: artifacts.write_text(f / "none.txt", "")
+        work / "artifact",
+        kind="model",
+        method="diffugr",
+        meta={},
+        fill=lambda f: artifacts.write_text(f / "none.txt", ""),
     )
     file = specs.load(ROOT / "cluster.yaml")
     file.platform.haproxy = haproxy
@@ -90,5 +113,4 @@ if __name__ == "__main__":
     if arm == "uvicorn":
         under_uvicorn(int(number), Path(folder))
     else:
-        # This import has set nothing yet that Serve reads: deploy does that before it starts Ray.
         under_serve(int(number), Path(folder), haproxy=arm == "haproxy")

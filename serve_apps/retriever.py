@@ -60,7 +60,7 @@ class RetrieverArgs(AppArgs):
     reports: LocalPath | None = Field(None, description="directory whose runs the console shows")
     added: LocalPath | None = Field(
         None,
-        description="directory that keeps documents added to the corpus, shared by all replicas; null: none can be",
+        description="directory that keeps added documents, shared by all replicas; null: none can be added",
     )
     max_batch_size: int = Field(16, ge=1, le=1024, description="requests computed together")
     calibration_s: float = Field(20.0, ge=0, le=600, description="time for measuring budgets at start; 0: no max_ms")
@@ -486,4 +486,4 @@ class Retriever:
 
 def build(args: RetrieverArgs) -> Application:
     """The Serve application, from its arguments in cluster.yaml."""
-    return serve.deployment(serve.ingress()(Retriever)).bind(args)
+    return serve.deployment(serve.ingress()(Retriever)).bind(args)  # type: ignore[attr-defined]

@@ -7,9 +7,6 @@ import time
 
 import pytest
 import uvicorn
-
-pytest.importorskip("playwright", reason="the test extra is not installed")
-
 from playwright.sync_api import expect
 
 from serve_apps.retriever import Corpus, RetrieverArgs, State, create_app
@@ -20,6 +17,7 @@ pytestmark = pytest.mark.skipif(
     console.chromium() is None, reason="no chromium on this machine (apt-get install chromium)"
 )
 
+PLOT = '<svg xmlns="http://www.w3.org/2000/svg" width="80" height="40"><rect width="80" height="40"/></svg>'
 REPORT = {
     "method": "toy",
     "experiment": "<b>sharks</b>",
@@ -28,9 +26,9 @@ REPORT = {
     "data": [{"name": "sea", "source": "generated", "sha256": "0", "records": 4}],
     "measures": {"hit@10": {"value": 0.8123, "low": 0.75, "high": 0.87, "n": 200}},
     "claims": [
-        {"name": "A", "statement": "more steps are better", "effect": 0.01, "low": -0.02, "high": 0.04, "n": 9, "verdict": "undecided"},
-        {"name": "B", "statement": "codes matter", "effect": 0.4, "low": 0.3, "high": 0.5, "n": 9, "verdict": "holds"},
-        {"name": "C", "statement": "faster", "effect": -1, "low": -2, "high": -0.1, "n": 9, "verdict": "does_not_hold"},
+        {"name": "A", "statement": "more is better", "effect": 0.01, "low": -0.02, "high": 0.04, "verdict": "undecided"},
+        {"name": "B", "statement": "codes matter", "effect": 0.4, "low": 0.3, "high": 0.5, "verdict": "holds"},
+        {"name": "C", "statement": "faster", "effect": -1, "low": -2, "high": -0.1, "verdict": "does_not_hold"},
     ],
     "tables": {"Budgets": [["steps", "hit@1"], [1, 0.5], [2, 0.52]]},
     "cost": {"wall_s": 12.5},
@@ -43,9 +41,7 @@ def url(tmp_path_factory):
     run = root / "runs" / "sharks"
     run.mkdir(parents=True)
     (run / "report.json").write_text(json.dumps(REPORT))
-    (run / "curve.svg").write_text(
-        '<svg xmlns="http://www.w3.org/2000/svg" width="80" height="40"><rect width="80" height="40"/></svg>'
-    )
+    (run / "curve.svg").write_text(PLOT)
     args = RetrieverArgs(artifact=root, reports=root / "runs", key_required=False, calibration_s=10)
     app = create_app(State(Corpus(Toy(), "0" * 16, args)), args)
     with socket.socket() as s:

@@ -393,8 +393,8 @@ def test_reports_and_plots_can_be_read(tmp_path):
 
 HOSTILE = [
     "..", "../secret", "%2e%2e", "%2e%2e%2fsecret", "..%2fsecret", "....//secret", "/etc", "%2fetc", "//etc/passwd",
-    "file:%2f%2f%2fetc%2fpasswd", "s3:%2f%2fbucket%2fkey", "secret%00", "%00", "link", ".hidden", "one%2f..%2f..%2fsecret",
-    "one\\..\\secret", "~root", "x" * 65, "one%0a",
+    "file:%2f%2f%2fetc%2fpasswd", "s3:%2f%2fbucket%2fkey", "secret%00", "%00", "link", ".hidden",
+    "one%2f..%2f..%2fsecret", "one\\..\\secret", "~root", "x" * 65, "one%0a",
 ]  # fmt: skip
 
 

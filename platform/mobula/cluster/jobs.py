@@ -63,9 +63,7 @@ def submit(
             (it is stopped then, and Ray's message is part of the error).
     """
     if not arguments:
-        raise ClusterError(
-            "nothing to submit; put the command after --, e.g. `mobula submit -- python jobs/train.py X`"
-        )
+        raise ClusterError("nothing to submit; put a command after --: `mobula submit -- python jobs/train.py X.yaml`")
     if name is not None and not NAME.fullmatch(name):
         raise ClusterError(f"job name {name!r}: expected 1 to 64 of A-Z a-z 0-9 . _ -")
     jobs = client(address)

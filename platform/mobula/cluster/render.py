@@ -108,6 +108,7 @@ def _pod(spec: ClusterSpec, container: str, node: NodeType) -> dict[str, Any]:
     amount = {"cpu": str(node.cpus), "memory": f"{math.ceil(node.memory_gb * 1024)}Mi"}
     if node.gpus:
         amount["nvidia.com/gpu"] = str(node.gpus)
+    storage = str(PurePosixPath(ROOT) / spec.platform.storage)
     secret = {"name": kubernetes.key_secret, "key": "key", "optional": True}
     return {
         "spec": {
@@ -122,9 +123,7 @@ def _pod(spec: ClusterSpec, container: str, node: NodeType) -> dict[str, Any]:
                         {"name": "PYTHONPATH", "value": f"{ROOT}/platform:{ROOT}"},
                         {"name": "MOBULA_API_KEY", "valueFrom": {"secretKeyRef": secret}},
                     ],
-                    "volumeMounts": [
-                        {"name": "storage", "mountPath": str(PurePosixPath(ROOT) / spec.platform.storage)}
-                    ],
+                    "volumeMounts": [{"name": "storage", "mountPath": storage}],
                 }
             ],
             "volumes": [{"name": "storage", "persistentVolumeClaim": {"claimName": kubernetes.storage_claim}}],

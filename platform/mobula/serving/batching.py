@@ -97,7 +97,7 @@ class Batcher:
     def _next_batch(self) -> tuple[Hashable, list[tuple[Any, asyncio.Future]]]:
         group = next(iter(self.waiting))
         queue = self.waiting.pop(group)
-        batch = []
+        batch: list[tuple[Any, asyncio.Future]] = []
         while queue and len(batch) < self.max_batch_size:
             item, future = queue.popleft()
             if not future.done():

@@ -117,6 +117,7 @@ def configuration(
     environment.serve_environment(spec.platform.haproxy)
     from mobula.serving import schema
 
+    _check_proxy(spec)
     changed = spec.serve
     http = changed.setdefault("http_options", {})
     http.update({name: value for name, value in (("host", host), ("port", port)) if value is not None})
@@ -137,6 +138,17 @@ def shutdown() -> None:
     from ray import serve as ray_serve
 
     ray_serve.shutdown()
+
+
+def _check_proxy(spec: ClusterSpec) -> None:
+    """Serve fixes its proxy when it is imported; a file that asks for the other one would be ignored silently."""
+    from ray.serve._private.constants import RAY_SERVE_ENABLE_HA_PROXY
+
+    if bool(RAY_SERVE_ENABLE_HA_PROXY) != spec.platform.haproxy:
+        raise ClusterError(
+            f"{spec.path}: metadata.haproxy={str(spec.platform.haproxy).lower()}, but this process loaded Ray Serve "
+            f"with RAY_SERVE_ENABLE_HA_PROXY={int(RAY_SERVE_ENABLE_HA_PROXY)}; make them agree and start again"
+        )
 
 
 def _assignment(text: str) -> tuple[str, Any]:
@@ -178,6 +190,7 @@ def _start(config: dict[str, Any]) -> None:
     ray_serve.start(proxy_location=config.get("proxy_location"), http_options=config["http_options"])
     # What Serve's REST API does with a config; it has no public name in Python (Ray 2.60).
     client = _get_global_client()
+    assert client is not None  # it was started above
     running = client.http_config
     wanted = config["http_options"]
     if (running.host, running.port) != (wanted["host"], wanted["port"]):

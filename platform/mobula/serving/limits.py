@@ -59,9 +59,7 @@ def load_keys(required: bool, key_file: Path | None = None) -> tuple[bytes, ...]
     keys = tuple(line.strip().encode() for line in (text or "").splitlines() if line.strip())
     if required and not keys:
         raise ConfigError(
-            [
-                "an API key is required where the host is not loopback; set MOBULA_API_KEY, or key_file to a file of mode 600"
-            ],
+            ["a host that is not loopback requires an API key: set MOBULA_API_KEY, or key_file to a file of mode 600"],
             "serve",
         )
     if any(len(k) < MIN_KEY_CHARACTERS for k in keys):

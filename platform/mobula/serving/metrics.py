@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from ray.serve import metrics
 
-MS = [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000]
-SIZES = [1, 2, 4, 8, 16, 32, 64, 128]
+MS = [1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0, 200.0, 500.0, 1000.0, 2000.0, 5000.0, 10000.0]
+SIZES = [1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0]
 
 
 class Metrics:
@@ -27,7 +27,7 @@ class ServeMetrics(Metrics):
     def __init__(self) -> None:
         self._batch = metrics.Histogram("mobula_batch_size", "requests computed together", boundaries=SIZES)
         tags = ("retriever", "decoder")
-        self._search = metrics.Histogram("mobula_search_ms", "time of a search, ms", boundaries=MS, tag_keys=tags)
+        self._search = metrics.Histogram("mobula_search_ms", "time of a search, ms", boundaries=MS, tag_keys=tags)  # type: ignore[arg-type]
         self._answered = metrics.Counter("mobula_requests", "requests answered", tag_keys=("status",))
 
     def batch(self, size: int) -> None:
