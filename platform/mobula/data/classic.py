@@ -166,7 +166,7 @@ def _smart(text: str) -> Iterator[tuple[int, dict[str, str]]]:
 
 def _month(issue: str) -> str | None:
     """ISO date of the first day of the month named in ``CACM December, 1958``."""
-    found = re.search(r"([A-Za-z]{3})[a-z]*,?\s+(19\d\d)", issue)
+    found = re.search(r"([A-Za-z]{3})[a-z]*,?\s*(19\d\d)", issue)
     if found is None or found[1].lower() not in MONTHS:
         return None
     return f"{found[2]}-{MONTHS.index(found[1].lower()) + 1:02d}-01"
