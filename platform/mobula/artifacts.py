@@ -64,8 +64,7 @@ def write(directory: Path, *, kind: str, method: str, meta: dict[str, Any], fill
         files[path.relative_to(partial).as_posix()] = {"sha256": sha256(path), "bytes": path.stat().st_size}
     manifest = {"format": FORMAT, "kind": kind, "method": method, "meta": meta, "files": files}
     write_json(partial / MANIFEST, manifest)
-    shutil.rmtree(directory, ignore_errors=True)
-    partial.rename(directory)
+    _replace(directory, partial)
     return open_artifact(directory)
 
 
@@ -83,6 +82,10 @@ def open_artifact(directory: Path, *, kind: str | None = None) -> Artifact:
         raise ArtifactError(f"{directory}: holds a {manifest['kind']}, expected a {kind}")
     for name, facts in manifest["files"].items():
         _verify(directory, name, facts)
+    extra = {p.relative_to(directory).as_posix() for p in directory.rglob("*") if p.is_file()}
+    extra -= {*manifest["files"], MANIFEST}
+    if extra:
+        raise ArtifactError(f"{directory}: {min(extra)!r} is not in the manifest; an artifact holds nothing else")
     return Artifact(directory, manifest["kind"], manifest["method"], manifest["meta"], manifest["files"])
 
 
@@ -108,6 +111,16 @@ def write_text(path: Path, text: str) -> None:
     partial.replace(path)
 
 
+def _replace(directory: Path, partial: Path) -> None:
+    """Put ``partial`` in the place of ``directory``; the old content goes only after the new one stands there."""
+    old = directory.with_name(f".{directory.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if directory.exists():
+        directory.rename(old)
+    partial.rename(directory)
+    shutil.rmtree(old, ignore_errors=True)
+
+
 def _manifest(directory: Path) -> dict[str, Any]:
     path = directory / MANIFEST
     if not path.is_file():
@@ -126,11 +139,15 @@ def _manifest(directory: Path) -> dict[str, Any]:
 
 
 def _verify(directory: Path, name: str, facts: dict[str, Any]) -> None:
+    if not isinstance(facts, dict):
+        raise ArtifactError(f"{directory}: damaged manifest, the entry of {name!r} is not a mapping")
     relative = PurePosixPath(name)
     if relative.is_absolute() or ".." in relative.parts or relative.suffix not in ALLOWED:
         raise ArtifactError(f"{directory}: the manifest names {name!r}, which an artifact may not hold")
     path = directory / name
-    if path.is_symlink() or not path.is_file():
+    if not path.is_file():
         raise ArtifactError(f"{path}: named in the manifest but missing")
+    if path.resolve() != directory.resolve() / name:
+        raise ArtifactError(f"{path}: leads elsewhere by a symbolic link, which an artifact may not hold")
     if path.stat().st_size != facts.get("bytes") or sha256(path) != facts.get("sha256"):
         raise ArtifactError(f"{path}: checksum differs from the manifest; the file is damaged or was changed")

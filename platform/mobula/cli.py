@@ -35,12 +35,15 @@ class Commands(click.Group):
     """A group whose commands end with one clear line where the user can mend something."""
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run a command; a :class:`MobulaError` becomes a message and exit status 2, a signal 130."""
+        """Run a command; a :class:`MobulaError` becomes a message and exit status 2, Ctrl-C 130."""
         try:
             return super().invoke(ctx)
         except MobulaError as error:
             click.echo(f"error: {error}", err=True)
             ctx.exit(2)
+        except KeyboardInterrupt:
+            click.echo("interrupted", err=True)
+            ctx.exit(130)
         except OSError as error:
             if error.errno is None or error.filename is None:
                 raise
@@ -220,9 +223,15 @@ def validate(experiments: tuple[Path, ...]) -> None:
     """Check experiment files without running them."""
     from mobula.methods import load_config
 
+    wrong = False
     for path in experiments:
-        load_config(path)
-        click.echo(f"{path}: valid")
+        try:
+            load_config(path)
+            click.echo(f"{path}: valid")
+        except MobulaError as error:
+            click.echo(f"error: {error}", err=True)
+            wrong = True
+    sys.exit(2 if wrong else 0)
 
 
 @main.group(cls=Commands)

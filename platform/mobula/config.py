@@ -11,6 +11,7 @@ import dataclasses
 import difflib
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -111,10 +112,10 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """Read a YAML mapping safely.
 
     Raises:
-        ConfigError: if the file is missing, is not YAML or is not a mapping.
+        ConfigError: if the file is missing, is not YAML, names a key twice or is not a mapping.
     """
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError([f"cannot read the file ({error.__class__.__name__})"], str(path)) from error
     except yaml.YAMLError as error:
@@ -124,6 +125,21 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ConfigError([f"expected a mapping of keys, found {type(values).__name__}"], str(path))
     return values
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that stands twice in one mapping, of which YAML would keep the last without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """As the base class."""
+        seen: set[str] = set()
+        for name in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if name.value in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {name.value} stands twice", name.start_mark
+                )
+            seen.add(name.value)
+        return super().construct_mapping(node, deep)
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -220,9 +236,14 @@ def _assign(config: Any, fields: dict[str, dataclasses.Field], name: str, value:
     if field is None:
         if any(dotted.startswith(f"{name}.") for dotted in fields):
             return [f"{name} is a section and needs a mapping, found {value!r}"]
-        return [f"unknown key {name}{nearest(name, list(fields))}"]
-    if "${" in json.dumps(value, default=str):
+        sections = {dotted[:i] for dotted in fields for i, c in enumerate(dotted) if c == "."}
+        return [f"unknown key {name}{nearest(name, [*fields, *sorted(sections)])}"]
+    written = json.dumps(value, default=str)
+    if "${" in written:
         return [f"{name}: interpolation (${{...}}) is not allowed"]
+    if '"???"' in written:
+        # OmegaConf's mark of a value that is still to come.
+        return [f"{name}: ??? is not a value"]
     if isinstance(value, bool) and "float" in str(field.type):
         return [f"{name}={value!r}: expected a number"]
     if isinstance(value, str) and "float" in str(field.type):
@@ -232,7 +253,9 @@ def _assign(config: Any, fields: dict[str, dataclasses.Field], name: str, value:
         OmegaConf.update(config, name, value, merge=False)
     except OmegaConfBaseException as error:
         return [f"{name}={value!r}: expected {field.type} ({str(error).splitlines()[0]})"]
-    return _out_of_range(name, value, field)
+    # What the schema made of it: a number may have been written as text.
+    kept = OmegaConf.select(config, name)
+    return _out_of_range(name, list(kept) if OmegaConf.is_list(kept) else kept, field)
 
 
 def _number(text: str) -> float | str:
@@ -259,8 +282,10 @@ def _out_of_range(name: str, value: Any, field: dataclasses.Field) -> list[str]:
     for item in items:
         if isinstance(item, bool) or not isinstance(item, int | float):
             continue
+        if not math.isfinite(item):
+            problems.append(f"{name}={item!r}: must be a finite number")
+            continue
         for kind, bound in field.metadata.get("bounds", {}).items():
-            # `not` keeps NaN, which compares false with everything, out of range.
             if not tests[kind](item, bound):
                 problems.append(f"{name}={item!r}: must be {words[kind]} {bound}")
     return problems

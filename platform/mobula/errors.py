@@ -1,5 +1,7 @@
 """Errors a user can act on. The command line prints their message as one line and exits with status 2."""
 
+from __future__ import annotations
+
 
 class MobulaError(Exception):
     """Something the user can mend; the message names what is wrong, what was expected and what to do."""
@@ -10,8 +12,13 @@ class ConfigError(MobulaError):
 
     def __init__(self, problems: list[str], source: str) -> None:
         self.problems = problems
+        self.source = source
         lines = "; ".join(problems)
         super().__init__(f"{source}: {lines}")
+
+    def __reduce__(self) -> tuple[type[ConfigError], tuple[list[str], str]]:
+        # Raised in a worker, it travels to the driver; by default only the message would.
+        return type(self), (self.problems, self.source)
 
 
 class DataError(MobulaError):

@@ -13,18 +13,19 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
 from mobula import artifacts
-from mobula.config import differences, digest, key, section, to_dict, to_yaml
+from mobula.config import differences, digest, key, read_yaml, section, to_dict, to_yaml
 from mobula.errors import RunConflict
 
 Verdict = Literal["holds", "does_not_hold", "undecided"]
-RESUME = ("auto", "never", "must")
+LOCK = ".lock"
+SECRETS = ("token", "secret", "password", "api_key", "bearer")
 PACKAGES = (
     "ray",
     "torch",
@@ -54,7 +55,7 @@ class ExperimentConfig:
 
     method: str = key("", "key of the method, see `mobula methods`")
     name: str = key("experiment", "name of the experiment, shown in reports")
-    seed: int = key(0, "seed of everything random", ge=0)
+    seed: int = key(0, "seed of everything random", ge=0, le=2**32 - 1)
     about: About = section(About)
 
 
@@ -202,7 +203,7 @@ class Run:
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
-        with (self.directory / ".lock").open("w") as stream:
+        with (self.directory / LOCK).open("w") as stream:
             try:
                 fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
@@ -214,9 +215,9 @@ class Run:
         if not before.is_file():
             if resume == "must":
                 raise RunConflict(f"{self.directory}: no run to resume here (resume=must)")
+            if resume == "never" and any(path.name != LOCK for path in self.directory.iterdir()):
+                raise RunConflict(f"{self.directory}: not empty (resume=never); use another --out")
             return
-        from mobula.config import read_yaml
-
         changed = differences(_strip(read_yaml(before)), identity(self.config))
         if changed:
             raise RunConflict(
@@ -257,16 +258,26 @@ def provenance(seed: int) -> dict[str, Any]:
         "revision": _git("rev-parse", "HEAD"),
         "dirty": bool(_git("status", "--porcelain")),
         "seed": seed,
-        "argv": [redact(a) for a in sys.argv],
+        "argv": redact(sys.argv),
         "cores": os.cpu_count(),
     }
 
 
-def redact(text: str) -> str:
-    """``key=value`` with the value hidden where the key names a secret."""
-    name, separator, _ = text.partition("=")
-    secret = any(word in name.lower() for word in ("token", "secret", "password", "api_key", "bearer"))
-    return f"{name}=***" if separator and secret else text
+def redact(arguments: Sequence[str]) -> list[str]:
+    """A command line with the values of secrets hidden, in ``key=value`` and in ``--key value``."""
+    shown: list[str] = []
+    for before, text in zip(["", *arguments], arguments, strict=False):
+        name, separator, _ = text.partition("=")
+        if separator and _is_secret(name):
+            text = f"{name}=***"
+        elif before.startswith("-") and "=" not in before and _is_secret(before):
+            text = "***"
+        shown.append(text)
+    return shown
+
+
+def _is_secret(name: str) -> bool:
+    return any(word in name.lower().replace("-", "_") for word in SECRETS)
 
 
 def _version(name: str) -> str | None:

@@ -53,4 +53,7 @@ def load_config(path: Path, overrides: tuple[str, ...] | list[str] = ()) -> Expe
     name = values.get("method")
     if not isinstance(name, str):
         raise ConfigError([f"the key method is missing; expected one of {', '.join(METHODS)}"], str(path))
-    return configs.load(get(name).Config, path, overrides)
+    loaded = configs.load(get(name).Config, path, overrides)
+    if loaded.method != name:
+        raise ConfigError([f"method={loaded.method}: the method of an experiment cannot be overridden"], str(path))
+    return loaded

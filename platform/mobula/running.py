@@ -108,6 +108,8 @@ def run_benchmark(name: str) -> dict[str, Any]:
     """
     if name not in BENCHMARKS:
         raise ConfigError([f"unknown benchmark {name!r}; expected one of {', '.join(BENCHMARKS)}"], "benchmark")
+    if not Path("benchmarks", f"{name}.py").is_file():
+        raise ConfigError([f"no benchmarks/{name}.py in {Path.cwd()}; run this in a checkout of Mobula"], "benchmark")
     environment.driver_environment()
     sys.path.insert(0, str(Path.cwd()))
     return importlib.import_module(f"benchmarks.{name}").run()

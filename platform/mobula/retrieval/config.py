@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from mobula.config import key, section
 from mobula.data import DataConfig
@@ -11,9 +11,11 @@ from mobula.evaluation.ranking import MEASURES
 from mobula.experiment import ExperimentConfig
 from mobula.retrieval import arms
 from mobula.retrieval.build import ModelConfig
-from mobula.retrieval.docids.config import DocidConfig
-from mobula.retrieval.search import REMASK, SearchOptions
+from mobula.retrieval.docids.config import DocidConfig, code_length
+from mobula.retrieval.search import ORDERS, REMASK, SearchOptions
 from mobula.training import TrainingConfig
+
+BUDGETED = ("match", "match_rerank", "best_of_n")  # the decoders whose cost the denoising budget decides
 
 
 @dataclass
@@ -58,8 +60,8 @@ class EvaluationConfig:
     primary: str = key("Hit@10", "measure that claims and choices on dev use", choices=MEASURES)
     depth: int = key(100, "documents per ranked list", ge=1, le=1000)
     steps: list[int] = key([1, 2, 4, 8], "denoising budgets T", ge=1)
-    decoders: list[str] = key(["match", "match_rerank"], "decoders swept over the budgets")
-    orders: list[str] = key(["confidence", "random", "left_to_right"], "commit orders compared at T = L")
+    decoders: list[str] = key(["match", "match_rerank"], "decoders swept over the budgets", choices=BUDGETED)
+    orders: list[str] = key(["confidence", "random", "left_to_right"], "commit orders at T = L", choices=ORDERS)
     thresholds: list[float] = key([0.5, 0.7, 0.9, 0.99], "confidence thresholds", gt=0, lt=1)
     remask: list[str] = key(["none", "low_conf"], "re-masking rules of the recovery measure", choices=REMASK)
     beams: list[int] = key([10, 100], "beam widths of the twin", ge=1, le=256)
@@ -102,7 +104,29 @@ class Config(ExperimentConfig):
             )
         if self.docid.collision == "append" and any("text." in arm for arm in self.arms):
             found.append("docid.collision=append is for arms without text docids")
-        return found
+        if any(arm.endswith("/text.title") for arm in self.arms) and self.data.queries == "titles":
+            found.append("data.queries=titles takes the titles away that docids of family text.title are made of")
+        return found or self._misfit_decoding()
+
+    def _misfit_decoding(self) -> list[str]:
+        """What of ``decode`` does not fit the main arm's codes, alone or with what the evaluation varies.
+
+        Found here and not when training is over.
+        """
+        levels = code_length(self.docid, self.parsed_arms[0].family)
+        # What decode contradicts in itself, its own section reports.
+        found = [f"decode.{problem}" for problem in self.decode.misfits(levels)]
+        if found or self.decode.problems():
+            return found
+        varied = replace(self.decode, steps=None, threshold=None)
+        trials = [("evaluation.steps", replace(varied, steps=min(steps, levels))) for steps in self.evaluation.steps]
+        trials += [("evaluation.thresholds", replace(varied, threshold=tau)) for tau in self.evaluation.thresholds]
+        trials += [("evaluation.orders", replace(varied, order=order)) for order in self.evaluation.orders]
+        for name, options in trials:
+            problems = [*options.problems(), *options.misfits(levels)]
+            if problems:
+                return [f"decode does not go with {name}: {problems[0]}"]
+        return []
 
     @property
     def parsed_arms(self) -> list[arms.Arm]:

@@ -376,11 +376,11 @@ class DocidModel(nn.Module):
         return scores, Cache(kept, level + 1, cache.width, residual)
 
     def _remember(self, x: Tensor, mask: Tensor, pooled: Tensor, vector: Tensor | None) -> Memory:
-        if self.shape.query_sees_docid:
+        if self.shape.query_sees_docid and self.paradigm == "diffusion":
             return Memory(mask, pooled, vector=vector, embedded=x)
         keys_values = []
         for layer in self.layers:
-            if self.shape.tower == "states":
+            if self.shape.tower == "states" and not self.shape.query_sees_docid:
                 # The encoder has done the reading: layers look at its states, which no layer changes.
                 keys_values.append(layer.project(x)[1:])
             else:
@@ -411,18 +411,16 @@ class DocidModel(nn.Module):
         return x
 
     def _joint_states(self, memory: Memory, x: Tensor) -> Tensor:
-        """Full attention over [query ; docid], nothing reusable between steps (``query_sees_docid``)."""
+        """Full attention over [query ; docid], nothing reusable between steps (``query_sees_docid``).
+
+        Diffusion only: the twin's query never sees the docid, so there the layers read it once (:meth:`_remember`).
+        """
         batch, groups = x.shape[:2]
         embedded = _required(memory.embedded)
-        n, total = embedded.shape[1], embedded.shape[1] + self.levels
+        n = embedded.shape[1]
         query = embedded.unsqueeze(1).expand(-1, groups, -1, -1)
         joint = torch.cat([query, x], 2).flatten(0, 1)
-        visible = torch.ones(total, total, dtype=torch.bool, device=x.device)
-        if self.paradigm == "autoregressive":
-            visible = visible.tril()
-            visible[:n, :n] = True
-        padded = F.pad(memory.mask, (0, self.levels), value=True).repeat_interleave(groups, 0)
-        mask = visible & padded[:, None, None, :]
+        mask = F.pad(memory.mask, (0, self.levels), value=True).repeat_interleave(groups, 0)[:, None, None, :]
         for layer in self.layers:
             q, k, v = layer.project(joint)
             joint = layer._finish(joint, F.scaled_dot_product_attention(q, k, v, attn_mask=mask))

@@ -91,7 +91,13 @@ class SearchOptions:
         Raises:
             BadSearch: naming what does not fit (``StepsAboveLength`` for a budget over the code length).
         """
-        found = self.problems()
+        found = [*self.problems(), *self.misfits(levels)]
+        if found:
+            raise BadSearch("; ".join(found))
+
+    def misfits(self, levels: int) -> list[str]:
+        """What does not fit a code of ``levels`` positions."""
+        found = []
         limit = levels if self.remask == "none" and self.sampler == "confidence" else 4 * levels
         if self.steps is not None and self.steps > limit:
             found.append(f"StepsAboveLength: steps={self.steps} but codes have {levels} positions (at most {limit})")
@@ -102,8 +108,7 @@ class SearchOptions:
             found.append(f"steps={self.budget(levels)} cannot be shared by {levels // block} blocks")
         if self.decoder == "beam" and levels % self.beam_per_step:
             found.append(f"beam_per_step={self.beam_per_step} does not divide the code length {levels}")
-        if found:
-            raise BadSearch("; ".join(found))
+        return found
 
     @property
     def noise(self) -> float:

@@ -6,6 +6,7 @@ every worker can read, and opens arrays there when it needs them.
 
 from __future__ import annotations
 
+import logging
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,16 +19,22 @@ from torch import Tensor, nn
 from mobula.artifacts import sha256
 from mobula.config import digest
 from mobula.errors import TrainingError
+from mobula.models.text import load_static
 from mobula.retrieval import objective
 from mobula.retrieval.arms import Arm
 from mobula.retrieval.build import ModelConfig, build_model
 from mobula.retrieval.decoding import ArDecoder, Decoder
+from mobula.retrieval.docids.config import TEXT
 from mobula.retrieval.docids.table import DocidTable
 from mobula.retrieval.inputs import StoredFeatures
 from mobula.retrieval.network import DocidModel
 from mobula.retrieval.search import SearchOptions
 
-COLLAPSED = 0.05  # share of distinct top-1 predictions below which a model has learned nothing but a favourite
+# Share of the distinct top-1 predictions that perfect answers have: below it a model is suspected of having
+# learned nothing but a favourite; far below it, it has.
+SUSPICIOUS = 0.5
+COLLAPSED = 0.05
+log = logging.getLogger(__name__)
 
 
 class ModelCollapsed(TrainingError):
@@ -59,11 +66,12 @@ class Prepared:
     def dev_gold(self) -> list[set[str]]:
         """Gold document ids of every dev query."""
         text = (self.directory / "dev_gold.txt").read_text(encoding="utf-8")
-        return [set(line.split("\t")) for line in text.splitlines()]
+        return [set(line.split("\t")) for line in text.split("\n")]
 
     def table(self, family: str) -> DocidTable:
         """The docid table of a family."""
-        return DocidTable.load(self.directory / "docids" / family)
+        tokenizer = load_static("wordllama") if family in TEXT else None
+        return DocidTable.load(self.directory / "docids" / family, tokenizer=tokenizer)
 
     def identity(self) -> str:
         """Hash of everything a task reads."""
@@ -144,17 +152,8 @@ class DocidTask:
         return dev_measures(found, self.prepared.dev_gold)
 
     def check(self, metrics: dict[str, float], step: int, steps: int) -> None:
-        """Collapse guard, in the second half of training.
-
-        Raises:
-            ModelCollapsed: if fewer than 5 % of the dev queries get a document of their own.
-        """
-        possible = min(1.0, len(self.table.doc_ids) / max(1, len(self.prepared.dev_gold)))
-        if step > steps / 2 and metrics["distinct_top1"] < COLLAPSED * possible:
-            raise ModelCollapsed(
-                f"{self.arm}: {metrics['distinct_top1']:.1%} distinct top-1 documents at step {step}; "
-                "the learning rate is probably too high"
-            )
+        """See :func:`check_collapse`."""
+        check_collapse(str(self.arm), metrics["distinct_top1"], self.prepared.dev_gold, step, steps)
 
 
 class DualEncoder(nn.Module):
@@ -231,14 +230,39 @@ class DualTask:
         similarity = model(batch["queries"], batch["documents"])
         rows = batch["rows"]
         same = (rows[:, None] == rows) & ~torch.eye(len(rows), dtype=torch.bool, device=rows.device)
-        return F.cross_entropy(similarity.masked_fill(same, float("-inf")), torch.arange(len(rows))), {}
+        own = torch.arange(len(rows), device=rows.device)
+        return F.cross_entropy(similarity.masked_fill(same, float("-inf")), own), {}
+
+    def check(self, metrics: dict[str, float], step: int, steps: int) -> None:
+        """See :func:`check_collapse`."""
+        check_collapse("dual", metrics["distinct_top1"], self.prepared.dev_gold, step, steps)
 
     @torch.inference_mode()
     def evaluate(self, model: DualEncoder) -> dict[str, float]:
         """Dev Hit@1, Hit@10 and the share of distinct top-1 documents."""
-        scores = model.embed_queries(self.dev_vectors) @ model.embed_documents(self.documents).T
+        device = _device(model)
+        documents = model.embed_documents(self.documents.to(device))
+        scores = model.embed_queries(self.dev_vectors.to(device)) @ documents.T
         top = scores.topk(min(10, scores.shape[1])).indices.tolist()
         return dev_measures([[self.doc_ids[row] for row in rows] for rows in top], self.prepared.dev_gold)
+
+
+def check_collapse(name: str, distinct: float, gold: list[set[str]], step: int, steps: int) -> None:
+    """Collapse guard (spec 4), in the second half of training: warns, and in the worst case raises.
+
+    ``distinct`` is the share of distinct top-1 documents; it is compared with the share that perfect answers
+    have, since several queries may ask for one document.
+
+    Raises:
+        ModelCollapsed: if it is less than 5 % of that.
+    """
+    wanted = min(len(gold), len(set().union(*gold))) / len(gold)
+    if step <= steps / 2 or distinct >= SUSPICIOUS * wanted:
+        return
+    found = f"{name}: {distinct:.1%} distinct top-1 documents on dev at step {step}, perfect answers have {wanted:.1%}"
+    if distinct < COLLAPSED * wanted:
+        raise ModelCollapsed(f"{found}; the model has collapsed: the learning rate is probably too high")
+    log.warning("%s; the model may be collapsing", found)
 
 
 def dev_measures(found: list[list[str]], gold: list[set[str]]) -> dict[str, float]:

@@ -98,6 +98,9 @@ class _Loop:
         """All steps that are left, then the final weights and the result."""
         self._resume()
         self.engine.train()
+        if self.config.monitor and self.state.step == 0:
+            # The weights it starts from may be better than any that training finds.
+            self._evaluate()
         while self.state.step < self.config.total_steps and not self.state.stopped:
             self._step()
             self._after_step()
@@ -148,6 +151,7 @@ class _Loop:
         if metrics or self.config.monitor:
             self._judge(metrics)
             self._write({"step": self.state.step, "dev": metrics}, everywhere=True)
+            self.task.check(metrics, self.state.step, self.config.total_steps)
         # Time spent on the dev split is no part of the training rate.
         self.reported = (time.perf_counter(), self.state.step * self.config.batch)
 
@@ -220,7 +224,9 @@ class _Loop:
         """Drop the rows of steps that will be done again."""
         path = self.directory / METRICS
         rows = read_metrics(path) if path.is_file() else []
-        kept = [json.dumps(row) + "\n" for row in rows if row["step"] <= self.state.step]
+        # Without a checkpoint the evaluation before the first step is done again as well.
+        done = self.state.step or -1
+        kept = [json.dumps(row) + "\n" for row in rows if row["step"] <= done]
         write_text(path, "".join(kept))
 
     def _finish(self) -> None:

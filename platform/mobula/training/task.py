@@ -40,6 +40,14 @@ class Task(Protocol):
         """Metrics on the dev split; may be empty. The model is in evaluation mode and gradients are off."""
         ...
 
+    def check(self, metrics: dict[str, float], step: int, steps: int) -> None:
+        """Look at the metrics of :meth:`evaluate` after ``step`` of ``steps`` steps, on every rank.
+
+        Raises:
+            TrainingError: if going on would be a waste (the model has collapsed, say).
+        """
+        ...
+
     def identity(self) -> str:
         """Names everything about the task that decides the result: data, model, loss."""
         ...

@@ -55,3 +55,9 @@ class DocidConfig:
         if self.fit_on == "windows" and self.family not in EMBEDDED:
             found.append(f"fit_on=windows has no meaning for family={self.family}; use documents")
         return found
+
+
+def code_length(config: DocidConfig, family: str) -> int:
+    """Positions of a code of ``family``, before any corpus is looked at."""
+    appended = config.collision == "append" and family not in CONTROLS
+    return (1 if family == "atomic" else config.levels) + appended
