@@ -27,26 +27,8 @@ from serve_apps.retriever import Corpus, Retriever, RetrieverArgs, State, create
 ROOT = Path(__file__).resolve().parents[1]
 ARM = "diffusion/rq"
 DOCUMENTS, WORDS = 1000, 40
-VOCABULARY = [
-    "warm",
-    "cold",
-    "deep",
-    "sea",
-    "ray",
-    "school",
-    "fish",
-    "wave",
-    "tide",
-    "salt",
-    "reef",
-    "sand",
-    "light",
-    "dark",
-    "blue",
-    "green",
-    "moon",
-    "wind",
-]
+ADJECTIVES, NOUNS = ("dark", "light", "blue", "warm", "salt"), ("sea", "ray", "reef", "moon", "wave", "school")
+VOCABULARY = [f"{adjective} {noun}" for adjective in ADJECTIVES for noun in NOUNS]
 UNLIMITED = {"key_required": False, "requests_per_s": 1e9, "burst": 10**9, "calibration_s": 0, "added": None}
 
 
@@ -60,7 +42,7 @@ def library() -> Library:
     encoder = load_encoder("wordllama")
     embeddings = encoder.embed(texts)
     docid = replace(DocidConfig(), family="rq", levels=8, codes=32, encoder="wordllama")
-    table = fit_family(docid, "rq", data, embeddings, encoder.hash, seed=0)
+    table = fit_family(docid, "rq", data, embeddings, encoder, 0)
     config = ModelConfig()
     inputs = make_inputs(config, corpus_mean(embeddings))
     retriever = DocidRetriever(ARM, build_model(config, parse(ARM), table), table, inputs, encoder)

@@ -26,7 +26,7 @@ REPORT = {
     "data": [{"name": "sea", "source": "generated", "sha256": "0", "records": 4}],
     "measures": {"hit@10": {"value": 0.8123, "low": 0.75, "high": 0.87, "n": 200}},
     "claims": [
-        {"name": "A", "statement": "more is better", "effect": 0.01, "low": -0.02, "high": 0.04, "verdict": "undecided"},
+        {"name": "A", "statement": "more helps", "effect": 0.01, "low": -0.02, "high": 0.04, "verdict": "undecided"},
         {"name": "B", "statement": "codes matter", "effect": 0.4, "low": 0.3, "high": 0.5, "verdict": "holds"},
         {"name": "C", "statement": "faster", "effect": -1, "low": -2, "high": -0.1, "verdict": "does_not_hold"},
     ],
