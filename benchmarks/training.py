@@ -7,6 +7,7 @@ the reported ratio is the median over pairs of neighbouring steps.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import tempfile
 import time
 from pathlib import Path
@@ -79,7 +80,15 @@ def run(pairs: int = PAIRS) -> dict[str, Any]:
         for stage in range(4):
             name = f"zero{stage}_over_torch"
             ratios[name], details[name] = _compare(stage, pairs, Path(folder) / name)
-    return {"name": "training", "ratios": ratios, "details": details, "pairs": pairs, "threads": 1}
+        checkpoint = _checkpoint(Path(folder) / "checkpoint")
+    return {
+        "name": "training",
+        "ratios": ratios,
+        "details": details,
+        "checkpoint": checkpoint,
+        "pairs": pairs,
+        "threads": 1,
+    }
 
 
 def _compare(stage: int, pairs: int, directory: Path) -> tuple[dict[str, float], dict[str, float]]:
@@ -92,6 +101,36 @@ def _compare(stage: int, pairs: int, directory: Path) -> tuple[dict[str, float],
         "plain_ms": round(1000 * sorted(plain)[len(plain) // 2], 2),
         "ours_ms": round(1000 * sorted(ours)[len(ours) // 2], 2),
         "largest_loss_difference": _loss_difference(result, task.plain, config.report_every),
+    }
+
+
+@dataclasses.dataclass
+class Watching(LanguageTask):
+    """The task, which notes when each batch is drawn and how large the newest checkpoint is."""
+
+    directory: Path = Path()
+    drawn: list[float] = dataclasses.field(default_factory=list)
+    size: int = 0
+
+    def batch(self, indices: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+        self.drawn.append(time.perf_counter())
+        files = [path for path in (self.directory / "checkpoints").rglob("*") if path.is_file()]
+        self.size = max(self.size, sum(path.stat().st_size for path in files))
+        return super().batch(indices, generator)
+
+
+def _checkpoint(directory: Path, saves: int = 5) -> dict[str, float]:
+    """R4: what saving, hashing and committing a state costs; every second step saves."""
+    task = Watching(directory=directory)
+    config = TrainingConfig(steps=2 * saves + 3, batch=8, checkpoint_every=2, keep=1, report_every=1000, workers=0)
+    fit(task, config, directory, seed=SEED, name="benchmark")
+    steps = [b - a for a, b in itertools.pairwise(task.drawn)][2:]
+    plain, saving = sorted(steps[0::2]), sorted(steps[1::2])
+    weights = sum(p.numel() for p in task.build().parameters())
+    return {
+        "save_and_commit_ms": round(1000 * (saving[len(saving) // 2] - plain[len(plain) // 2]), 1),
+        "bytes_per_weight": round(task.size / weights, 2),
+        "weights": weights,
     }
 
 

@@ -185,7 +185,7 @@ def test_contradictions_are_named(changes: dict, message: str) -> None:
 
 
 def test_best_weights_are_those_of_the_best_evaluation(tmp_path: Path) -> None:
-    script = iter([0.5, 0.2, 0.4])
+    script = iter([0.9, 0.5, 0.2, 0.4])
     result = train(tmp_path, Scripted(script), steps=9)
     assert result.best == {"step": 6, "loss": 0.2}
     reference = train(tmp_path / "reference", steps=9, monitor="")
@@ -193,8 +193,27 @@ def test_best_weights_are_those_of_the_best_evaluation(tmp_path: Path) -> None:
     assert result.weights.read_bytes() != result.last.read_bytes()
 
 
+def test_the_starting_weights_can_be_the_best(tmp_path: Path) -> None:
+    result = train(tmp_path, Scripted(iter([0.1, 0.5, 0.2, 0.4])), steps=9)
+    assert result.best == {"step": 0, "loss": 0.1}
+    torch.manual_seed(3)
+    expected = ByteTask().build().state_dict()
+    assert torch.equal(weights(result.weights)["embed.weight"], expected["embed.weight"])
+
+
+def test_a_task_can_stop_a_training_that_is_a_waste(tmp_path: Path) -> None:
+    class Collapsing(ByteTask):
+        def check(self, metrics: dict[str, float], step: int, steps: int) -> None:
+            if step == 6:
+                raise TrainingError(f"collapsed at step {step} of {steps}: {sorted(metrics)}")
+
+    with pytest.raises(TrainingError, match=r"collapsed at step 6 of 7: \['loss'\]"):
+        train(tmp_path, Collapsing())
+    assert not (tmp_path / "result.json").exists()
+
+
 def test_early_stop_ends_after_evaluations_without_a_better_metric(tmp_path: Path) -> None:
-    result = train(tmp_path, Scripted(iter([0.5, 0.6, 0.5, 0.1])), steps=12, early_stop=2)
+    result = train(tmp_path, Scripted(iter([0.9, 0.5, 0.6, 0.5, 0.1])), steps=12, early_stop=2)
     assert result.steps == 9
     assert result.examples == 72
     assert result.best["step"] == 3

@@ -66,6 +66,13 @@ def assert_same(a: FitResult, b: FitResult) -> None:
     assert a.last.read_bytes() == b.last.read_bytes()
 
 
+def test_progress_of_the_workers_reaches_the_driver(cluster: None, tmp_path: Path) -> None:
+    rows: list[dict] = []
+    config = dataclasses.replace(CONFIG, steps=4)
+    result = fit(ByteTask(), config, tmp_path, seed=3, name="test", progress=rows.append)
+    assert rows == read_metrics(result.history)
+
+
 def test_two_workers_agree_with_one_process(whole: FitResult, tmp_path: Path) -> None:
     alone = train(tmp_path, workers=0)
     for ours, theirs in zip(curve(whole), curve(alone), strict=True):

@@ -169,16 +169,23 @@ def _following(path: Path, progress: Callable[[loop.Row], None]) -> Iterator[Non
 
 
 def _follow(path: Path, progress: Callable[[loop.Row], None], done: threading.Event) -> None:
-    shown = loop.read_metrics(path)[-1:] if path.is_file() else []
-    last = shown[0]["step"] if shown else 0
+    # Rows are known by what they say of which step: after a worker was lost the file is cut and grows again.
+    shown = {_kind(row) for row in _rows(path)}
     finished = False
     while not finished:
         finished = done.wait(FOLLOW_S)
-        rows = loop.read_metrics(path) if path.is_file() else []
-        fresh = [row for row in rows if row["step"] > last]
-        for row in fresh:
-            progress(row)
-        last = max([last, *(row["step"] for row in fresh)])
+        for row in _rows(path):
+            if _kind(row) not in shown:
+                shown.add(_kind(row))
+                progress(row)
+
+
+def _rows(path: Path) -> list[loop.Row]:
+    return loop.read_metrics(path) if path.is_file() else []
+
+
+def _kind(row: loop.Row) -> tuple[int, bool]:
+    return row["step"], "dev" in row
 
 
 def _line(error: BaseException) -> str:
