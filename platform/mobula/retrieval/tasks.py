@@ -47,15 +47,9 @@ class Prepared:
 
     directory: Path
 
-    @cached_property
-    def views(self) -> StoredFeatures:
-        """Features of the training views."""
-        return StoredFeatures(self.directory / "views")
-
-    @cached_property
-    def dev(self) -> StoredFeatures:
-        """Features of the dev queries used while training."""
-        return StoredFeatures(self.directory / "dev")
+    def features(self, texts: str, reader: str) -> StoredFeatures:
+        """Features of the training ``views``, or of the ``dev`` queries, for a reader (see :meth:`ModelConfig.reader`)."""
+        return StoredFeatures(self.directory / texts / reader)
 
     @cached_property
     def examples(self) -> np.ndarray:
@@ -75,7 +69,9 @@ class Prepared:
 
     def identity(self) -> str:
         """Hash of everything a task reads."""
-        files = sorted(p for p in self.directory.rglob("*") if p.is_file() and p.parent.name != "views")
+        files = sorted(
+            p for p in self.directory.rglob("*") if p.is_file() and p.relative_to(self.directory).parts[0] != "views"
+        )
         return digest({str(p.relative_to(self.directory)): sha256(p) for p in files})
 
     def __getstate__(self) -> dict[str, Path]:
@@ -101,6 +97,16 @@ class DocidTask:
         return self.prepared.table(self.arm.family)
 
     @cached_property
+    def views(self) -> StoredFeatures:
+        """Features of the training views."""
+        return self.prepared.features("views", self.model.reader(self.arm))
+
+    @cached_property
+    def dev(self) -> StoredFeatures:
+        """Features of the dev queries used while training."""
+        return self.prepared.features("dev", self.model.reader(self.arm))
+
+    @cached_property
     def codes(self) -> Tensor:
         """Codes i64[N, L]."""
         return torch.from_numpy(self.table.codes.astype(np.int64))
@@ -122,7 +128,7 @@ class DocidTask:
         """Features, codes i64[B, L] and, for diffusion, masked codes z with their rates."""
         pairs = self.prepared.examples[np.asarray(indices)]
         codes = self.codes[pairs[:, 1]]
-        batch = {**self.prepared.views.rows(pairs[:, 0]), "codes": codes}
+        batch = {**self.views.rows(pairs[:, 0]), "codes": codes}
         if self.arm.paradigm == "autoregressive":
             return {**batch, "z": codes}
         if self.arm.paradigm == "classifier":
@@ -140,7 +146,7 @@ class DocidTask:
 
     def evaluate(self, model: DocidModel) -> dict[str, float]:
         """Dev Hit@1 and Hit@10, and the share of distinct top-1 documents (by one_pass, or beam 10)."""
-        query = {name: values.to(_device(model)) for name, values in self.prepared.dev.all().items()}
+        query = {name: values.to(_device(model)) for name, values in self.dev.all().items()}
         if self.arm.paradigm == "autoregressive":
             decoder: Decoder | ArDecoder = ArDecoder(model, self.table)
             options = SearchOptions(k=10, decoder="beam", beam=10)
@@ -165,7 +171,7 @@ class DualEncoder(nn.Module):
         self.document = nn.Linear(dim, dim, bias=False)
         nn.init.zeros_(self.query.weight)
         nn.init.zeros_(self.document.weight)
-        self.log_scale = nn.Parameter(torch.tensor(1 / temperature).log())
+        self.log_scale = nn.Parameter(torch.tensor([1 / temperature]).log())  # DeepSpeed takes no 0-d parameter
 
     def embed_queries(self, vectors: Tensor) -> Tensor:
         """Unit vectors [B, D] of queries."""
