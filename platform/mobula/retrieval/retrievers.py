@@ -42,7 +42,7 @@ class DocidRetriever:
     @property
     def table(self) -> DocidTable:
         """The present docid table."""
-        return self._decoder.table
+        return self._decoder.corpus.table
 
     @property
     def levels(self) -> int:
