@@ -111,6 +111,8 @@ def job_environment() -> dict[str, str]:
 
 def serve_environment(haproxy: bool) -> None:
     """Set what Ray Serve reads when it starts. Call it before ``ray.serve`` is imported and Ray is started."""
+    # On a busy machine the proxy's own imports take longer than Serve's 5 s, and Serve then kills it.
+    os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", str(START_TIMEOUT_S))
     if haproxy:
         os.environ["RAY_SERVE_ENABLE_HA_PROXY"] = "1"
         os.environ["RAY_SERVE_THROUGHPUT_OPTIMIZED"] = "1"

@@ -32,6 +32,7 @@ def cluster(tmp_path_factory):
     from mobula import environment
 
     environment.driver_environment()
+    environment.serve_environment(haproxy=False)
     work = tmp_path_factory.mktemp("serve")
     beats = work / "beats"
     beats.touch()

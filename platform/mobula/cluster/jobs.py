@@ -31,10 +31,16 @@ def client(address: str = ADDRESS) -> JobSubmissionClient:
         ClusterError: if nothing answers there, or it refuses the token.
     """
     environment.driver_environment()
+    from ray.exceptions import AuthenticationError
     from ray.job_submission import JobSubmissionClient
 
     try:
         return JobSubmissionClient(address)
+    except AuthenticationError as error:
+        raise ClusterError(
+            f"the cluster at {address} does not accept this user's token; put its token into "
+            f"{environment.token_file()} (mode 600), or name another file in RAY_AUTH_TOKEN_PATH"
+        ) from error
     except (ConnectionError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:300]
         raise ClusterError(
@@ -67,14 +73,16 @@ def submit(
     if name is not None and not NAME.fullmatch(name):
         raise ClusterError(f"job name {name!r}: expected 1 to 64 of A-Z a-z 0-9 . _ -")
     jobs = client(address)
-    job_id = jobs.submit_job(
-        entrypoint=shlex.join(arguments),
-        submission_id=name,
-        runtime_env={"working_dir": str(working_dir.resolve()), "env_vars": environment.job_environment()},
-        entrypoint_num_cpus=cpus or None,
-    )
+    deadline = time.monotonic() + start_timeout_s
+    request = {
+        "entrypoint": shlex.join(arguments),
+        "submission_id": name,
+        "runtime_env": {"working_dir": str(working_dir.resolve()), "env_vars": environment.job_environment()},
+        "entrypoint_num_cpus": cpus or None,
+    }
+    job_id = _submit(jobs, request, deadline)
     progress(f"submitted {job_id}: {shlex.join(arguments)}")
-    _await_start(jobs, job_id, start_timeout_s)
+    _await_start(jobs, job_id, deadline)
     return job_id
 
 
@@ -127,16 +135,26 @@ def stop(job_id: str, address: str = ADDRESS) -> bool:
     return jobs.stop_job(job_id)
 
 
-def _await_start(jobs: JobSubmissionClient, job_id: str, timeout_s: float) -> None:
+def _submit(jobs: JobSubmissionClient, request: dict[str, Any], deadline: float) -> str:
+    while True:
+        try:
+            return jobs.submit_job(**request)
+        except (RuntimeError, ValueError) as error:
+            # A head that has just started has no agent yet.
+            if "No available agent" not in str(error) or time.monotonic() > deadline:
+                raise ClusterError(f"the cluster refused the job: {' '.join(str(error).split())[:300]}") from error
+        time.sleep(POLL_S)
+
+
+def _await_start(jobs: JobSubmissionClient, job_id: str, deadline: float) -> None:
     # A job whose environment cannot be built stays PENDING up to 15 minutes without a word.
-    deadline = time.monotonic() + timeout_s
     info = _info(jobs, job_id)
     while info.status.value == "PENDING" and time.monotonic() < deadline:
         time.sleep(POLL_S)
         info = _info(jobs, job_id)
     if info.status.value == "PENDING":
         jobs.stop_job(job_id)
-        raise ClusterError(f"job {job_id} did not start within {timeout_s:g} s and was stopped: {info.message}")
+        raise ClusterError(f"job {job_id} did not start in time and was stopped: {info.message}")
     if info.status.value == "FAILED":
         raise ClusterError(f"job {job_id} failed: {info.message}; see `mobula job logs {job_id}`")
 
