@@ -67,6 +67,7 @@ def main(verbose: bool) -> None:
         format="%(asctime)s %(name)s: %(message)s",
         datefmt="%H:%M:%S",
     )
+    logging.getLogger("bm25s").setLevel(logging.WARNING)
     logging.getLogger("mobula").setLevel(logging.DEBUG if verbose else logging.INFO)
 
 

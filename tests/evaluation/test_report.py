@@ -62,8 +62,16 @@ def test_report_json_is_written_last(report, tmp_path):
 def test_report_on_the_terminal(report):
     stream = io.StringIO()
     print_report(report, Console(file=stream, width=120))
-    for text in ("Measures", "Budgets", "does not hold", "A note."):
+    for text in ("Budgets", "does not hold", "A note."):
         assert text in stream.getvalue()
+    assert "Measures" not in stream.getvalue(), "the tables show them already"
+
+
+def test_report_without_tables_prints_its_measures(report):
+    report.tables = {}
+    stream = io.StringIO()
+    print_report(report, Console(file=stream, width=120))
+    assert "Measures" in stream.getvalue()
 
 
 def test_table_cells_are_text_not_markup():

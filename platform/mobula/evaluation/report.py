@@ -17,6 +17,9 @@ from mobula.experiment import Report
 
 VERDICTS = {"holds": "holds", "does_not_hold": "does not hold", "undecided": "undecided"}
 
+MEASURES = "Measures"
+PIPED_WIDTH = 170
+
 
 def write(report: Report, directory: Path) -> None:
     """Write plots, report.md and, last, report.json: its presence marks the run as finished."""
@@ -38,17 +41,18 @@ def to_markdown(report: Report, plot_names: Sequence[str] = ()) -> str:
 
 
 def print_report(report: Report, console: Console | None = None) -> None:
-    """Print the notes and tables of a report."""
-    console = console or Console()
+    """Print the notes and tables of a report; single measures only where there is no table to show them."""
+    console = console or _console()
     for title, rows in _all_tables(report).items():
-        print_table(title, rows, console)
+        if title != MEASURES or not report.tables:
+            print_table(title, rows, console)
     for note in report.notes:
         console.print(f"- {note}", markup=False, highlight=False)
 
 
 def print_table(title: str, rows: Sequence[Sequence[Any]], console: Console | None = None) -> None:
     """Print rows as a table, the first one being its header; columns of numbers are set flush right."""
-    console = console or Console()
+    console = console or _console()
     header, *body = rows
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
     for position, name in enumerate(header):
@@ -60,20 +64,26 @@ def print_table(title: str, rows: Sequence[Sequence[Any]], console: Console | No
     console.print(table)
 
 
+def _console() -> Console:
+    """A console; where nobody's window sets the width (a log, a pipe), wide enough for a table of systems."""
+    console = Console()
+    return console if console.is_terminal else Console(width=PIPED_WIDTH)
+
+
 def _all_tables(report: Report) -> dict[str, list[list[Any]]]:
     tables: dict[str, list[list[Any]]] = {}
     if report.data:
         rows = [[d.name, d.source, d.records, d.sha256[:12]] for d in report.data]
         tables["Data"] = [["name", "source", "records", "sha256"], *rows]
-    if report.measures:
-        rows = [[name, m.value, _interval(m.low, m.high), m.n] for name, m in report.measures.items()]
-        tables["Measures"] = [["measure", "value", "95 % interval", "n"], *rows]
     tables.update(report.tables)
     if report.claims:
         rows = [
             [c.name, c.statement, c.effect, _interval(c.low, c.high), c.n, VERDICTS[c.verdict]] for c in report.claims
         ]
         tables["Claims"] = [["claim", "statement", "effect", "95 % interval", "n", "verdict"], *rows]
+    if report.measures:
+        rows = [[name, m.value, _interval(m.low, m.high), m.n] for name, m in report.measures.items()]
+        tables[MEASURES] = [["measure", "value", "95 % interval", "n"], *rows]
     if report.cost:
         tables["Cost"] = [["what", "value"], *([name, value] for name, value in report.cost.items())]
     return tables
