@@ -219,6 +219,35 @@ def test_early_stop_ends_after_evaluations_without_a_better_metric(tmp_path: Pat
     assert result.best["step"] == 3
 
 
+def test_the_starting_weights_are_kept_if_training_makes_them_worse(tmp_path: Path) -> None:
+    result = train(tmp_path, Scripted(iter([0.1, 0.5, 0.4, 0.3])), lr=1.0)
+    assert result.best == {"step": 0, "loss": 0.1}
+    torch.manual_seed(3)
+    for name, tensor in ByteTask().build().state_dict().items():
+        if name != "head.weight":  # tied, and stored once
+            assert torch.equal(weights(result.weights)[name], tensor)
+
+
+def test_without_a_checkpoint_the_first_evaluation_is_done_and_written_again(tmp_path: Path) -> None:
+    interrupt(tmp_path / "run", 2)
+    assert_same(train(tmp_path / "run"), train(tmp_path / "whole"))
+
+
+def test_the_task_looks_at_every_evaluation_and_may_stop_the_run(tmp_path: Path) -> None:
+    seen = []
+
+    class Guarded(ByteTask):
+        def check(self, metrics: dict[str, float], step: int, steps: int) -> None:
+            seen.append((step, steps, list(metrics)))
+            if step == 6:
+                raise TrainingError("collapsed")
+
+    with pytest.raises(TrainingError, match="collapsed"):
+        train(tmp_path, Guarded())
+    assert seen == [(step, 7, ["loss"]) for step in (0, 3, 6)]
+    assert not (tmp_path / "result.json").exists()
+
+
 class Scripted(ByteTask):
     """Evaluates to given values."""
 

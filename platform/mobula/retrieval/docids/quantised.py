@@ -186,5 +186,7 @@ def _opq_rotation(config: DocidConfig, points: np.ndarray, seed: int) -> np.ndar
     matrix = faiss.OPQMatrix(dim, config.levels)
     matrix.pq = quantiser
     matrix.niter = config.iterations
-    matrix.train(np.ascontiguousarray(points, np.float32))
+    # faiss 1.15 writes beyond its buffers with fewer points than dimensions; repeating all changes no optimum.
+    repeats = -(-dim // len(points))
+    matrix.train(np.ascontiguousarray(np.tile(points, (repeats, 1)), np.float32))
     return faiss.vector_to_array(matrix.A).reshape(dim, dim).copy()

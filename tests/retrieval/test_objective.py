@@ -1,0 +1,119 @@
+"""Masking and losses (spec 3.3, trap 4)."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from mobula.retrieval import objective
+from mobula.retrieval.objective import EPSILON, autoregressive_loss, diffusion_loss, mask_codes, masking_rates
+
+B, L, K = 6, 4, 8
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def example() -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.randn(B, L, K, generator=generator()), torch.randint(K, (B, L), generator=generator(1))
+
+
+@pytest.mark.parametrize("weight", ["uniform", "elbo"])
+def test_loss_only_masked(weight: str) -> None:
+    logits, codes = example()
+    rates = masking_rates(B, generator())
+    z = codes.clone()
+    z[:, 1] = -1
+    logits.requires_grad_()
+    diffusion_loss(logits, codes, z, rates, weight).backward()
+    touched = logits.grad.abs().sum((0, 2)) > 0
+    assert touched.tolist() == [False, True, False, False]
+
+
+def test_uniform_is_the_mean_over_masked_positions() -> None:
+    logits, codes = example()
+    z = mask_codes(codes, torch.full((B,), 0.5), generator())
+    losses = -torch.log_softmax(logits, -1).gather(-1, codes.unsqueeze(-1)).squeeze(-1)
+    expected = losses[z == -1].mean()
+    assert diffusion_loss(logits, codes, z, torch.full((B,), 0.5), "uniform").item() == pytest.approx(expected.item())
+
+
+def test_elbo_normalised_by_l_not_by_masked_count() -> None:
+    logits, codes = torch.zeros(B, L, K), torch.zeros(B, L, dtype=torch.long)
+    rates = torch.full((B,), 0.5)
+    z = codes.clone()
+    z[:, 0] = -1
+    loss = diffusion_loss(logits, codes, z, rates, "elbo")
+    assert loss.item() == pytest.approx(math.log(K) / 0.5 / L)
+
+
+def test_the_bound_of_a_uniform_model_is_its_likelihood() -> None:
+    """In expectation over t and masks the ELBO weight gives log K a level, whatever the mask rates are."""
+    n = 20_000
+    codes = torch.zeros(n, L, dtype=torch.long)
+    rates = masking_rates(n, generator())
+    loss = diffusion_loss(torch.zeros(n, L, K), codes, mask_codes(codes, rates, generator(2)), rates, "elbo")
+    assert loss.item() == pytest.approx(math.log(K), rel=0.05)
+
+
+@pytest.mark.parametrize("weight", ["uniform", "elbo"])
+def test_empty_mask_no_nan(weight: str) -> None:
+    logits, codes = example()
+    logits.requires_grad_()
+    loss = diffusion_loss(logits, codes, codes, masking_rates(B, generator()), weight)
+    loss.backward()
+    assert loss.item() == 0
+    assert torch.equal(logits.grad, torch.zeros_like(logits))
+
+
+@pytest.mark.parametrize("weight", ["uniform", "elbo"])
+def test_impossible_codes_give_no_nan(weight: str) -> None:
+    logits, codes = example()
+    logits[:, :, K // 2 :] = float("-inf")
+    codes = codes % (K // 2)
+    logits.requires_grad_()
+    z = mask_codes(codes, torch.full((B,), 0.5), generator())
+    loss = diffusion_loss(logits, codes, z, torch.full((B,), 0.5), weight)
+    loss.backward()
+    assert torch.isfinite(loss) and torch.isfinite(logits.grad).all()
+
+
+def test_small_t_bounded() -> None:
+    rates = torch.cat([masking_rates(128, generator(seed)) for seed in range(50)])
+    assert rates.min() >= EPSILON
+    assert (1 / rates).max() <= 1 / EPSILON + 1e-3
+    assert rates.max() <= 1
+
+
+def test_rates_of_a_batch_are_antithetic() -> None:
+    """One draw a batch, the others evenly spaced: every batch sees little and much masking."""
+    rates = masking_rates(8, generator(5)).sort().values
+    spacing = rates.diff()
+    torch.testing.assert_close(spacing, torch.full((7,), (1 - EPSILON) / 8), rtol=1e-4, atol=1e-5)
+    assert not torch.equal(masking_rates(8, generator(5)), masking_rates(8, generator(6)))
+
+
+def test_codes_are_masked_at_their_rate() -> None:
+    codes = torch.zeros(4, 50_000, dtype=torch.long)
+    rates = torch.tensor([EPSILON, 0.25, 0.75, 1.0])
+    share = (mask_codes(codes, rates, generator()) == -1).float().mean(1)
+    torch.testing.assert_close(share, rates, rtol=0.05, atol=1e-3)
+    assert share[3] == 1
+
+
+def test_the_twin_loss_is_the_mean_log_likelihood() -> None:
+    logits, codes = example()
+    expected = -torch.log_softmax(logits, -1).gather(-1, codes.unsqueeze(-1)).mean()
+    assert autoregressive_loss(logits, codes).item() == pytest.approx(expected.item())
+
+
+def test_masks_depend_on_the_generator_alone() -> None:
+    _, codes = example()
+    torch.manual_seed(1)
+    a = mask_codes(codes, objective.masking_rates(B, generator(3)), generator(4))
+    torch.manual_seed(2)
+    b = mask_codes(codes, objective.masking_rates(B, generator(3)), generator(4))
+    assert torch.equal(a, b)
