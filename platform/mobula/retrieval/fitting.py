@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from mobula.cluster.connect import connect
+from mobula.cluster.spec import ClusterSpec
 from mobula.retrieval.arms import Arm
 from mobula.retrieval.build import load_weights
 from mobula.retrieval.config import Config
@@ -33,8 +36,20 @@ class Fitted:
         return [r for found in self.arms.values() for r in found] + ([self.dual] if self.dual else [])
 
 
-def fit_arms(config: Config, prepared: Prepared, directory: Path, cluster: Any) -> Fitted:
+def fit_arms(config: Config, prepared: Prepared, directory: Path, cluster: ClusterSpec | None) -> Fitted:
     """Train every arm with every seed, and the dual encoder; finished trainings are taken as they are."""
+    with _ray(config.training, cluster):
+        return _fit_all(config, prepared, directory, cluster)
+
+
+def _ray(training: TrainingConfig, cluster: ClusterSpec | None) -> contextlib.AbstractContextManager[None]:
+    """One Ray for all trainings of a run, where any of them uses workers."""
+    given = cluster.platform.train.workers if cluster else 0
+    workers = given if training.workers is None else training.workers
+    return connect() if workers else contextlib.nullcontext()
+
+
+def _fit_all(config: Config, prepared: Prepared, directory: Path, cluster: ClusterSpec | None) -> Fitted:
     fitted = Fitted()
     for arm in config.parsed_arms:
         task = docid_task(config, prepared, arm)
@@ -82,7 +97,13 @@ def settings_for(training: TrainingConfig, lr: float, share: float = 1.0) -> Tra
 
 
 def _chosen(
-    config: Config, task: Task, rates: list[float], directory: Path, name: str, cluster: Any, fitted: Fitted
+    config: Config,
+    task: Task,
+    rates: list[float],
+    directory: Path,
+    name: str,
+    cluster: ClusterSpec | None,
+    fitted: Fitted,
 ) -> TrainingConfig:
     """Settings with the learning rate of the best dev Hit@10; a single rate needs no trial."""
     if len(rates) == 1:
@@ -98,7 +119,9 @@ def _chosen(
     return settings_for(config.training, best)
 
 
-def _fit(task: Task, settings: TrainingConfig, directory: Path, seed: int, name: str, cluster: Any) -> FitResult:
+def _fit(
+    task: Task, settings: TrainingConfig, directory: Path, seed: int, name: str, cluster: ClusterSpec | None
+) -> FitResult:
     log.info("training %s (seed %d): %d steps of %d examples", name, seed, settings.total_steps, settings.batch)
     result = fit(task, settings, directory, seed=seed, name=name, cluster=cluster, progress=_Progress(name))
     log.info("trained %s in %.0f s: best dev %s", name, result.seconds, result.best)
