@@ -18,6 +18,7 @@ from mobula.retrieval.tasks import DocidTask, DualEncoder, DualTask, Prepared
 from mobula.training import FitResult, Task, TrainingConfig, fit
 
 log = logging.getLogger(__name__)
+Spec = ClusterSpec | None
 MONITOR = "hit@10"
 EVALUATIONS = 10  # evaluations on dev in one training, unless training.eval_every says otherwise
 
@@ -36,20 +37,20 @@ class Fitted:
         return [r for found in self.arms.values() for r in found] + ([self.dual] if self.dual else [])
 
 
-def fit_arms(config: Config, prepared: Prepared, directory: Path, cluster: ClusterSpec | None) -> Fitted:
+def fit_arms(config: Config, prepared: Prepared, directory: Path, cluster: Spec) -> Fitted:
     """Train every arm with every seed, and the dual encoder; finished trainings are taken as they are."""
     with _ray(config.training, cluster):
         return _fit_all(config, prepared, directory, cluster)
 
 
-def _ray(training: TrainingConfig, cluster: ClusterSpec | None) -> contextlib.AbstractContextManager[None]:
+def _ray(training: TrainingConfig, cluster: Spec) -> contextlib.AbstractContextManager[None]:
     """One Ray for all trainings of a run, where any of them uses workers."""
     given = cluster.platform.train.workers if cluster else 0
     workers = given if training.workers is None else training.workers
     return connect() if workers else contextlib.nullcontext()
 
 
-def _fit_all(config: Config, prepared: Prepared, directory: Path, cluster: ClusterSpec | None) -> Fitted:
+def _fit_all(config: Config, prepared: Prepared, directory: Path, cluster: Spec) -> Fitted:
     fitted = Fitted()
     for arm in config.parsed_arms:
         task = docid_task(config, prepared, arm)
@@ -102,7 +103,7 @@ def _chosen(
     rates: list[float],
     directory: Path,
     name: str,
-    cluster: ClusterSpec | None,
+    cluster: Spec,
     fitted: Fitted,
 ) -> TrainingConfig:
     """Settings with the learning rate of the best dev Hit@10; a single rate needs no trial."""
@@ -119,9 +120,7 @@ def _chosen(
     return settings_for(config.training, best)
 
 
-def _fit(
-    task: Task, settings: TrainingConfig, directory: Path, seed: int, name: str, cluster: ClusterSpec | None
-) -> FitResult:
+def _fit(task: Task, settings: TrainingConfig, directory: Path, seed: int, name: str, cluster: Spec) -> FitResult:
     log.info("training %s (seed %d): %d steps of %d examples", name, seed, settings.total_steps, settings.batch)
     result = fit(task, settings, directory, seed=seed, name=name, cluster=cluster, progress=_Progress(name))
     log.info("trained %s in %.0f s: best dev %s", name, result.seconds, result.best)
