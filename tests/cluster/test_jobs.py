@@ -44,29 +44,34 @@ def free_port():
         return s.getsockname()[1]
 
 
-HEAD = """
-import signal, sys, ray
-port, folder = int(sys.argv[1]), sys.argv[2]
-ray.init(address="local", num_cpus=2, include_dashboard=True, dashboard_port=port, _temp_dir=folder)
-print("up", flush=True)
-signal.pause()
-"""
-
-
 @pytest.fixture(scope="module")
 def address():
     """The job API of a Ray that a process of this test holds. It uses this user's token: Ray reads it only once."""
     environment.driver_environment()
-    port, folder = free_port(), tempfile.mkdtemp(prefix="mj")
-    head = subprocess.Popen([sys.executable, "-c", HEAD, str(port), folder], stdout=subprocess.PIPE, text=True)
+    folder, port = tempfile.mkdtemp(prefix="mj"), free_port()
+    # Every port is its own: a second Ray on this machine would leave this one without its agent.
+    ports = {"port": free_port(), "dashboard-port": port, "dashboard-agent-listen-port": free_port()}
+    ports |= {"dashboard-agent-grpc-port": free_port(), "metrics-export-port": free_port()}
+    options = [f"--{name}={number}" for name, number in ports.items()]
+    command = [Path(sys.executable).with_name("ray"), "start", "--head", "--block", "--num-cpus=2", *options]
+    head = subprocess.Popen([*command, f"--temp-dir={folder}"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
-        assert head.stdout is not None
-        assert any(line.strip() == "up" for line in head.stdout)
+        _await(port)
         yield f"http://127.0.0.1:{port}"
     finally:
-        head.send_signal(signal.SIGINT)
-        head.wait(30)
+        head.send_signal(signal.SIGTERM)
+        head.wait(60)
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _await(port):
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        with socket.socket() as s:
+            if s.connect_ex(("127.0.0.1", port)) == 0:
+                return
+        time.sleep(0.5)
+    raise TimeoutError("the head did not start")
 
 
 @pytest.fixture
