@@ -44,7 +44,7 @@ def library() -> Library:
     docid = replace(DocidConfig(), family="rq", levels=8, codes=32, encoder="wordllama")
     table = fit_family(docid, "rq", data, embeddings, encoder, 0)
     config = ModelConfig()
-    inputs = make_inputs(config, corpus_mean(embeddings))
+    inputs = make_inputs(config, [parse(ARM)], corpus_mean(embeddings))["main"]
     retriever = DocidRetriever(ARM, build_model(config, parse(ARM), table), table, inputs, encoder)
     return Library(documents, {}, {ARM: retriever}, ARM)
 

@@ -70,7 +70,7 @@ def encoder_dim(name: str) -> int:
     """
     if name == "wordllama":
         return load_static(name).dim
-    config = _read_json(locate(name, weights=False) / "config.json")
+    config = read_json(locate(name, weights=False) / "config.json")
     return int(config.get("hidden_size") or config["d_model"])
 
 
@@ -106,7 +106,7 @@ class TransformerEncoder:
 
         self.name = name
         self.device = torch.device(device)
-        self._head = _Head.read(folder)
+        self.head = _Head.read(folder)
         bars = hf_logging.is_progress_bar_enabled()
         hf_logging.disable_progress_bar()
         try:
@@ -119,10 +119,10 @@ class TransformerEncoder:
                 hf_logging.enable_progress_bar()
         network = model.get_encoder() if model.config.is_encoder_decoder else model
         self._network = network.eval().requires_grad_(False).to(self.device)
-        self._head.to(self.device)
+        self.head.to(self.device)
         self.dim = int(model.config.hidden_size)
         self.hash = hash_files(sorted(p for p in folder.rglob("*") if p.suffix in (".safetensors", ".json", ".txt")))
-        self.max_tokens = self._head.max_tokens or min(int(self.tokenizer.model_max_length), 512)
+        self.max_tokens = self.head.max_tokens or min(int(self.tokenizer.model_max_length), 512)
 
     @property
     def module(self) -> nn.Module:
@@ -136,7 +136,7 @@ class TransformerEncoder:
 
     def pool(self, states: Tensor, mask: Tensor) -> Tensor:
         """Sentence vectors [B, D] of unit norm from states [B, n, D] and mask [B, n]; differentiable."""
-        return self._head(states, mask)
+        return self.head(states, mask)
 
     def embed(self, texts: Sequence[str], batch: int = 64) -> np.ndarray:
         """Embeddings f32[N, D] of unit norm; texts over the encoder's limit are cut on the right."""
@@ -177,7 +177,7 @@ class TransformerEncoder:
                 ids = torch.tensor([tokens[row] for row in rows], device=self.device)
                 mask = torch.ones(ids.shape, dtype=torch.bool, device=self.device)
                 hidden = self._network(input_ids=ids, attention_mask=mask.long()).last_hidden_state
-                yield rows, hidden, mask, self._head(hidden, mask)
+                yield rows, hidden, mask, self.head(hidden, mask)
                 done += len(rows)
                 if time.monotonic() - told > PROGRESS_S:
                     told = time.monotonic()
@@ -213,7 +213,7 @@ class _Head(nn.Module):
             ModelError: for a pooling or a module that is not supported.
         """
         pooling, limit, dense = "mean", None, None
-        modules = _read_json(folder / "modules.json") if (folder / "modules.json").is_file() else []
+        modules = read_json(folder / "modules.json") if (folder / "modules.json").is_file() else []
         for module in modules:
             kind, path = module["type"].rsplit(".", 1)[-1], folder / module["path"]
             if kind == "Pooling":
@@ -223,12 +223,12 @@ class _Head(nn.Module):
             elif kind not in ("Transformer", "Normalize"):
                 raise ModelError(f"{folder / 'modules.json'}: module {kind} is not supported")
         if (folder / "sentence_bert_config.json").is_file():
-            limit = _read_json(folder / "sentence_bert_config.json").get("max_seq_length")
+            limit = read_json(folder / "sentence_bert_config.json").get("max_seq_length")
         return cls(pooling, limit, dense)
 
 
 def _pooling(path: Path) -> str:
-    config = _read_json(path)
+    config = read_json(path)
     modes = {
         name.removeprefix("pooling_mode_") for name, on in config.items() if name.startswith("pooling_mode_") and on
     }
@@ -239,7 +239,7 @@ def _pooling(path: Path) -> str:
 
 
 def _dense(folder: Path) -> nn.Linear:
-    config = _read_json(folder / "config.json")
+    config = read_json(folder / "config.json")
     weights = folder / "model.safetensors"
     width, identity = config["in_features"], config["activation_function"].endswith("Identity")
     if config["out_features"] != width or not identity or not weights.is_file():
@@ -249,7 +249,12 @@ def _dense(folder: Path) -> nn.Linear:
     return layer
 
 
-def _read_json(path: Path) -> Any:
+def read_json(path: Path) -> Any:
+    """The contents of a JSON file that belongs to a model.
+
+    Raises:
+        ModelError: if it is missing or damaged.
+    """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

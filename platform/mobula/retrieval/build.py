@@ -3,31 +3,49 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from mobula.artifacts import write_json
-from mobula.config import key
+from mobula.config import digest, key
 from mobula.errors import ArtifactError
-from mobula.models.encoders import encoder_dim
+from mobula.models.encoders import TransformerEncoder, encoder_dim, load_encoder
+from mobula.models.pretrained import Pretrained
 from mobula.models.text import StaticEmbedding, load_static
 from mobula.retrieval.arms import Arm
-from mobula.retrieval.docids.config import TEXT
+from mobula.retrieval.diffusion_lm import KINDS, DiffusionLM
+from mobula.retrieval.docids.config import EMBEDDED, TEXT
 from mobula.retrieval.docids.table import DocidTable
-from mobula.retrieval.network import DocidModel, NetworkShape
+from mobula.retrieval.language_model import LanguageModel, PretrainedShape, train_slower
+from mobula.retrieval.network import DocidModel, DocidTransformer, EncoderTower, NetworkShape
+from mobula.retrieval.seq2seq import Seq2SeqLM
+from mobula.training.checkpoints import export_weights, load_weights
 
-BACKBONES = ("small", "encoder")
+__all__ = ["ModelConfig", "base_hash", "build_model", "load_model", "load_weights", "save_model"]
+
+LANGUAGE_MODELS: dict[str, type[LanguageModel]] = {**dict.fromkeys(KINDS, DiffusionLM), "t5": Seq2SeqLM}
+BACKBONES = ("small", "encoder", *LANGUAGE_MODELS)
+# What an arm may be on a language model, which has learned one way of generating.
+PARADIGMS = {**dict.fromkeys(KINDS, "diffusion"), "t5": "autoregressive"}
 
 
 @dataclass
 class ModelConfig:
     """The docid network."""
 
-    backbone: str = key("small", "small: trained from scratch; encoder: on a pretrained encoder", choices=BACKBONES)
+    backbone: str = key(
+        "small", "small: from scratch; encoder: on a sentence encoder; others: a language model", choices=BACKBONES
+    )
+    base: str = key("", "pretrained model of backbones llada, dream, masked_lm and t5: Hugging Face id or folder")
+    twin: str = key("", "encoder-decoder (T5) of autoregressive arms: Hugging Face id or folder; empty: backbone")
+    finetune: bool = key(False, "train all pretrained weights; else encoder is frozen, language models get LoRA")
+    base_lr: float = key(0.03, "learning rate of pretrained weights and LoRA, as a share of training.lr", gt=0, le=1)
+    lora_rank: int = key(64, "rank r of LoRA", ge=1, le=4096)
+    lora_alpha: float = key(128.0, "weight alpha of LoRA, which is scaled by alpha / r", gt=0)
     width: int = key(128, "hidden size d", ge=8, le=8192)
     layers: int = key(2, "transformer layers", ge=0, le=64)
     heads: int = key(0, "attention heads; 0: width/32, at least 2", ge=0, le=128)
@@ -42,9 +60,27 @@ class ModelConfig:
 
     def problems(self) -> list[str]:
         """Contradictions between keys of this section."""
+        found = []
         if self.width % self.attention_heads:
-            return [f"width={self.width} is not a multiple of heads={self.attention_heads}"]
-        return []
+            found.append(f"width={self.width} is not a multiple of heads={self.attention_heads}")
+        if (self.backbone in LANGUAGE_MODELS) != bool(self.base):
+            found.append(
+                f"backbone={self.backbone} with base={self.base!r}: base names the pretrained model of "
+                f"{', '.join(LANGUAGE_MODELS)}, and of no other backbone"
+            )
+        if self.finetune and (self.backbone == "small" or (self.backbone, self.encoder) == ("encoder", "wordllama")):
+            found.append(f"finetune=true: backbone={self.backbone} has no pretrained network; set finetune=false")
+        return found
+
+    def of(self, arm: Arm) -> ModelConfig:
+        """What an arm is built from; autoregressive ones may stand on an encoder-decoder of their own."""
+        if arm.paradigm == "autoregressive" and self.twin:
+            return replace(self, backbone="t5", base=self.twin, twin="")
+        return self
+
+    def reader(self, arm: Arm) -> str:
+        """Which inputs an arm's network reads: ``main``, or ``twin`` where it stands on ``twin``."""
+        return "main" if self.of(arm) is self else "twin"
 
     @property
     def attention_heads(self) -> int:
@@ -54,8 +90,15 @@ class ModelConfig:
 
 def build_model(config: ModelConfig, arm: Arm, table: DocidTable) -> DocidModel:
     """A freshly initialised network for an arm and its docids."""
-    states = config.backbone == "encoder"
-    codewords = codeword_table(table) if states and config.codeword_prior else None
+    of_arm = config.of(arm)
+    return BUILDERS[of_arm.backbone](of_arm, arm, table)
+
+
+def _transformer(config: ModelConfig, arm: Arm, table: DocidTable) -> DocidModel:
+    """Our own network, on token embeddings or on a sentence encoder."""
+    encoder = config.backbone == "encoder"
+    trained = encoder and config.finetune
+    codewords = codeword_table(table) if encoder and config.codeword_prior else None
     shape = NetworkShape(
         paradigm="autoregressive" if arm.paradigm == "autoregressive" else "diffusion",
         sizes=tuple(int(size) for size in table.sizes),
@@ -63,26 +106,83 @@ def build_model(config: ModelConfig, arm: Arm, table: DocidTable) -> DocidModel:
         layers=0 if arm.paradigm == "classifier" else config.layers,
         heads=config.attention_heads,
         dropout=config.dropout,
-        tower="states" if states else "tokens",
+        tower="encoder" if trained else "states" if encoder else "tokens",
         query_len=config.query_len,
-        input_dim=encoder_dim(config.encoder) if states else load_static("wordllama").table.shape[1],
+        input_dim=encoder_dim(config.encoder) if encoder else load_static("wordllama").table.shape[1],
         pool_query=config.pool_query,
         query_sees_docid=config.query_sees_docid,
         codeword_dim=0 if codewords is None else codewords.shape[2],
         token_embed=config.embed,
+        encoder=config.encoder if trained else "",
+        encoder_hash=base_hash(config) if trained else "",
     )
-    return construct(shape, table, codewords, config.sharpness)
+    model = construct(shape, table, codewords, config.sharpness)
+    if isinstance(model.tower, EncoderTower):
+        train_slower(model.tower.network.parameters(), config.base_lr)
+    return model
 
 
-def construct(shape: NetworkShape, table: DocidTable, codewords: Tensor | None, sharpness: float = 10.0) -> DocidModel:
+def _language_model(config: ModelConfig, arm: Arm, table: DocidTable) -> DocidModel:
+    """A pretrained language model with docid tokens."""
+    base = Pretrained.find(config.base)
+    shape = PretrainedShape(
+        backbone=config.backbone,
+        base=config.base,
+        base_hash=base.hash,
+        paradigm="autoregressive" if arm.paradigm == "autoregressive" else "diffusion",
+        sizes=tuple(int(size) for size in table.sizes),
+        finetune=config.finetune,
+        lora_rank=config.lora_rank,
+        lora_alpha=config.lora_alpha,
+    )
+    model = LANGUAGE_MODELS[config.backbone](shape, base)  # type: ignore[call-arg]
+    train_slower(model.pretrained(), config.base_lr)
+    return model
+
+
+BUILDERS: dict[str, Callable[[ModelConfig, Arm, DocidTable], DocidModel]] = {
+    "small": _transformer,
+    "encoder": _transformer,
+    **dict.fromkeys(LANGUAGE_MODELS, _language_model),
+}
+
+
+def base_hash(config: ModelConfig) -> str:
+    """Hash of the pretrained model that networks stand on; empty if there is none."""
+    if config.twin:
+        return digest([base_hash(replace(config, twin="")), Pretrained.find(config.twin).hash])
+    if config.backbone in LANGUAGE_MODELS:
+        return Pretrained.find(config.base).hash
+    return load_encoder(config.encoder).hash if config.backbone == "encoder" else ""
+
+
+def construct(
+    shape: NetworkShape, table: DocidTable, codewords: Tensor | None, sharpness: float = 10.0
+) -> DocidTransformer:
     """The network of a shape; the frozen embedding tables come from the installed packages."""
-    return DocidModel(
+    return DocidTransformer(
         shape,
         table=token_table(shape) if shape.tower == "tokens" else None,
         codewords=codewords,
         code_table=code_table(table),
         sharpness=sharpness,
+        tower=encoder_tower(shape, table) if shape.tower == "encoder" else None,
     )
+
+
+def encoder_tower(shape: NetworkShape, table: DocidTable) -> EncoderTower:
+    """The sentence encoder of a shape, to be trained.
+
+    Raises:
+        ArtifactError: if its files are not those that the shape was made with.
+    """
+    encoder = load_encoder(shape.encoder)
+    _require_base(shape.encoder, shape.encoder_hash, encoder.hash)
+    if not isinstance(encoder, TransformerEncoder):
+        raise ArtifactError(f"encoder {shape.encoder!r} has no network that could be trained")
+    centred = table.space.family in EMBEDDED
+    mean = torch.from_numpy(table.space.arrays["mean"]).float() if centred else torch.zeros(shape.input_dim)
+    return EncoderTower(shape, encoder, mean)
 
 
 def codeword_table(table: DocidTable) -> Tensor | None:
@@ -112,14 +212,13 @@ def code_table(table: DocidTable) -> Tensor | None:
         return None
     embedding: StaticEmbedding = load_static("wordllama")
     rows = torch.from_numpy(embedding.table[table.space.arrays["vocabulary"]])
-    rows[table.space.eos] = rows.mean(0)
+    rows[0] = rows[1:].mean(0)
     return rows
 
 
 def save_model(directory: Path, model: DocidModel, space_hash: str) -> None:
     """Write model.safetensors and model.json (shape and docid space)."""
-    directory.mkdir(parents=True, exist_ok=True)
-    save_file({name: t.contiguous() for name, t in model.state_dict().items()}, directory / "model.safetensors")
+    export_weights(directory / "model.safetensors", model.state_dict())
     write_json(directory / "model.json", {"shape": asdict(model.shape), "space_hash": space_hash})
 
 
@@ -127,25 +226,32 @@ def load_model(directory: Path, table: DocidTable) -> DocidModel:
     """Read what :func:`save_model` wrote; the docid table must be of the space the model was trained on.
 
     Raises:
-        ArtifactError: if the docid space or a weight does not fit.
+        ArtifactError: if the docid space, the pretrained model or a weight does not fit.
     """
     facts = json.loads((directory / "model.json").read_text(encoding="utf-8"))
     if facts["space_hash"] != table.hash:
         raise ArtifactError(f"{directory}: the model was trained on another docid space (DocidSpaceMismatch)")
-    shape = NetworkShape(**{**facts["shape"], "sizes": tuple(facts["shape"]["sizes"])})
-    codewords = torch.zeros(len(shape.sizes), max(shape.sizes), shape.codeword_dim) if shape.codeword_dim else None
-    model = construct(shape, table, codewords)
+    shape = {**facts["shape"], "sizes": tuple(facts["shape"]["sizes"])}
+    is_pretrained = "base" in shape
+    model = _pretrained(PretrainedShape(**shape)) if is_pretrained else _constructed(NetworkShape(**shape), table)
     load_weights(model, directory / "model.safetensors")
     return model.eval()
 
 
-def load_weights(model: nn.Module, path: Path) -> None:
-    """Load safetensors weights, every name and shape checked.
+def _pretrained(shape: PretrainedShape) -> DocidModel:
+    base = Pretrained.find(shape.base)
+    _require_base(shape.base, shape.base_hash, base.hash)
+    return LANGUAGE_MODELS[shape.backbone](shape, base)  # type: ignore[call-arg]
 
-    Raises:
-        ArtifactError: if they are not this model's.
-    """
-    try:
-        model.load_state_dict(load_file(path))
-    except RuntimeError as error:
-        raise ArtifactError(f"{path}: the weights do not fit the model ({str(error).splitlines()[0]})") from error
+
+def _constructed(shape: NetworkShape, table: DocidTable) -> DocidModel:
+    codewords = torch.zeros(len(shape.sizes), max(shape.sizes), shape.codeword_dim) if shape.codeword_dim else None
+    return construct(shape, table, codewords)
+
+
+def _require_base(name: str, expected: str, found: str) -> None:
+    if found != expected:
+        raise ArtifactError(
+            f"pretrained model {name!r} has hash {found[:12]}, the docid model was trained on {expected[:12]}; "
+            "put the files back that it was trained on"
+        )

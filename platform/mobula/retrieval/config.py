@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from mobula.config import key, section
@@ -10,7 +11,7 @@ from mobula.data.views import KINDS
 from mobula.evaluation.ranking import MEASURES
 from mobula.experiment import ExperimentConfig
 from mobula.retrieval import arms
-from mobula.retrieval.build import ModelConfig
+from mobula.retrieval.build import PARADIGMS, ModelConfig
 from mobula.retrieval.docids.config import DocidConfig, code_length
 from mobula.retrieval.search import ORDERS, REMASK, SearchOptions
 from mobula.training import TrainingConfig
@@ -97,6 +98,7 @@ class Config(ExperimentConfig):
                 found.append(str(error))
         if not self.arms:
             found.append("arms is empty; name at least one paradigm/family")
+        found.extend(self._misplaced_arms() if not found else [])
         if self.model.backbone == "encoder" and self.model.codeword_prior and self.docid.encoder != self.model.encoder:
             found.append(
                 f"docid.encoder={self.docid.encoder} but model.encoder={self.model.encoder}: "
@@ -106,18 +108,21 @@ class Config(ExperimentConfig):
             found.append("docid.collision=append is for arms without text docids")
         if any(arm.endswith("/text.title") for arm in self.arms) and self.data.queries == "titles":
             found.append("data.queries=titles takes the titles away that docids of family text.title are made of")
-        return found or self._misfit_decoding()
+        return found or [f"decode: {problem}" for problem in self.decode.misfits(self.code_length)]
 
-    def _misfit_decoding(self) -> list[str]:
-        """What of ``decode`` does not fit the main arm's codes, alone or with what the evaluation varies.
+    def _misplaced_arms(self) -> Iterator[str]:
+        """Arms whose backbone has learned the other way of generating."""
+        for arm in self.parsed_arms:
+            backbone = self.model.of(arm).backbone
+            paradigm = PARADIGMS.get(backbone, arm.paradigm)
+            if arm.paradigm != paradigm:
+                yield f"arms: {arm} stands on model.backbone={backbone}, which is for {paradigm}/ arms only"
+        if self.model.twin and not any(arm.paradigm == "autoregressive" for arm in self.parsed_arms):
+            yield f"model.twin={self.model.twin!r} is for autoregressive arms, of which there is none"
 
-        Found here and not when training is over.
-        """
-        levels = code_length(self.docid, self.parsed_arms[0].family)
-        # What decode contradicts in itself, its own section reports.
-        found = [f"decode.{problem}" for problem in self.decode.misfits(levels)]
-        if found or self.decode.problems():
-            return found
+    def evaluation_problems(self) -> list[str]:
+        """What of ``decode`` does not go with what the evaluation of a run varies: better known before training."""
+        levels = self.code_length
         varied = replace(self.decode, steps=None, threshold=None)
         trials = [("evaluation.steps", replace(varied, steps=min(steps, levels))) for steps in self.evaluation.steps]
         trials += [("evaluation.thresholds", replace(varied, threshold=tau)) for tau in self.evaluation.thresholds]
@@ -127,6 +132,11 @@ class Config(ExperimentConfig):
             if problems:
                 return [f"decode does not go with {name}: {problems[0]}"]
         return []
+
+    @property
+    def code_length(self) -> int:
+        """Positions of the main arm's codes."""
+        return code_length(self.docid, self.parsed_arms[0].family)
 
     @property
     def parsed_arms(self) -> list[arms.Arm]:

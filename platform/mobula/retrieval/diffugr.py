@@ -23,11 +23,12 @@ from mobula.data.records import RetrievalData
 from mobula.errors import ConfigError
 from mobula.experiment import DataFacts, Report, Run
 from mobula.retrieval import library
+from mobula.retrieval.build import base_hash
 from mobula.retrieval.config import Config
 from mobula.retrieval.evaluate import evaluate_run
 from mobula.retrieval.fitting import MONITOR, docid_task, fit_arms, settings_for
 from mobula.retrieval.outcomes import Split, System, time_systems
-from mobula.retrieval.prepare import Material, prepare, sample
+from mobula.retrieval.prepare import Material, prepare, sample, title_leaks
 from mobula.training import fit
 
 __all__ = ["Config", "load", "measure", "run", "train_trial"]
@@ -39,20 +40,25 @@ load = library.load
 def run(run: Run) -> Report:
     """Train and evaluate; leaves checkpoints, run files and the artifact in the run's directory."""
     config: Config = run.config  # type: ignore[assignment]
+    problems = config.evaluation_problems()
     if config.parsed_arms[0].paradigm != "diffusion":
-        raise ConfigError(
-            [f"arms: the first arm is the main one and must be diffusion, found {config.arms[0]}"], config.name
-        )
+        problems.append(f"arms: the first arm is the main one and must be diffusion, found {config.arms[0]}")
+    if problems:
+        raise ConfigError(problems, config.name)
     data = load_retrieval(config.data)
     run.bind("data", data.sha256)
     material = prepare(config, data, run.directory / "prepared")
     run.bind("encoder", material.encoder.hash)
+    run.bind("base", base_hash(config.model))
+    leaks = title_leaks(material, config.parsed_arms)
     fitted = fit_arms(config, material.prepared, run.directory / "models", run.cluster)
     for result in fitted.results:
         run.log(weights=str(result.weights.relative_to(run.directory)), steps=result.steps, **result.best)
     report = run.report()
     report.data.append(DataFacts(data.name, data.source, data.sha256, data.records))
     report.notes.extend(f"{name}: {value}" for name, value in data.notes.items())
+    for family, share in leaks.items():
+        report.notes.append(f"test queries that contain the docid of a gold document ({family}): {share:.1%}")
     evaluate_run(config, material, fitted, run.directory, report)
     report.cost["train_steps"] = sum(result.steps for result in fitted.results)
     report.cost["train_examples"] = sum(result.examples for result in fitted.results)
@@ -103,7 +109,8 @@ def train_trial(config: Config, directory: Path, report: Callable[[dict[str, Any
     arm = config.parsed_arms[0]
     alone = replace(config, arms=[str(arm)])
     # Trials that differ in training alone share what was prepared.
-    shared = digest([data.sha256, asdict(config.docid), asdict(config.model), asdict(config.views), config.seed])
+    decides = [asdict(part) for part in (config.docid, config.model, config.views)]
+    shared = digest([data.sha256, arm.family, *decides, config.evaluation.dev_queries, config.seed])
     material = prepare(alone, data, directory.parent / "prepared" / shared[:16])
 
     def progress(row: dict[str, Any]) -> None:

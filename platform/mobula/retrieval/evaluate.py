@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -100,6 +100,7 @@ class Evaluation:
             ]
         if self.twin is not None:
             options = SearchOptions(decoder="beam", beam=10, k=10)
+            features = self.models[self.twin][0].features(split.texts)
             self.recovered[f"{self.twin} beam 10"] = [
                 recovery(model.decoder, features, options, split.gold) for model in self.models[self.twin]
             ]
@@ -176,7 +177,13 @@ class Evaluation:
     def _retriever(self, arm: Arm, seed: int) -> DocidRetriever:
         task = docid_task(self.config, self.material.prepared, arm)
         model = load_arm(task, self.fitted.arms[arm][seed])
-        return DocidRetriever(str(arm), model, task.table, self.material.inputs, self.material.encoder)
+        inputs = self.material.inputs[self.config.model.reader(arm)]
+        return DocidRetriever(str(arm), model, task.table, inputs, self.material.encoder)
+
+    def _features(self, arms: Iterable[Arm], texts: list[str]) -> dict[str, dict[str, torch.Tensor]]:
+        """What the networks of ``arms`` read of queries, by reader."""
+        readers = {self.config.model.reader(arm): arm for arm in arms}
+        return {reader: self.models[arm][0].features(texts) for reader, arm in readers.items()}
 
     def _popularity(self, queries: int) -> list[SearchResult]:
         """Documents by their number of training queries, the same for every query."""
@@ -188,9 +195,10 @@ class Evaluation:
     # Measuring
 
     def _measure_models(self, split: Split, seed: int) -> None:
-        features = self.models[self.main][seed].features(split.texts)
+        features = self._features(self.arms, split.texts)
         for name, (arm, options) in self.systems.items():
-            search = partial(_search_features, self.models[arm][seed], features, split.gold)
+            read = features[self.config.model.reader(arm)]
+            search = partial(_search_features, self.models[arm][seed], read, split.gold)
             width = options.beam if options.decoder in ("beam", "greedy") and arm.paradigm == "autoregressive" else None
             split.record(name, search(options), seed=seed, width=_width(options, width, split.documents))
 

@@ -1,23 +1,27 @@
 """How text becomes what the docid network reads, for training views on disk and for live queries alike.
 
-Two kinds: token ids (``small`` backbone), and the states of a sentence encoder (``encoder`` backbone), computed
-once per text and kept as memory-mapped float16 arrays so that training never runs the encoder again.
+Kinds: token ids (``small`` backbone); the states of a sentence encoder (``encoder`` backbone), computed once per text
+and kept as memory-mapped float16 arrays so that training never runs the encoder again; the token ids of a sentence
+encoder that is trained along; and the prompts of pretrained language models.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from mobula.errors import MobulaError
-from mobula.models.encoders import TextEncoder
+from mobula.models.encoders import TextEncoder, TransformerEncoder
 from mobula.models.text import StaticEmbedding
+
+PROMPT = ("query: ", "\ndocid:")  # before and after the query of a language model
 
 
 class EmptyQuery(MobulaError):
@@ -27,7 +31,6 @@ class EmptyQuery(MobulaError):
 class QueryInputs(Protocol):
     """Turns texts into the network's ``query`` dictionary."""
 
-    input_dim: int
     query_len: int
 
     def features(self, texts: Sequence[str]) -> dict[str, Tensor]:
@@ -44,11 +47,6 @@ class TokenInputs:
 
     embedding: StaticEmbedding
     query_len: int
-
-    @property
-    def input_dim(self) -> int:
-        """Width of the embedding table."""
-        return self.embedding.table.shape[1]
 
     def features(self, texts: Sequence[str]) -> dict[str, Tensor]:
         """As :class:`QueryInputs`."""
@@ -71,18 +69,11 @@ class StateInputs:
     query_len: int
     mean: np.ndarray
 
-    @property
-    def input_dim(self) -> int:
-        """Width of the encoder's states."""
-        return self.encoder.dim
-
     def features(self, texts: Sequence[str]) -> dict[str, Tensor]:
         """As :class:`QueryInputs`."""
-        empty = [text for text in texts if not text.strip()]
-        if empty:
-            raise EmptyQuery(f"no token is left of the query {empty[0][:80]!r}")
+        _require_words(texts)
         states, mask, pooled = self.encoder.states(list(texts), max_tokens=self.query_len)
-        padded = np.zeros((len(texts), self.query_len, self.input_dim), dtype=np.float16)
+        padded = np.zeros((len(texts), self.query_len, self.encoder.dim), dtype=np.float16)
         present = np.zeros((len(texts), self.query_len), dtype=bool)
         padded[:, : states.shape[1]], present[:, : states.shape[1]] = states, mask
         return {
@@ -90,6 +81,70 @@ class StateInputs:
             "mask": torch.from_numpy(present),
             "vector": torch.from_numpy(np.ascontiguousarray(pooled - self.mean, dtype=np.float32)),
         }
+
+
+@dataclass
+class EncoderInputs:
+    """Token ids i64[B, n] and mask bool[B, n] for a sentence encoder that is trained with the model."""
+
+    encoder: TransformerEncoder
+    query_len: int
+
+    def features(self, texts: Sequence[str]) -> dict[str, Tensor]:
+        """As :class:`QueryInputs`."""
+        _require_words(texts)
+        return _padded(self.encoder.tokens(texts, self.query_len), self.query_len)
+
+
+class PromptInputs:
+    """The prompts of a language model as token ids i64[B, n] and mask bool[B, n]; queries are cut on the right.
+
+    ``continued``: the docid follows the prompt in one sequence, so padding goes to the left and the tokenizer's
+    closing token is left out; otherwise the prompt is a sequence of its own.
+    """
+
+    def __init__(self, tokenizer: Any, query_len: int, *, continued: bool) -> None:
+        self.tokenizer, self.query_len, self.continued = tokenizer, query_len, continued
+        opening, closing = _special_tokens(tokenizer)
+        before, after = (self._ids([part])[0] for part in PROMPT)
+        self._before, self._after = opening + before, after + ([] if continued else closing)
+        self._length = len(self._before) + query_len + len(self._after)
+
+    def features(self, texts: Sequence[str]) -> dict[str, Tensor]:
+        """As :class:`QueryInputs`."""
+        queries = self._ids(texts)
+        empty = [text for text, ids in zip(texts, queries, strict=True) if not ids]
+        if empty:
+            raise EmptyQuery(f"no token is left of the query {empty[0][:80]!r}")
+        prompts = [self._before + ids[: self.query_len] + self._after for ids in queries]
+        return _padded(prompts, self._length, left=self.continued)
+
+    def _ids(self, texts: Sequence[str]) -> list[list[int]]:
+        return self.tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+
+
+def _special_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """Tokens that a tokenizer puts before and after a text."""
+    found = tokenizer("a", return_special_tokens_mask=True)
+    ids, special = found["input_ids"], found["special_tokens_mask"]
+    opening = len(list(takewhile(bool, special)))
+    closing = len(list(takewhile(bool, reversed(special))))
+    return ids[:opening], ids[len(ids) - closing :]
+
+
+def _padded(ids: Sequence[Sequence[int]], length: int, *, left: bool = False) -> dict[str, Tensor]:
+    """Token ids i64[B, length], 0 where the mask bool[B, length] says that there is none."""
+    rows, mask = np.zeros((len(ids), length), dtype=np.int64), np.zeros((len(ids), length), dtype=bool)
+    for i, found in enumerate(ids):
+        place = slice(length - len(found), length) if left else slice(0, len(found))
+        rows[i, place], mask[i, place] = found, True
+    return {"ids": torch.from_numpy(rows), "mask": torch.from_numpy(mask)}
+
+
+def _require_words(texts: Sequence[str]) -> None:
+    empty = [text for text in texts if not text.strip()]
+    if empty:
+        raise EmptyQuery(f"no token is left of the query {empty[0][:80]!r}")
 
 
 class StoredFeatures:

@@ -20,7 +20,7 @@ from mobula.errors import DataError
 from mobula.models.encoders import TextEncoder, load_encoder
 from mobula.models.text import load_static
 from mobula.retrieval.arms import Arm, parse
-from mobula.retrieval.build import ModelConfig, load_model, load_weights, save_model
+from mobula.retrieval.build import ModelConfig, base_hash, load_model, load_weights, save_model
 from mobula.retrieval.config import Config
 from mobula.retrieval.dense import Dense
 from mobula.retrieval.docids.config import QUANTISED, TEXT
@@ -101,6 +101,7 @@ def facts(config: Config, material: Material) -> dict[str, Any]:
         "docid": asdict(config.docid),
         "data": {"name": material.data.name, "source": material.data.source, "sha256": material.data.sha256},
         "encoder_hash": material.encoder.hash,
+        "base_hash": base_hash(config.model),
         "documents": len(material.data.documents),
     }
 
@@ -135,11 +136,12 @@ def load(artifact: Artifact) -> Library:
     meta = artifact.meta
     encoder = load_encoder(meta["docid"]["encoder"])
     embeddings = load_file(artifact.path("documents.safetensors"))["embeddings"]
-    inputs = make_inputs(ModelConfig(**meta["model"]), embeddings.mean(0))
+    model = ModelConfig(**meta["model"])
+    inputs = make_inputs(model, _arms(meta), embeddings.mean(0))
     tables = {arm.family: _table(artifact, arm.family) for arm in _arms(meta)}
     retrievers: dict[str, Retriever] = {}
     for arm in _arms(meta):
-        retrievers[str(arm)] = _docid_retriever(artifact, arm, tables[arm.family], inputs, encoder)
+        retrievers[str(arm)] = _docid_retriever(artifact, arm, tables[arm.family], inputs[model.reader(arm)], encoder)
     main = tables[_arms(meta)[0].family]
     if main.space.family in QUANTISED:
         retrievers.update({name: LookupRetriever(name, main, encoder, body) for name in RANKERS})

@@ -11,17 +11,23 @@ d width, D size of the sentence embedding. A code of -1 is [MASK].
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mobula.models.encoders import TransformerEncoder
+
+T = TypeVar("T")
 MASK = -1
 Paradigm = Literal["diffusion", "autoregressive"]
 KeysValues = tuple[Tensor, Tensor]
+# What a tower makes of a query: positions [B, n, d], their mask [B, n], pooled [B, d], centred embedding [B, D].
+Reading = tuple[Tensor, Tensor, Tensor, Tensor | None]
 
 
 @dataclass(frozen=True)
@@ -34,13 +40,15 @@ class NetworkShape:
     layers: int
     heads: int
     dropout: float
-    tower: Literal["tokens", "states"]
+    tower: Literal["tokens", "states", "encoder"]
     query_len: int
     input_dim: int
     pool_query: bool = True
     query_sees_docid: bool = False
     codeword_dim: int = 0
     token_embed: str = "wordllama"
+    encoder: str = ""  # of tower "encoder": its name, and the hash of its files
+    encoder_hash: str = ""
 
 
 @dataclass
@@ -173,13 +181,13 @@ class TokenTower(nn.Module):
         self.project = nn.Linear(shape.input_dim, shape.width)
         self.positions = nn.Parameter(torch.randn(shape.query_len, shape.width) * 0.02)
 
-    def forward(self, query: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """Query {ids i64[B, n], pad id 0} -> positions [B, n, d], mask [B, n], pooled [B, d]."""
+    def forward(self, query: dict[str, Tensor]) -> Reading:
+        """Query {ids i64[B, n], pad id 0} -> positions [B, n, d], mask [B, n], pooled [B, d], no vector."""
         ids = query["ids"]
         mask = ids != 0
         projected = self.project(self.table[ids])
         pooled = (projected * mask.unsqueeze(-1)).sum(1) / mask.sum(1, keepdim=True).clamp(min=1)
-        return projected + self.positions[: ids.shape[1]], mask, pooled
+        return projected + self.positions[: ids.shape[1]], mask, pooled, None
 
 
 class StateTower(nn.Module):
@@ -191,14 +199,39 @@ class StateTower(nn.Module):
         self.norm = nn.LayerNorm(shape.width)
         self.pool = nn.Linear(shape.input_dim, shape.width)
 
-    def forward(self, query: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, query: dict[str, Tensor]) -> Reading:
         """Query {states f[B, n, D], mask bool[B, n], vector f32[B, D]} -> as :meth:`TokenTower.forward`.
 
         Unit vectors have coordinates of about 1/sqrt(D); scaling brings them to the size of a layer's input.
         """
         scale = query["vector"].shape[-1] ** 0.5
         states = self.norm(self.project(query["states"].to(self.project.weight.dtype)))
-        return states, query["mask"], self.pool(query["vector"] * scale)
+        return states, query["mask"], self.pool(query["vector"] * scale), query["vector"].float()
+
+
+class EncoderTower(nn.Module):
+    """Query positions from a sentence encoder that is trained with the rest, read as stored states are.
+
+    ``mean`` f32[D] is what the docid space subtracts from embeddings.
+    """
+
+    def __init__(self, shape: NetworkShape, encoder: TransformerEncoder, mean: Tensor) -> None:
+        super().__init__()
+        self.network = encoder.module.requires_grad_(True)
+        self.head = encoder.head
+        self.register_buffer("mean", mean)
+        self.read = StateTower(shape)
+        pooler = getattr(self.network, "pooler", None)
+        if pooler is not None:
+            # BERT's own pooling, of which sentence encoders make no use.
+            pooler.requires_grad_(False)
+
+    def forward(self, query: dict[str, Tensor]) -> Reading:
+        """Query {ids i64[B, n], mask bool[B, n]} -> as :meth:`StateTower.forward`."""
+        mask = query["mask"]
+        states = self.network(input_ids=query["ids"], attention_mask=mask.long()).last_hidden_state
+        vector = self.head(states, mask).float() - self.mean
+        return self.read({"states": states, "mask": mask, "vector": vector})
 
 
 class LearnedCodes(nn.Module):
@@ -271,8 +304,46 @@ class CodewordPrior(nn.Module):
         return self.log_sharpness[levels].exp()[:, None] * (2 * products - self.squares[levels])
 
 
-class DocidModel(nn.Module):
-    """Logits over the codes of every level, given a query and a partially masked docid."""
+class DocidModel(nn.Module, ABC):
+    """What decoding and training see of a network: logits over the codes of every level for a partial docid."""
+
+    paradigm: Paradigm
+    sizes: Tensor
+    impossible: Tensor
+    index: Tensor
+    shape: Any  # a dataclass that fixes every weight's shape, stored beside the weights
+    # Diffusion models have `unconditional`, autoregressive ones `start` and `step`; see DocidTransformer for each.
+    unconditional: Callable[..., Any]
+    start: Callable[..., Any]
+    step: Callable[..., Any]
+
+    def __init__(self, shape: Any) -> None:
+        super().__init__()
+        self.shape, self.paradigm = shape, shape.paradigm
+        self.levels, self.width = len(shape.sizes), max(shape.sizes)
+        sizes = torch.tensor(shape.sizes)
+        self.register_buffer("sizes", sizes, persistent=False)
+        self.register_buffer("impossible", torch.arange(self.width) >= sizes[:, None], persistent=False)
+        self.register_buffer("index", torch.arange(self.levels), persistent=False)
+
+    def forward(self, query: dict[str, Tensor], z: Tensor) -> Tensor:
+        """Logits f32[B, L, K] for queries and codes z i64[B, L] (training)."""
+        return self.logits(self.memory(query), z)
+
+    @abstractmethod
+    def memory(self, query: dict[str, Tensor]) -> Memory:
+        """Encode B queries once; every later call reuses the result exactly."""
+
+    @abstractmethod
+    def logits(self, memory: Memory, z: Tensor) -> Tensor:
+        """Logits [B, L, K] for z i64[B, L], or [B, G, L, K] for z i64[B, G, L].
+
+        Autoregressive: teacher-forced, level l sees the codes before it alone. Codes outside a level are -inf.
+        """
+
+
+class DocidTransformer(DocidModel):
+    """The network of ours, trained from scratch over a query tower."""
 
     def __init__(
         self,
@@ -282,14 +353,15 @@ class DocidModel(nn.Module):
         codewords: Tensor | None = None,
         code_table: Tensor | None = None,
         sharpness: float = 10.0,
+        tower: nn.Module | None = None,
     ) -> None:
         """``table`` f32[V, input_dim] embeds query tokens; ``codewords`` f32[L, K, D] switch the codeword prior on;
-        ``code_table`` f32[K, ·] embeds codes that are tokens."""
-        super().__init__()
-        self.shape = shape
-        self.paradigm = shape.paradigm
-        self.levels, self.width = len(shape.sizes), max(shape.sizes)
-        self.tower = StateTower(shape) if shape.tower == "states" else TokenTower(shape, _required(table))
+        ``code_table`` f32[K, ·] embeds codes that are tokens; ``tower`` is the :class:`EncoderTower`, if any."""
+        super().__init__(shape)
+        if shape.tower == "encoder":
+            self.tower = required(tower)
+        else:
+            self.tower = StateTower(shape) if shape.tower == "states" else TokenTower(shape, required(table))
         self.layers = nn.ModuleList(Layer(shape.width, shape.heads, shape.dropout) for _ in range(shape.layers))
         self.codes: LearnedCodes | TokenCodes
         if code_table is None:
@@ -300,20 +372,10 @@ class DocidModel(nn.Module):
         self.positions = nn.Parameter(torch.randn(self.levels, shape.width) * 0.02)
         self.norm = nn.LayerNorm(shape.width)
         self.prior = None if codewords is None else CodewordPrior(codewords, sharpness)
-        sizes = torch.tensor(shape.sizes)
-        self.register_buffer("sizes", sizes, persistent=False)
-        self.register_buffer("impossible", torch.arange(self.width) >= sizes[:, None], persistent=False)
-        self.register_buffer("index", torch.arange(self.levels), persistent=False)
-
-    def forward(self, query: dict[str, Tensor], z: Tensor) -> Tensor:
-        """Logits f32[B, L, K] for queries and codes z i64[B, L] (training)."""
-        return self.logits(self.memory(query), z)
 
     def memory(self, query: dict[str, Tensor]) -> Memory:
-        """Encode B queries once; every later call reuses the result exactly."""
-        x, mask, pooled = self.tower(query)
-        vector = query["vector"].float() if "vector" in query else None
-        return self._remember(x, mask, pooled, vector)
+        """As :meth:`DocidModel.memory`."""
+        return self._remember(*self.tower(query))
 
     def unconditional(self, memory: Memory) -> Memory:
         """The memory with the query masked out, for classifier-free guidance.
@@ -328,10 +390,7 @@ class DocidModel(nn.Module):
         return Memory(mask, torch.zeros_like(memory.pooled), emptied, vector, embedded)
 
     def logits(self, memory: Memory, z: Tensor) -> Tensor:
-        """Logits [B, L, K] for z i64[B, L], or [B, G, L, K] for z i64[B, G, L].
-
-        Autoregressive: teacher-forced, level l sees the codes before it alone. Codes outside a level are -inf.
-        """
+        """As :meth:`DocidModel.logits`."""
         grouped = z.dim() == 3
         codes = z if grouped else z.unsqueeze(1)
         hidden = self._docid_states(memory, self._docid_inputs(memory, codes))
@@ -348,7 +407,7 @@ class DocidModel(nn.Module):
         """
         residual = None
         if self.prior is not None:
-            residual = self.prior.query(_required(memory.vector)).unsqueeze(1).expand(-1, width, -1)
+            residual = self.prior.query(required(memory.vector)).unsqueeze(1).expand(-1, width, -1)
         return Cache([None] * len(self.layers), 0, width, residual)
 
     def step(self, memory: Memory, cache: Cache, previous: Tensor | None) -> tuple[Tensor, Cache]:
@@ -362,7 +421,7 @@ class DocidModel(nn.Module):
             before = self.index[level - 1 : level]
             x = self.codes.embed(previous.unsqueeze(-1), before)
             if self.prior is not None:
-                residual = _required(residual) - self.prior.words(previous.unsqueeze(-1), before).squeeze(-2)
+                residual = required(residual) - self.prior.words(previous.unsqueeze(-1), before).squeeze(-2)
         x = x + self.positions[here] + self._pooled(memory)
         kept: list[KeysValues | None] = []
         for layer, context, past in zip(self.layers, memory.keys_values, cache.keys_values, strict=True):
@@ -370,7 +429,7 @@ class DocidModel(nn.Module):
             kept.append(keys_values)
         scores = self.codes.score(self.norm(x).flatten(0, 1), here)
         if self.prior is not None:
-            scores = scores + self.prior.score(_required(residual).reshape(-1, 1, self.prior.codewords.shape[-1]), here)
+            scores = scores + self.prior.score(required(residual).reshape(-1, 1, self.prior.codewords.shape[-1]), here)
         scores = scores.masked_fill(self.impossible[here], float("-inf")).squeeze(1)
         scores = scores.unflatten(0, (memory.size, cache.width))
         return scores, Cache(kept, level + 1, cache.width, residual)
@@ -380,7 +439,7 @@ class DocidModel(nn.Module):
             return Memory(mask, pooled, vector=vector, embedded=x)
         keys_values = []
         for layer in self.layers:
-            if self.shape.tower == "states" and not self.shape.query_sees_docid:
+            if self.shape.tower != "tokens" and not self.shape.query_sees_docid:
                 # The encoder has done the reading: layers look at its states, which no layer changes.
                 keys_values.append(layer.project(x)[1:])
             else:
@@ -416,7 +475,7 @@ class DocidModel(nn.Module):
         Diffusion only: the twin's query never sees the docid, so there the layers read it once (:meth:`_remember`).
         """
         batch, groups = x.shape[:2]
-        embedded = _required(memory.embedded)
+        embedded = required(memory.embedded)
         n = embedded.shape[1]
         query = embedded.unsqueeze(1).expand(-1, groups, -1, -1)
         joint = torch.cat([query, x], 2).flatten(0, 1)
@@ -428,15 +487,16 @@ class DocidModel(nn.Module):
 
     def _residuals(self, memory: Memory, codes: Tensor) -> Tensor:
         """Query vector minus the codewords each level may see, [B*G, L, D]."""
-        prior = _required(self.prior)
+        prior = required(self.prior)
         words = prior.words(codes, self.index)
         # A level's own codeword is excluded: its logits must not depend on its own code.
         seen = (words.cumsum(2) if self.paradigm == "autoregressive" else words.sum(2, keepdim=True)) - words
-        query = prior.query(_required(memory.vector))
+        query = prior.query(required(memory.vector))
         return (query[:, None, None, :] - seen).flatten(0, 1)
 
 
-def _required(value):
+def required(value: T | None) -> T:
+    """``value``, which a network has that was built for the call."""
     if value is None:
         raise ValueError("this network was built without a part that the call needs")
     return value

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -12,50 +14,84 @@ from mobula.artifacts import write_json, write_text
 from mobula.data import RetrievalData
 from mobula.data.records import Query
 from mobula.data.views import body, make_views
-from mobula.models.encoders import TextEncoder, load_encoder
+from mobula.errors import DataError
+from mobula.models.encoders import TextEncoder, TransformerEncoder, load_encoder
+from mobula.models.pretrained import Pretrained
 from mobula.models.text import load_static
-from mobula.retrieval.build import ModelConfig
+from mobula.retrieval.arms import Arm
+from mobula.retrieval.build import LANGUAGE_MODELS, PARADIGMS, ModelConfig, base_hash
 from mobula.retrieval.config import Config, ViewsConfig
 from mobula.retrieval.docids.config import CONTROLS, EMBEDDED, TEXT, DocidConfig
+from mobula.retrieval.docids.leak import require_no_leak
 from mobula.retrieval.docids.space import DocidSpace, fit_space
 from mobula.retrieval.docids.table import DocidTable
-from mobula.retrieval.inputs import QueryInputs, StateInputs, StoredFeatures, TokenInputs
+from mobula.retrieval.inputs import (
+    EncoderInputs,
+    PromptInputs,
+    QueryInputs,
+    StateInputs,
+    StoredFeatures,
+    TokenInputs,
+)
 from mobula.retrieval.tasks import Prepared
 
 log = logging.getLogger(__name__)
 DONE = "prepared.json"
+Pair = tuple[int, int]
+TITLE_LEAK = 0.5  # share of queries that may hold their docid by chance; queries that are titles hold it always
+WINDOWS_PER_DOCUMENT = 5  # that codebooks are fitted on with docid.fit_on=windows
 
 
 @dataclass
 class Material:
-    """What a run works on: its data, the document encoder with the documents' embeddings, and prepared files."""
+    """What a run works on: its data, the document encoder with the documents' embeddings, and prepared files.
+
+    ``inputs`` are those of each reader (:meth:`.ModelConfig.reader`).
+    """
 
     data: RetrievalData
     encoder: TextEncoder
     embeddings: np.ndarray
-    inputs: QueryInputs
+    inputs: dict[str, QueryInputs]
     prepared: Prepared
 
 
 def prepare(config: Config, data: RetrievalData, directory: Path) -> Material:
     """Make (or find, after an interruption) the prepared folder of a run."""
-    encoder = load_encoder(config.docid.encoder)
     directory.mkdir(parents=True, exist_ok=True)
+    # Concurrent trials of a sweep share a folder; one of them fills it.
+    with (directory / ".lock").open("w") as stream:
+        fcntl.flock(stream, fcntl.LOCK_EX)
+        return _prepare(config, data, directory)
+
+
+def _prepare(config: Config, data: RetrievalData, directory: Path) -> Material:
+    encoder = load_encoder(config.docid.encoder)
     embeddings = _embed_documents(encoder, data, directory)
-    inputs = make_inputs(config.model, corpus_mean(embeddings))
+    inputs = make_inputs(config.model, config.parsed_arms, corpus_mean(embeddings))
     prepared = Prepared(directory)
     if not (directory / DONE).is_file():
         _write_tables(config, data, embeddings, encoder, directory)
         _write_views(config, data, encoder, inputs, directory)
         _write_dev(config, data, encoder, inputs, directory)
-        write_json(directory / DONE, {"documents": len(data.documents)})
+        write_json(directory / DONE, {"documents": len(data.documents), "base": base_hash(config.model)})
     return Material(data, encoder, embeddings, inputs, prepared)
 
 
-def make_inputs(model: ModelConfig, mean: np.ndarray) -> QueryInputs:
-    """How the backbone reads queries; ``mean`` is the corpus mean of the docid encoder."""
+def make_inputs(model: ModelConfig, arms: Sequence[Arm], mean: np.ndarray) -> dict[str, QueryInputs]:
+    """How the networks of ``arms`` read queries, by reader; ``mean`` is the corpus mean of the docid encoder."""
+    return {reader: _inputs(of_arm, mean) for reader, of_arm in {model.reader(a): model.of(a) for a in arms}.items()}
+
+
+def _inputs(model: ModelConfig, mean: np.ndarray) -> QueryInputs:
+    if model.backbone in LANGUAGE_MODELS:
+        tokenizer = Pretrained.find(model.base).tokenizer()
+        return PromptInputs(tokenizer, model.query_len, continued=PARADIGMS[model.backbone] == "diffusion")
     if model.backbone == "encoder":
-        return StateInputs(load_encoder(model.encoder), model.query_len, mean)
+        encoder = load_encoder(model.encoder)
+        if model.finetune and isinstance(encoder, TransformerEncoder):
+            return EncoderInputs(encoder, model.query_len)
+        return StateInputs(encoder, model.query_len, mean)
     return TokenInputs(load_static("wordllama"), model.query_len)
 
 
@@ -64,15 +100,32 @@ def corpus_mean(embeddings: np.ndarray) -> np.ndarray:
     return embeddings.mean(0)
 
 
+def title_leaks(material: Material, arms: Sequence[Arm]) -> dict[str, float]:
+    """Share of test queries that contain the docid of a gold document, by text family of the arms.
+
+    Raises:
+        DocidLeak: for docids made of titles, if most queries hold them: generating the docid is copying then.
+    """
+    shares = {}
+    for family in sorted({arm.family for arm in arms} & set(TEXT)):
+        limit = TITLE_LEAK if family == "text.title" else 1.0
+        shares[family] = require_no_leak(material.data.queries["test"], material.prepared.table(family), limit)
+    return shares
+
+
 def fit_family(
-    config: DocidConfig, family: str, data: RetrievalData, embeddings: np.ndarray, encoder_hash: str, seed: int
+    config: DocidConfig, family: str, data: RetrievalData, embeddings: np.ndarray, encoder: TextEncoder, seed: int
 ) -> DocidTable:
     """Fit a docid family on the corpus and encode it."""
     settings = replace(config, family=family)
     tokenizer = load_static("wordllama") if family in TEXT else None
     vectors = embeddings if family in EMBEDDED else None
+    windows = None
+    if config.fit_on == "windows" and family in EMBEDDED:
+        views = make_views(data.documents, "window", WINDOWS_PER_DOCUMENT, seed)
+        windows = encoder.embed([view.text for view in views])
     space: DocidSpace = fit_space(
-        settings, data.documents, vectors, seed=seed, encoder_hash=encoder_hash, tokenizer=tokenizer
+        settings, data.documents, vectors, seed=seed, encoder_hash=encoder.hash, tokenizer=tokenizer, windows=windows
     )
     collision = "bucket" if family in CONTROLS else config.collision
     return DocidTable.build(space, data.documents, vectors, collision)
@@ -94,24 +147,28 @@ def _write_tables(
 ) -> None:
     for family in sorted({arm.family for arm in config.parsed_arms}):
         log.info("fitting docids: %s", family)
-        table = fit_family(config.docid, family, data, embeddings, encoder.hash, config.seed)
+        table = fit_family(config.docid, family, data, embeddings, encoder, config.seed)
         table.save(directory / "docids" / family)
 
 
 def _write_views(
-    config: Config, data: RetrievalData, encoder: TextEncoder, inputs: QueryInputs, directory: Path
+    config: Config, data: RetrievalData, encoder: TextEncoder, inputs: dict[str, QueryInputs], directory: Path
 ) -> None:
     texts, examples = training_examples(config.views, data, config.seed)
     log.info("writing %d training views, %d examples", len(texts), len(examples))
-    StoredFeatures.write(directory / "views", inputs, texts)
+    for reader, features in inputs.items():
+        StoredFeatures.write(directory / "views" / reader, features, texts)
     _save(directory / "view_vectors.npy", encoder.embed(texts).astype(np.float16))
     _save(directory / "examples.npy", examples)
 
 
 def training_examples(config: ViewsConfig, data: RetrievalData, seed: int) -> tuple[list[str], np.ndarray]:
-    """View texts, and examples i64[M, 2] (view row, document row); real queries are repeated up to their share.
+    """View texts, and examples i64[M, 2] (view row, document row); one kind is repeated to meet the other's share.
 
     No pseudo-query is a near-duplicate of a dev or test query of the same document.
+
+    Raises:
+        DataError: if there is nothing to train on.
     """
     held_out = [query for split, queries in data.queries.items() if split != "train" for query in queries]
     path = Path(config.file) if config.file else None
@@ -123,11 +180,21 @@ def training_examples(config: ViewsConfig, data: RetrievalData, seed: int) -> tu
     real = data.queries.get("train", [])
     pseudo_pairs = _pairs(views, data, 0)
     real_pairs = _pairs(real, data, len(views))
-    repeats = 1
-    if real_pairs and pseudo_pairs and config.queries < 1:
-        repeats = round(config.queries / (1 - config.queries) * len(pseudo_pairs) / len(real_pairs))
-    examples = pseudo_pairs * (config.queries < 1) + real_pairs * repeats
+    examples = _mixed(pseudo_pairs, real_pairs, config.queries)
+    if not examples:
+        raise DataError(
+            f"{data.name}: nothing to train on; it has {len(real)} training queries, views.queries={config.queries} "
+            f"and views.per_document={config.per_document}"
+        )
     return [query.text for query in [*views, *real]], np.array(examples, dtype=np.int64).reshape(-1, 2)
+
+
+def _mixed(pseudo: list[Pair], real: list[Pair], share: float) -> list[Pair]:
+    """Both kinds, the real ones making up about ``share``; whichever is too rare is repeated whole."""
+    if not (pseudo and real) or share in (0, 1):
+        return pseudo * (share < 1) + real * (share > 0)
+    wanted = share / (1 - share) * len(pseudo) / len(real)
+    return pseudo * max(1, round(1 / wanted)) + real * max(1, round(wanted))
 
 
 def _pairs(queries: list[Query], data: RetrievalData, offset: int) -> list[tuple[int, int]]:
@@ -136,10 +203,13 @@ def _pairs(queries: list[Query], data: RetrievalData, offset: int) -> list[tuple
     return [(offset + i, rows[doc_id]) for i, query in enumerate(queries) for doc_id in query.gold]
 
 
-def _write_dev(config: Config, data: RetrievalData, encoder: TextEncoder, inputs: QueryInputs, directory: Path) -> None:
+def _write_dev(
+    config: Config, data: RetrievalData, encoder: TextEncoder, inputs: dict[str, QueryInputs], directory: Path
+) -> None:
     queries = sample(data.queries["dev"], config.evaluation.dev_queries, config.seed)
     texts = [query.text for query in queries]
-    StoredFeatures.write(directory / "dev", inputs, texts)
+    for reader, features in inputs.items():
+        StoredFeatures.write(directory / "dev" / reader, features, texts)
     _save(directory / "dev_vectors.npy", encoder.embed(texts).astype(np.float32))
     write_text(directory / "dev_gold.txt", "\n".join("\t".join(query.gold) for query in queries))
 

@@ -48,7 +48,7 @@ class Prepared:
     directory: Path
 
     def features(self, texts: str, reader: str) -> StoredFeatures:
-        """Features of the training ``views``, or of the ``dev`` queries, for a reader (see :meth:`ModelConfig.reader`)."""
+        """Features of the training ``views`` or the ``dev`` queries, for a reader (:meth:`.ModelConfig.reader`)."""
         return StoredFeatures(self.directory / texts / reader)
 
     @cached_property
@@ -69,10 +69,8 @@ class Prepared:
 
     def identity(self) -> str:
         """Hash of everything a task reads."""
-        files = sorted(
-            p for p in self.directory.rglob("*") if p.is_file() and p.relative_to(self.directory).parts[0] != "views"
-        )
-        return digest({str(p.relative_to(self.directory)): sha256(p) for p in files})
+        files = {p.relative_to(self.directory): p for p in sorted(self.directory.rglob("*")) if p.is_file()}
+        return digest({str(name): sha256(path) for name, path in files.items() if name.parts[0] != "views"})
 
     def __getstate__(self) -> dict[str, Path]:
         return {"directory": self.directory}

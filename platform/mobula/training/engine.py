@@ -62,7 +62,7 @@ class Engine:
         norm = self._zero_norm
         if boundary:
             for group in self.optimizer.param_groups:
-                group["lr"] = lr
+                group["lr"] = lr * group["lr_scale"]
             if self.config.zero == 0:
                 # At stage 0 DeepSpeed's own clipping is slower than torch's and keeps the norm to itself.
                 norm = nn.utils.clip_grad_norm_(self._parameters, self.config.clip or float("inf"))
@@ -161,11 +161,14 @@ def _import(device: torch.device) -> Any:
 
 
 def _groups(parameters: list[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
-    """AdamW's groups: matrices decay, vectors do not."""
-    matrices = [p for p in parameters if p.ndim > 1]
-    vectors = [p for p in parameters if p.ndim <= 1]
-    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    return [group for group in groups if group["params"]]
+    """AdamW's groups: matrices decay, vectors do not; a parameter's ``lr_scale`` is its share of the learning rate."""
+    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
+    for parameter in sorted(parameters, key=lambda p: p.ndim <= 1):
+        groups.setdefault((getattr(parameter, "lr_scale", 1.0), parameter.ndim > 1), []).append(parameter)
+    return [
+        {"params": members, "weight_decay": weight_decay if is_matrix else 0.0, "lr_scale": scale}
+        for (scale, is_matrix), members in groups.items()
+    ]
 
 
 def _settings(config: TrainingConfig, elements: int, *, overlap: bool) -> dict[str, Any]:

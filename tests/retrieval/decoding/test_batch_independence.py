@@ -8,7 +8,7 @@ import torch
 from planted import corpus_table
 
 from mobula.retrieval.decoding import ArDecoder, Decoder
-from mobula.retrieval.network import DocidModel, NetworkShape
+from mobula.retrieval.network import DocidTransformer, NetworkShape
 from mobula.retrieval.search import SearchOptions
 
 LEVELS, CODES, QUERY = 6, 16, 10
@@ -42,7 +42,7 @@ AUTOREGRESSIVE = [
 def network(paradigm):
     torch.manual_seed(0)
     shape = NetworkShape(paradigm, (CODES,) * LEVELS, 32, 2, 2, 0.0, "tokens", QUERY, 24)
-    model = DocidModel(shape, table=torch.randn(50, 24)).eval()
+    model = DocidTransformer(shape, table=torch.randn(50, 24)).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(2.0)  # an untrained network is too even for its last bits to matter

@@ -1,0 +1,148 @@
+"""Docid networks on pretrained masked-diffusion (LLaDA, Dream) and masked language models.
+
+The sequence is the prompt, padded on the left, followed by the docid: ``query: {q}\\ndocid:<d_1_7>[MASK]<d_3_0>...``.
+Every position attends to every other, as these models were pretrained, so the query's states change with the docid
+and nothing of the network can be cached: :class:`Memory` holds the embedded prompt.
+
+Shapes: B queries, G hypotheses a query, n prompt positions, L levels, K codes, S = n + L, d width of the model.
+"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mobula.errors import ModelError
+from mobula.models.pretrained import Pretrained
+from mobula.retrieval.language_model import LanguageModel, PretrainedShape
+from mobula.retrieval.network import Memory, required
+
+PADDING_TOLERANCE = 1e-3  # effect of padding on logits, as a share of the effect of a docid token
+
+
+@dataclass(frozen=True)
+class Kind:
+    """How a family of models is opened and read.
+
+    ``loader`` is the transformers class, ``ids`` the token ids its configuration must have, ``shift`` as in
+    :class:`.DocidHead`. ``square_mask``: attention wants the mask of padding as bool[B, 1, 1, S], not i64[B, S].
+    """
+
+    loader: str
+    ids: dict[str, int] = field(default_factory=dict)
+    shift: int = 0
+    square_mask: bool = False
+
+
+KINDS = {
+    "llada": Kind("AutoModel", {"mask_token_id": 126336, "eos_token_id": 126081}),
+    "dream": Kind("AutoModel", {"mask_token_id": 151666}, shift=1, square_mask=True),
+    "masked_lm": Kind("AutoModelForMaskedLM"),
+}
+
+
+class DiffusionLM(LanguageModel):
+    """Logits over docid tokens from a language model that fills in [MASK]."""
+
+    def __init__(self, shape: PretrainedShape, base: Pretrained) -> None:
+        """Load ``base`` and give it docid tokens.
+
+        Raises:
+            ModelError: if its token ids are not those of its kind, it has no mask token or no output layer, its
+                attention is causal, or it does not mask padding.
+        """
+        super().__init__(shape)
+        self.kind = KINDS[shape.backbone]
+        self.mask_id = mask_id(base, self.kind)
+        network: Any = base.load(self.kind.loader)
+        output = network.get_output_embeddings()
+        if output is None:
+            raise ModelError(f"model {base.name!r}: {type(network).__name__} has no output layer; expected a masked LM")
+        self.add_tokens(network.get_input_embeddings().weight, output.weight, shift=self.kind.shift)
+        network.set_output_embeddings(self.head)
+        self.network = network
+        self._takes_positions = "position_ids" in inspect.signature(network.forward).parameters
+        self._require_full_attention()
+        self.adapt(network)
+
+    def memory(self, query: dict[str, Tensor]) -> Memory:
+        """Embed the prompts {ids i64[B, n], mask bool[B, n]}; the network runs in :meth:`logits` alone."""
+        embedded = self.network.get_input_embeddings()(query["ids"])
+        return Memory(query["mask"], embedded.new_zeros(len(embedded), 0), embedded=embedded)
+
+    def unconditional(self, memory: Memory) -> Memory:
+        """The memory with every prompt token replaced by [MASK], for classifier-free guidance (as LLaDA does)."""
+        embedded = torch.where(memory.mask.unsqueeze(-1), self._mask_row(), required(memory.embedded))
+        return Memory(memory.mask, memory.pooled, embedded=embedded)
+
+    def logits(self, memory: Memory, z: Tensor) -> Tensor:
+        """As :meth:`.DocidModel.logits`."""
+        grouped = z.dim() == 3
+        codes = z if grouped else z.unsqueeze(1)
+        docid = torch.where((codes >= 0).unsqueeze(-1), self.rows(codes.clamp(min=0), self.index), self._mask_row())
+        prompt = required(memory.embedded).unsqueeze(1).expand(-1, codes.shape[1], -1, -1)
+        mask = memory.mask.repeat_interleave(codes.shape[1], 0)
+        scores = self._run(torch.cat([prompt, docid], 2).flatten(0, 1), mask)
+        scores = scores.masked_fill(self.impossible, float("-inf")).unflatten(0, codes.shape[:2])
+        return scores if grouped else scores.squeeze(1)
+
+    def _run(self, x: Tensor, prompt_mask: Tensor) -> Tensor:
+        """Logits [R, L, K] for embedded sequences x [R, S, d] whose prompts have the mask bool[R, n]."""
+        mask = F.pad(prompt_mask, (0, self.levels), value=True)
+        inputs = {
+            "inputs_embeds": x,
+            "attention_mask": mask[:, None, None, :] if self.kind.square_mask else mask.long(),
+        }
+        if self._takes_positions:
+            inputs["position_ids"] = (mask.long().cumsum(1) - 1).clamp(min=0)
+        return self.network(**inputs).logits
+
+    def _mask_row(self) -> Tensor:
+        """The embedding [d] of [MASK]."""
+        return self.network.get_input_embeddings()(torch.tensor(self.mask_id, device=self.index.device))
+
+    @torch.no_grad()
+    def _require_full_attention(self) -> None:
+        """See with three short sequences that the first level sees the last one, and that nothing sees padding.
+
+        Both faults would go unnoticed in training and cost quality only.
+        """
+        words = self.network.get_input_embeddings()(torch.arange(3, device=self.index.device))
+        plain = torch.cat([words, self._mask_row().expand(self.levels, -1)])
+        docid, padding = plain.clone(), plain.clone()
+        docid[-1], padding[0] = words[1], words[2]
+        mask = torch.tensor([[False, True, True]]).expand(3, -1)
+        first = self._run(torch.stack([plain, docid, padding]), mask)[:, 0]
+        seen, leaked = (first[1] - first[0]).abs().max(), (first[2] - first[0]).abs().max()
+        if not seen > 0:
+            raise ModelError(
+                f"model {self.shape.base!r} has causal attention: a level does not see later ones; "
+                "use a model pretrained with full attention"
+            )
+        if leaked > PADDING_TOLERANCE * seen:
+            raise ModelError(
+                f"model {self.shape.base!r} attends to padding: its code ignores attention_mask; "
+                "use a revision that takes one"
+            )
+
+
+def mask_id(base: Pretrained, kind: Kind) -> int:
+    """The id of [MASK], read from the configuration, or from the tokenizer where the configuration has none.
+
+    Raises:
+        ModelError: if an id is not the one that ``kind`` names, or there is no mask token.
+    """
+    config = base.config()
+    for name, expected in kind.ids.items():
+        found = getattr(config, name, None)
+        if found != expected:
+            raise ModelError(f"model {base.name!r}: its configuration has {name}={found}, expected {expected}")
+    found = kind.ids.get("mask_token_id", base.tokenizer().mask_token_id)
+    if found is None:
+        raise ModelError(f"model {base.name!r}: its tokenizer has no mask token; expected a masked language model")
+    return int(found)
