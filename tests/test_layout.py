@@ -1,13 +1,23 @@
-"""The source root is called platform: it must never hide Python's standard module of that name."""
+"""Guards over the whole checkout: the name of the source root, recipes, config keys and documentation."""
 
 from __future__ import annotations
 
+import json
 import os
+import re
+import shlex
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
+import click
 import pytest
+from click.testing import CliRunner
+
+from mobula import artifacts, methods
+from mobula.cli import main
+from mobula.config import describe, read_yaml
 
 ROOT = Path(__file__).parents[1]
 CODE = "import platform; platform.system(); import mobula; print(platform.__file__)"
@@ -37,3 +47,106 @@ def test_the_standard_module_platform_is_found_from_the_root(mode: str, tmp_path
     assert done.returncode == 0, done.stdout + done.stderr
     if mode != "pytest":
         assert str(ROOT) not in done.stdout
+
+
+# Recipes, sweeps and words that no one runs any more go stale: everything below reads them as they stand.
+
+RECIPES = sorted((ROOT / "jobs").rglob("*.yaml"))
+SPACES = sorted((ROOT / "tune_spaces").glob("*.yaml"))
+SMOKE_MINUTES = 10  # of CI's 25; the rest is for the tests
+# Keys that a person reads; `mobula show` prints them and no code needs them.
+FOR_READERS = {"about.what", "about.minutes", "about.memory_gb", "about.result"}
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_recipe_loads_and_says_what_it_costs(path: Path) -> None:
+    config = methods.load_config(path)
+    assert config.about.what, "about.what is empty"
+    assert config.about.minutes > 0, "about.minutes is missing"
+    assert getattr(config, "evaluation_problems", list)() == []
+
+
+@pytest.mark.parametrize("path", SPACES, ids=lambda path: path.name)
+def test_every_sweep_has_its_experiment(path: Path) -> None:
+    space = read_yaml(path)
+    assert (ROOT / space["experiment"]).is_file()
+    schema = methods.get(read_yaml(ROOT / space["experiment"])["method"]).Config
+    known = {name for name, _, _ in describe(schema)}
+    assert {*space["parameters"], *space.get("fixed", {})} <= known
+
+
+def test_smoke_recipes_fit_into_ci() -> None:
+    smoke = [methods.load_config(path) for path in RECIPES if path.stem == "smoke"]
+    assert smoke
+    assert sum(config.about.minutes for config in smoke) <= SMOKE_MINUTES
+
+
+def test_every_method_has_a_smoke_recipe() -> None:
+    for name in methods.METHODS:
+        assert (ROOT / "jobs" / name / "smoke.yaml").is_file()
+
+
+@pytest.mark.parametrize("method", methods.METHODS)
+def test_no_key_of_a_config_is_without_effect(method: str) -> None:
+    """Every leaf is read somewhere: as an attribute, not merely declared."""
+    source = "\n".join(path.read_text() for path in (ROOT / "platform").rglob("*.py"))
+    used = set(re.findall(r"\.(\w+)", source)) | set(re.findall(r"getattr\(\w+(?:\.\w+)*, \"(\w+)\"", source))
+    leaves = {name for name, _, _ in describe(methods.get(method).Config)} - FOR_READERS
+    # Read by the name of a paradigm: getattr(config.learning_rates, arm.paradigm).
+    by_name = {f"learning_rates.{paradigm}" for paradigm in ("diffusion", "autoregressive", "classifier")}
+    assert sorted(name for name in leaves - by_name if name.rsplit(".", 1)[-1] not in used) == []
+
+
+PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
+
+
+def commands_of(page: Path) -> list[str]:
+    """Lines of a page's code blocks that call `mobula` or `make`."""
+    blocks = re.findall(r"```(?:sh|bash|console)?\n(.*?)```", page.read_text(), flags=re.DOTALL)
+    lines = [line.strip().removeprefix("$ ") for block in blocks for line in block.splitlines()]
+    return [line for line in lines if line.split(" ")[0].endswith(("mobula", "make"))]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_of_the_documentation_exist(page: Path) -> None:
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
+    for line in commands_of(page):
+        program, *words = shlex.split(line, comments=True)
+        if program.endswith("make"):
+            assert {word for word in words if "=" not in word and not word.startswith("-")} <= targets, line
+            continue
+        command: click.Command = main
+        while isinstance(command, click.Group):
+            name = next((word for word in words if not word.startswith("-")), None)
+            if name is None:
+                break
+            words.remove(name)
+            assert name in command.commands, line
+            command = command.commands[name]
+        options = {text for parameter in command.params for text in (*parameter.opts, "--help", "-h", "--version")}
+        own = words[: words.index("--")] if "--" in words else words
+        assert {word.split("=")[0] for word in own if word.startswith("--")} <= options, line
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_files_that_the_documentation_names_exist(page: Path) -> None:
+    named = re.findall(r"`((?:jobs|tune_spaces|platform|tests|docs|benchmarks|serve_apps)/[\w./-]+)`", page.read_text())
+    # The walk-through's own method is not in the repository.
+    assert [name for name in named if "by_length" not in name and not (ROOT / name).exists()] == []
+
+
+def test_the_walk_through_of_adding_a_method_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (ROOT / "docs" / "add_a_method.md").read_text()
+    blocks = dict(zip(("module", "entry"), re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL), strict=True))
+    recipe = re.search(r"```yaml\n(.*?)```", page, flags=re.DOTALL)
+    (tmp_path / "by_length.py").write_text(blocks["module"])
+    (tmp_path / "smoke.yaml").write_text(recipe[1])
+    monkeypatch.syspath_prepend(tmp_path)
+    entry = eval(f"{{{blocks['entry']}}}", {"Entry": methods.Entry})["by_length"]
+    monkeypatch.setitem(methods.METHODS, "by_length", replace(entry, module="by_length"))
+    out = tmp_path / "run"
+    result = CliRunner().invoke(main, ["run", str(tmp_path / "smoke.yaml"), "--out", str(out)])
+    assert result.exit_code == 0, result.output
+    assert "length/Hit@10" in json.loads((out / "report.json").read_text())["measures"]
+    opened = artifacts.open_artifact(out / "artifact", kind="ranking")
+    assert len(methods.get(opened.method).load(opened)) == 100

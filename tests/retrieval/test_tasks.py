@@ -110,7 +110,7 @@ def test_either_kind_of_example_can_be_left_out(material: Material) -> None:
     _, examples = training_examples(tiny("views.queries=1").views, material.data, seed=0)
     assert examples[:, 0].min() >= len(texts) - len(material.data.queries["train"])
     nothing = replace(material.data, queries={**material.data.queries, "train": []})
-    with pytest.raises(DataError, match="nothing to train on; it has 0 training queries, views.queries=1.0"):
+    with pytest.raises(DataError, match=r"nothing to train on; it has 0 training queries, views\.queries=1\.0"):
         training_examples(tiny("views.queries=1").views, nothing, seed=0)
 
 
