@@ -68,7 +68,8 @@ class ModelConfig:
                 f"backbone={self.backbone} with base={self.base!r}: base names the pretrained model of "
                 f"{', '.join(LANGUAGE_MODELS)}, and of no other backbone"
             )
-        if self.finetune and (self.backbone == "small" or (self.backbone, self.encoder) == ("encoder", "wordllama")):
+        static = self.backbone == "small" or (self.backbone, self.encoder) == ("encoder", "wordllama")
+        if self.finetune and static and not self.twin:
             found.append(f"finetune=true: backbone={self.backbone} has no pretrained network; set finetune=false")
         return found
 

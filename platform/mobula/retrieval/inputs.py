@@ -7,6 +7,8 @@ encoder that is trained along; and the prompts of pretrained language models.
 
 from __future__ import annotations
 
+import logging
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import takewhile
@@ -21,6 +23,8 @@ from mobula.errors import MobulaError
 from mobula.models.encoders import TextEncoder, TransformerEncoder
 from mobula.models.text import StaticEmbedding
 
+log = logging.getLogger(__name__)
+PROGRESS_S = 10.0
 PROMPT = ("query: ", "\ndocid:")  # before and after the query of a language model
 
 
@@ -159,7 +163,11 @@ class StoredFeatures:
         """Compute and store the features of ``texts`` in order."""
         directory.mkdir(parents=True, exist_ok=True)
         arrays: dict[str, np.ndarray] = {}
+        told = time.monotonic()
         for start in range(0, len(texts), chunk):
+            if time.monotonic() - told > PROGRESS_S:
+                told = time.monotonic()
+                log.info("features of %d of %d texts", start, len(texts))
             for name, values in inputs.features(texts[start : start + chunk]).items():
                 if name not in arrays:
                     shape = (len(texts), *values.shape[1:])

@@ -158,8 +158,16 @@ def _write_views(
     log.info("writing %d training views, %d examples", len(texts), len(examples))
     for reader, features in inputs.items():
         StoredFeatures.write(directory / "views" / reader, features, texts)
-    _save(directory / "view_vectors.npy", encoder.embed(texts).astype(np.float16))
+    _save(directory / "view_vectors.npy", _view_vectors(encoder, inputs, texts, directory / "views").astype(np.float16))
     _save(directory / "examples.npy", examples)
+
+
+def _view_vectors(encoder: TextEncoder, inputs: dict[str, QueryInputs], texts: list[str], views: Path) -> np.ndarray:
+    """Vectors f32[V, D] of the views, which a network that reads the same encoder's states has stored already."""
+    for reader, features in inputs.items():
+        if isinstance(features, StateInputs) and features.encoder.hash == encoder.hash:
+            return np.load(views / reader / "vector.npy", allow_pickle=False) + features.mean
+    return encoder.embed(texts)
 
 
 def training_examples(config: ViewsConfig, data: RetrievalData, seed: int) -> tuple[list[str], np.ndarray]:
