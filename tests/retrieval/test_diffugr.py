@@ -25,10 +25,10 @@ CONFIG = {
     "model": {"width": 32, "layers": 1, "query_len": 16},
     "views": {"per_document": 6},
     "learning_rates": {"diffusion": [1e-3, 1e-2], "autoregressive": [2e-3, 2e-2], "share": 0.5},
-    "training": {"steps": 40, "batch": 64, "workers": 0},
+    "training": {"steps": 20, "batch": 64, "workers": 0},
     "evaluation": {
         "steps": [1, 4], "thresholds": [0.5], "orders": ["confidence"], "beams": [10], "latency_queries": 2,
-        "resamples": 200, "dev_queries": 30, "decisive": False,
+        "resamples": 200, "dev_queries": 30, "max_queries": 40, "decisive": False,
     },
 }  # fmt: skip
 
