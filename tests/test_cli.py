@@ -122,6 +122,13 @@ def test_artifacts_are_shown_and_verified(artifact: Path) -> None:
         refused("not an artifact", "artifact", command, str(artifact.parent))
 
 
+def test_data_sets_are_listed() -> None:
+    result = invoke("data", "list")
+    assert result.exit_code == 0, result.output
+    assert "scifact" in result.stdout
+    assert "bfcl-eval" in result.stdout
+
+
 def test_methods_as_json() -> None:
     rows = json.loads(invoke("methods", "--json").stdout)
     assert rows.keys() == METHODS.keys()

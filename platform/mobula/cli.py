@@ -245,7 +245,7 @@ def data_list() -> None:
     """List the data sets, what they are and where they come from."""
     from mobula.data import SETS
 
-    table("Data sets", [["name", "what", "source"], *([name, s.what, s.source] for name, s in SETS.items())])
+    table("Data sets", [["name", "what", "source"], *([name, s.summary, s.origin] for name, s in SETS.items())])
 
 
 @data.command("prepare")

@@ -91,7 +91,7 @@ def unchecked(schema: type[T], values: dict[str, Any], overrides: Sequence[str] 
         problems.extend(_assign(config, fields, name, value))
     if problems:
         raise ConfigError(problems, source)
-    return OmegaConf.to_object(config)
+    return OmegaConf.to_object(config)  # type: ignore[return-value]
 
 
 def check_values(schema: type, values: Iterable[tuple[str, Any]]) -> list[str]:

@@ -10,7 +10,8 @@ from mobula.data import DataConfig
 from mobula.data.views import KINDS
 from mobula.evaluation.ranking import MEASURES
 from mobula.experiment import ExperimentConfig
-from mobula.retrieval import arms
+from mobula.retrieval import arms as arm_names
+from mobula.retrieval.arms import Arm
 from mobula.retrieval.build import PARADIGMS, ModelConfig
 from mobula.retrieval.docids.config import DocidConfig, code_length
 from mobula.retrieval.search import ORDERS, REMASK, SearchOptions
@@ -93,7 +94,7 @@ class Config(ExperimentConfig):
         found = []
         for text in self.arms:
             try:
-                arms.parse(text)
+                arm_names.parse(text)
             except ValueError as error:
                 found.append(str(error))
         if not self.arms:
@@ -139,6 +140,6 @@ class Config(ExperimentConfig):
         return code_length(self.docid, self.parsed_arms[0].family)
 
     @property
-    def parsed_arms(self) -> list[arms.Arm]:
+    def parsed_arms(self) -> list[Arm]:
         """The arms, parsed."""
-        return [arms.parse(text) for text in self.arms]
+        return [arm_names.parse(text) for text in self.arms]
