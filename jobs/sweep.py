@@ -1,4 +1,4 @@
-"""Run a sweep: `ray job submit --working-dir . -- python jobs/sweep.py SPACE.yaml --out DIR`.
+"""Run a sweep: `ray job submit --working-dir . -- python jobs/sweep.py SPACE.yaml`.
 
 The same as `mobula sweep`; see docs/cluster.md for the token and the runtime environment a job needs.
 """

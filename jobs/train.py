@@ -1,4 +1,4 @@
-"""Train and evaluate an experiment: `ray job submit --working-dir . -- python jobs/train.py EXPERIMENT.yaml --out DIR`.
+"""Train and evaluate an experiment: `ray job submit --working-dir . -- python jobs/train.py EXPERIMENT.yaml`.
 
 The same as `mobula run`; see docs/cluster.md for the token and the runtime environment a job needs.
 """

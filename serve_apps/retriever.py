@@ -25,8 +25,8 @@ from mobula.config import digest, nearest
 from mobula.data.records import Document
 from mobula.retrieval.inputs import EmptyQuery
 from mobula.retrieval.search import (
+    ALL_DECODERS,
     CONSTRAINTS,
-    DECODERS,
     ORDERS,
     REMASK,
     BadSearch,
@@ -78,7 +78,7 @@ class SearchRequest(Strict):
     query: Annotated[str, StringConstraints(min_length=1, max_length=2000)]
     k: int = Field(10, ge=1, le=100, description="documents to return")
     retriever: str | None = Field(None, max_length=64, description="see /retrievers; null: the default one")
-    decoder: Literal[DECODERS] = "match_rerank"  # type: ignore[valid-type]
+    decoder: Literal[ALL_DECODERS] | None = Field(None, description="null: the retriever's own")  # type: ignore[valid-type]
     steps: int | None = Field(None, ge=1, le=4096, description="denoising steps")
     threshold: float | None = Field(None, gt=0, lt=1, description="commit every position at least this confident")
     max_ms: int | None = Field(None, ge=1, le=60_000, description="largest measured budget whose p95 fits")
@@ -244,7 +244,8 @@ class Corpus:
         if not cap_s:
             return Calibration({})
         retriever = self.searchable.retrievers[self.searchable.default]
-        arms = [(d, s) for d in DECODERS for s in (_powers(self.searchable.levels) if d in STEPWISE else [None])]
+        budgets = _powers(self.searchable.levels)
+        arms = [(d, s) for d in retriever.decoders for s in (budgets if d in STEPWISE else [None])]
         seeds = retriever.search(["what"], [SearchOptions(k=calibration.REPEATS, decoder="one_pass")])[0].hits
         texts = [self.show(hit.doc_id, hit.score) for hit in seeds]
         queries = [" ".join((t["title"] or t["snippet"]).split()[:16]) or "what" for t in texts]
@@ -304,7 +305,7 @@ def create_app(state: State, args: RetrieverArgs, metrics: Metrics | None = None
         except TimeoutError:
             raise RequestRefused(408, "timeout", f"not finished within {args.time_limit_s:g} s") from None
         ms = 1000 * (time.perf_counter() - start)
-        metrics.search(retriever, options.decoder, ms)
+        metrics.search(retriever, result.decoder, ms)
         return _json(_found(result, corpus, retriever, budget, ms))
 
     @app.post("/trace", responses={**pages.REFUSALS, 200: pages.EVENT_STREAM}, response_class=Response)
@@ -329,7 +330,7 @@ def create_app(state: State, args: RetrieverArgs, metrics: Metrics | None = None
                 "artifact": corpus.identity,
                 "levels": corpus.searchable.levels,
                 "takes_documents": corpus.journal is not None,
-                "decoders": DECODERS,
+                "decoders": {name: r.decoders for name, r in corpus.searchable.retrievers.items()},
                 "stepwise": STEPWISE,
                 "orders": ORDERS,
                 "remask": REMASK,
@@ -402,15 +403,12 @@ def _plan(request: SearchRequest, corpus: Corpus) -> tuple[str, SearchOptions, d
     """Retriever, options and applied budget of a request.
 
     Raises:
-        RequestRefused: 422 for an unknown retriever, or max_ms where nothing was measured.
+        RequestRefused: as :func:`_chosen`, and 422 for max_ms where nothing was measured.
         BadSearch: if the options do not fit the model.
     """
     searchable = corpus.searchable
-    retriever = request.retriever or searchable.default
-    if retriever not in searchable.retrievers:
-        names = list(searchable.retrievers)
-        raise RequestRefused(422, "bad_search", f"unknown retriever {retriever!r}{nearest(retriever, names)}")
-    decoder, steps, over_budget = request.decoder, request.steps, False
+    retriever, decoder = _chosen(request, searchable)
+    steps, over_budget = request.steps, False
     if request.max_ms is not None:
         if retriever != searchable.default or decoder not in corpus.calibration.p95_ms:
             raise RequestRefused(
@@ -423,7 +421,8 @@ def _plan(request: SearchRequest, corpus: Corpus) -> tuple[str, SearchOptions, d
             steps = fitting[0]
     options = SearchOptions(
         k=request.k,
-        decoder=decoder,
+        # A retriever without decoders does not read this.
+        decoder=decoder or SearchOptions.decoder,
         steps=steps,
         threshold=request.threshold,
         order=request.order,
@@ -436,6 +435,25 @@ def _plan(request: SearchRequest, corpus: Corpus) -> tuple[str, SearchOptions, d
     applied = options.budget(searchable.levels) if request.threshold is None and decoder in STEPWISE else None
     budget = Budget(steps=applied, threshold=request.threshold, max_ms=request.max_ms, over_budget=over_budget)
     return retriever, options, budget.model_dump()
+
+
+def _chosen(request: SearchRequest, searchable: Searchable) -> tuple[str, str]:
+    """Retriever and decoder of a request; the decoder is empty where the retriever has none.
+
+    Raises:
+        RequestRefused: 422 for an unknown retriever, or a decoder that it does not have.
+    """
+    retriever = request.retriever or searchable.default
+    if retriever not in searchable.retrievers:
+        names = list(searchable.retrievers)
+        raise RequestRefused(422, "bad_search", f"unknown retriever {retriever!r}{nearest(retriever, names)}")
+    decoders = searchable.retrievers[retriever].decoders
+    if request.decoder is None:
+        return retriever, decoders[0] if decoders else ""
+    if request.decoder not in decoders:
+        has = ", ".join(decoders) or "no decoders"
+        raise RequestRefused(422, "bad_search", f"decoder={request.decoder}: {retriever} has {has}")
+    return retriever, request.decoder
 
 
 def _found(result: SearchResult, corpus: Corpus, retriever: str, budget: dict[str, Any], ms: float) -> dict[str, Any]:

@@ -19,7 +19,13 @@ CLUSTER = click.option(
     default=None,
     help="Cluster file; default: cluster.yaml here, else this machine alone.",
 )
-OUT = click.option("--out", type=click.Path(path_type=Path), required=True, help="Directory of the run.")
+OUT = click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    default=None,
+    help="Directory of the run; default: the recipe's name below metadata.storage of the cluster file, or below runs/; "
+    "in a Ray job a relative storage is below ~/mobula.",
+)
 RESUME = click.option(
     "--resume",
     type=click.Choice(["auto", "never", "must"]),
@@ -77,7 +83,7 @@ def main(verbose: bool) -> None:
 @OUT
 @RESUME
 @CLUSTER
-def run(experiment: Path, overrides: tuple[str, ...], out: Path, resume: str, cluster_file: Path | None) -> None:
+def run(experiment: Path, overrides: tuple[str, ...], out: Path | None, resume: str, cluster_file: Path | None) -> None:
     """Run an experiment: train its arms, evaluate, write report, plots and artifact under --out.
 
     The same command goes on with an interrupted run. Keys are overridden as training.batch=64.
@@ -93,7 +99,7 @@ def run(experiment: Path, overrides: tuple[str, ...], out: Path, resume: str, cl
 @OUT
 @RESUME
 @CLUSTER
-def sweep(space: Path, overrides: tuple[str, ...], out: Path, resume: str, cluster_file: Path | None) -> None:
+def sweep(space: Path, overrides: tuple[str, ...], out: Path | None, resume: str, cluster_file: Path | None) -> None:
     """Sweep the parameters of a space file (tune_spaces/) with Ray Tune; resumable.
 
     Writes sweep.json, a table and a Pareto plot under --out.
@@ -131,7 +137,7 @@ def serve(
 @click.option("--no-wait", is_flag=True, help="Return once the job runs, instead of following its log.")
 @click.argument("entrypoint", nargs=-1, type=click.UNPROCESSED, required=True)
 def submit(address: str, name: str | None, no_wait: bool, entrypoint: tuple[str, ...]) -> None:
-    """Submit a command as a Ray job from this directory: mobula submit -- python jobs/train.py X.yaml --out DIR."""
+    """Submit a command as a Ray job from this directory: mobula submit -- python jobs/train.py X.yaml."""
     from mobula.cluster import jobs
 
     job = jobs.submit(entrypoint, address=address, name=name, progress=click.echo)

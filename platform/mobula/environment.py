@@ -32,6 +32,11 @@ def ray_address() -> str | None:
     return os.environ.get("RAY_ADDRESS") or None
 
 
+def in_job() -> bool:
+    """Whether this process is the entrypoint of a Ray job, whose working directory is temporary."""
+    return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+
+
 def driver_environment() -> None:
     """Set what Ray and DeepSpeed read from the driver's environment. Call it before either is imported.
 

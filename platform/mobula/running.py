@@ -21,12 +21,12 @@ BENCHMARKS = ("training", "startup", "decoding", "serving")
 def run_experiment(
     experiment: Path,
     overrides: Sequence[str],
-    out: Path,
+    out: Path | None = None,
     *,
     resume: str = "auto",
     cluster_file: Path | None = None,
 ) -> Report:
-    """Run an experiment file into ``out``; prints the report's tables.
+    """Run an experiment file into ``out`` (None: :func:`run_directory`); prints the report's tables.
 
     Raises:
         MobulaError: for anything the user can mend.
@@ -36,24 +36,25 @@ def run_experiment(
 
     config = methods.load_config(experiment, list(overrides))
     method = methods.get(config.method)
-    with Run.open(out, config, resume=resume, cluster=find_cluster(cluster_file)) as run:
+    cluster = find_cluster(cluster_file)
+    with Run.open(out or run_directory(experiment, cluster), config, resume=resume, cluster=cluster) as run:
         report = method.run(run)
         report.cost["wall_s"] = round(run.seconds, 3)
         reports.write(report, run.directory)
     reports.print_report(report)
-    print(f"report: {out / 'report.md'}, artifact: {out / 'artifact'}")
+    print(f"report: {run.directory / 'report.md'}, artifact: {run.artifact_directory}")
     return report
 
 
 def run_sweep(
     space: Path,
     overrides: Sequence[str],
-    out: Path,
+    out: Path | None = None,
     *,
     resume: str = "auto",
     cluster_file: Path | None = None,
 ) -> None:
-    """Run the sweep of a space file into ``out``; prints its table.
+    """Run the sweep of a space file into ``out`` (None: :func:`run_directory`); prints its table.
 
     Raises:
         MobulaError: for anything the user can mend.
@@ -61,8 +62,11 @@ def run_sweep(
     environment.driver_environment()
     from mobula.tuning.sweep import sweep
 
-    result = sweep(space, out, overrides, cluster=find_cluster(cluster_file), resume=resume)
-    print((result.directory / "report.md").read_text(encoding="utf-8"))
+    cluster = find_cluster(cluster_file)
+    result = sweep(space, out or run_directory(space, cluster), overrides, cluster=cluster, resume=resume)
+    report = result.directory.resolve() / "report.md"
+    print(report.read_text(encoding="utf-8"))
+    print(f"report: {report}")
 
 
 def run_serve(
@@ -85,6 +89,15 @@ def run_serve(
     if found is None:
         raise ConfigError(["no cluster file: give --cluster, or run where cluster.yaml is"], "serve")
     deploy.run(found, apps, overrides, host=host, port=port)
+
+
+def run_directory(recipe: Path, cluster: ClusterSpec | None) -> Path:
+    """Where a recipe's run goes if nobody says: the cluster's storage (``runs`` without a file), then its name."""
+    storage = Path(cluster.platform.storage if cluster else "runs")
+    if environment.in_job():
+        # Ray removes a job's working directory after the job.
+        storage = Path.home() / "mobula" / storage
+    return storage / recipe.stem
 
 
 def find_cluster(path: Path | None) -> ClusterSpec | None:

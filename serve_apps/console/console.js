@@ -10,21 +10,32 @@ function notice(error) {
   $("notice").textContent = error ? error.message : "";
 }
 
-function request(extra = {}) {
+// A retriever that does not have the chosen decoder searches with its own.
+function request(retriever) {
   const steps = Number($("steps").value);
-  const stepwise = facts.stepwise.includes($("decoder").value);
+  const decoder = $("decoder").value;
+  const stepwise = facts.stepwise.includes(decoder);
   return {
     query: $("query").value,
     k: Number($("k").value),
-    decoder: $("decoder").value,
+    retriever,
+    ...(facts.decoders[retriever].includes(decoder) ? { decoder } : {}),
     order: $("order").value,
     remask: $("remask").value,
     ...(steps > 0 && stepwise ? { steps } : {}),
-    ...extra,
   };
 }
 
 // --- the budget ---------------------------------------------------------------------------------------------
+
+// The decoders of the retriever that will be asked; Compare offers those of the default one.
+function showDecoders() {
+  const decoders = facts.decoders[current() === "compare" ? facts.default : $("retriever").value];
+  const before = $("decoder").value;
+  options($("decoder"), decoders.length ? decoders : ["none"], decoders.includes(before) ? before : decoders[0]);
+  $("decoder").disabled = !decoders.length;
+  showBudget();
+}
 
 function showBudget() {
   const decoder = $("decoder").value;
@@ -35,9 +46,11 @@ function showBudget() {
   $("steps").disabled = !stepwise;
   const half = Math.max(1, Math.floor(facts.levels / 2));
   const chosen = steps === 0 ? `${half} steps (the default, half the code length)` : `${steps} step${steps > 1 ? "s" : ""}`;
-  $("budget-shown").textContent = stepwise ? chosen : `${decoder} takes no steps`;
+  $("budget-shown").textContent = stepwise ? chosen : decoder === "none" ? "this retriever has none" : `${decoder} takes no steps`;
   const wanted = stepwise ? (steps || half) : null;
-  const measured = facts.calibration.find((row) => row.decoder === decoder && row.steps === wanted);
+  // Latencies are measured for the default retriever.
+  const known = current() === "compare" || $("retriever").value === facts.default ? facts.calibration : [];
+  const measured = known.find((row) => row.decoder === decoder && row.steps === wanted);
   $("latency").textContent = measured ? `95 % of such searches took at most ${shown(measured.p95_ms)} ms on this host` : "";
 }
 
@@ -63,14 +76,14 @@ async function search(signal) {
   let result = null;
   if (traced) {
     const picture = new Denoising($("code").tBodies[0], $("progress"), facts.levels);
-    for await (const [name, value] of events("trace", request(), signal)) {
+    for await (const [name, value] of events("trace", request(retriever), signal)) {
       if (name === "step") picture.step(value);
       if (name === "result") result = value;
       if (name === "error") throw new Error(value.error.message);
     }
     picture.done(result.raw_code);
   } else {
-    result = await call("search", request({ retriever }), signal);
+    result = await call("search", request(retriever), signal);
   }
   $("results-title").hidden = false;
   $("cost").textContent = cost(result);
@@ -81,7 +94,7 @@ async function search(signal) {
 
 async function compare(signal) {
   const names = [...$("arms").querySelectorAll("input:checked")].map((box) => box.value);
-  const outcomes = await Promise.allSettled(names.map((retriever) => call("search", request({ retriever }), signal)));
+  const outcomes = await Promise.allSettled(names.map((retriever) => call("search", request(retriever), signal)));
   const times = new Map();
   for (const { value } of outcomes) for (const found of value?.hits ?? []) times.set(found.doc_id, (times.get(found.doc_id) ?? 0) + 1);
   $("columns").replaceChildren(...outcomes.map(({ value, reason }, i) => element("section", {},
@@ -117,6 +130,7 @@ function open(tab) {
   $("form").hidden = tab === "reports";
   document.querySelector(".only-search").hidden = tab !== "search";
   notice(null);
+  if (tab !== "reports") showDecoders();
   if (tab === "reports") listReports().catch(notice);
 }
 
@@ -142,13 +156,13 @@ async function submit(event) {
 
 async function start() {
   facts = await call("retrievers");
-  options($("decoder"), facts.decoders, "match_rerank");
   options($("order"), facts.orders, "confidence");
   options($("remask"), facts.remask, "none");
   options($("retriever"), facts.retrievers, facts.default);
   $("arms").append(...facts.retrievers.map((name) =>
     element("label", {}, element("input", { type: "checkbox", value: name, checked: true }), name)));
   for (const id of ["steps", "decoder", "remask"]) $(id).addEventListener("input", showBudget);
+  $("retriever").addEventListener("input", showDecoders);
   $("form").addEventListener("submit", submit);
   $("run").addEventListener("change", () => openReport().catch(notice));
   for (const name of TABS) {
@@ -161,7 +175,7 @@ async function start() {
       $(`tab-${next}`).focus();
     });
   }
-  showBudget();
+  showDecoders();
   document.body.dataset.ready = "yes";
 }
 

@@ -48,6 +48,15 @@ def test_no_budget_means_half_the_code_length(tmp_path):
     assert ask(app, "POST", "/search", json={"query": "cats"}).json()["budget"]["steps"] == LEVELS // 2
 
 
+def test_retriever_searches_with_its_own_decoder_and_refuses_others(tmp_path):
+    app, _ = make(tmp_path)
+    assert ask(app, "POST", "/search", json={"query": "cats"}).json()["decoder"] == "match_rerank"
+    assert ask(app, "POST", "/search", json={"query": "cats", "retriever": "twin"}).json()["decoder"] == "beam"
+    wrong = ask(app, "POST", "/search", json={"query": "cats", "retriever": "twin", "decoder": "match"})
+    assert wrong.status_code == 422 and "twin has beam, greedy, exhaustive" in wrong.json()["error"]["message"]
+    assert ask(app, "GET", "/retrievers").json()["decoders"]["twin"] == ["beam", "greedy", "exhaustive"]
+
+
 def test_max_ms_picks_the_largest_budget_that_fits(tmp_path):
     app, state = make(tmp_path, Toy(step_s=0.01), calibration_s=20)
     table = state.corpus.calibration.p95_ms["match_rerank"]
@@ -87,6 +96,7 @@ BAD = {
     "threshold of one": {"threshold": 1.0},
     "threshold with remask": {"threshold": 0.5, "remask": "low_conf"},
     "steps above the code length": {"steps": LEVELS + 1},
+    "decoder of another paradigm": {"decoder": "greedy"},
     "negative seed": {"seed": -1},
     "beam too wide": {"beam": 257},
 }

@@ -11,6 +11,7 @@ from mobula import artifacts, methods
 from mobula.cancellation import raise_if_cancelled
 from mobula.data.records import Document
 from mobula.methods import Entry
+from mobula.retrieval.retrievers import BY_PARADIGM
 from mobula.retrieval.search import Hit, SearchOptions, SearchResult, StepEvent, Unsupported
 
 LEVELS = 4
@@ -28,6 +29,7 @@ class Words:
     def __init__(self, name: str, documents: list[Document], step_s: float, heartbeat: Path | None) -> None:
         self.name, self.documents, self.step_s, self.heartbeat = name, documents, step_s, heartbeat
         self.batches: list[int] = []
+        self.decoders = BY_PARADIGM["diffusion"]
 
     def search(self, queries: Sequence[str], options: Sequence[SearchOptions]) -> list[SearchResult]:
         self.batches.append(len(queries))
@@ -68,6 +70,7 @@ class Toy:
     def __init__(self, step_s: float = 0.0, heartbeat: Path | None = None, frozen: bool = False) -> None:
         documents = [Document(i, title, text) for i, (title, text) in TEXTS.items()]
         self.retrievers = {n: Words(n, documents, step_s, heartbeat) for n in ("words", "twin")}
+        self.retrievers["twin"].decoders = BY_PARADIGM["autoregressive"]
         self.frozen = frozen
 
     def trace(self, query: str, options: SearchOptions) -> Iterator[StepEvent | SearchResult]:

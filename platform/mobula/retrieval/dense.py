@@ -18,6 +18,8 @@ from mobula.retrieval.search import Hit, SearchOptions, SearchResult
 class Dense:
     """Inner product of unit vectors, exhaustively. Equal scores are ranked in corpus order."""
 
+    decoders: tuple[str, ...] = ()
+
     def __init__(
         self, encoder: TextEncoder, documents: Sequence[Document], embeddings: np.ndarray | None = None
     ) -> None:

@@ -52,6 +52,7 @@ class Bm25:
     """BM25 as a retriever. Equal scores are ranked in corpus order, so every list is full and deterministic."""
 
     name = "bm25"
+    decoders: tuple[str, ...] = ()
 
     def __init__(self, documents: Sequence[Document], k1: float = DEFAULT[0], b: float = DEFAULT[1]) -> None:
         self.k1, self.b = k1, b

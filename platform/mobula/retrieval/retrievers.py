@@ -12,6 +12,7 @@ import torch
 from mobula.data.records import Document
 from mobula.data.views import body
 from mobula.models.encoders import TextEncoder
+from mobula.retrieval.arms import parse
 from mobula.retrieval.decoding import ArDecoder, Decoder
 from mobula.retrieval.docids.table import DocidTable, InsertReport
 from mobula.retrieval.inputs import QueryInputs
@@ -19,9 +20,16 @@ from mobula.retrieval.network import DocidModel
 from mobula.retrieval.search import Hit, SearchOptions, SearchResult, StepEvent
 from mobula.retrieval.tasks import DualEncoder
 
+# By paradigm, the default first. A classifier sees every position masked and nothing else.
+BY_PARADIGM = {
+    "diffusion": ("match_rerank", "match", "one_pass", "best_of_n", "beam", "chain_rescore"),
+    "autoregressive": ("beam", "greedy", "exhaustive"),
+    "classifier": ("one_pass",),
+}
+
 
 class DocidRetriever:
-    """A docid model behind text queries. A search sees the documents of one version, never a mixture."""
+    """A docid model behind text queries; ``name`` is its arm. A search sees one version of the documents."""
 
     def __init__(
         self,
@@ -32,6 +40,7 @@ class DocidRetriever:
         encoder: TextEncoder,
     ) -> None:
         self.name = name
+        self.decoders: tuple[str, ...] = BY_PARADIGM[parse(name).paradigm]
         self.model = model.eval()
         self.inputs = inputs
         self.encoder = encoder
@@ -88,6 +97,7 @@ class DualRetriever:
     """The trained dual encoder over a flat faiss index."""
 
     name = "dual"
+    decoders: tuple[str, ...] = ()
 
     def __init__(
         self, model: DualEncoder, encoder: TextEncoder, doc_ids: Sequence[str], embeddings: np.ndarray

@@ -13,6 +13,7 @@ from mobula.errors import MobulaError
 
 DECODERS = ("one_pass", "match", "match_rerank", "best_of_n", "beam", "chain_rescore")
 AR_DECODERS = ("greedy", "beam", "exhaustive")
+ALL_DECODERS = tuple(dict.fromkeys((*DECODERS, *AR_DECODERS)))
 ORDERS = ("confidence", "margin", "entropy", "random", "left_to_right")
 SAMPLERS = ("confidence", "ancestral")
 REMASK = ("none", "low_conf", "remdm")
@@ -35,7 +36,7 @@ class SearchOptions:
     """
 
     k: int = key(10, "documents to return", ge=1, le=1000)
-    decoder: str = key("match_rerank", "how codes become a ranked list", choices=(*DECODERS, "greedy", "exhaustive"))
+    decoder: str = key("match_rerank", "how codes become a ranked list", choices=ALL_DECODERS)
     steps: int | None = key(None, "denoising steps T (the budget); null: half the code length", ge=1, le=4096)
     threshold: float | None = key(None, "commit every position at least this confident (Fast-dLLM)", gt=0, lt=1)
     order: str = key("confidence", "which masked positions to commit first", choices=ORDERS)
@@ -169,9 +170,13 @@ class StepEvent:
 
 
 class Retriever(Protocol):
-    """Anything that ranks documents for a text query."""
+    """Anything that ranks documents for a text query.
+
+    ``decoders`` are those a request may choose from, the default first; empty where there is nothing to decode.
+    """
 
     name: str
+    decoders: tuple[str, ...]
 
     def search(self, queries: Sequence[str], options: Sequence[SearchOptions]) -> list[SearchResult]:
         """Exactly min(k, N) distinct hits per query, best first. A result does not depend on its batch."""

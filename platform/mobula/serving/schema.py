@@ -7,7 +7,9 @@ Ray ignores unknown keys, binds all interfaces where no host is given and leaves
 from __future__ import annotations
 
 import importlib
+import sys
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, get_type_hints
 
 import pydantic
@@ -71,6 +73,9 @@ def args_model(import_path: str) -> type[pydantic.BaseModel]:
         ConfigError: if the builder cannot be imported or takes no typed arguments.
     """
     module, _, name = import_path.partition(":")
+    if (here := str(Path.cwd())) not in sys.path:
+        # The `mobula` script starts without it, and serve_apps/ is not an installed package.
+        sys.path.append(here)
     try:
         builder = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:

@@ -71,6 +71,8 @@ class LookupRetriever:
         Unsupported: for a docid family without a quantiser.
     """
 
+    decoders: tuple[str, ...] = ()
+
     def __init__(self, name: str, table: DocidTable, encoder: Embedder, text_of: Callable[[Document], str]) -> None:
         if name not in RANKERS:
             raise Unsupported(f"unknown look-up {name!r}; expected one of {', '.join(RANKERS)}")
