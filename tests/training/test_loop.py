@@ -264,6 +264,18 @@ def test_a_monitored_metric_that_is_not_measured_is_an_error(tmp_path: Path) -> 
         train(tmp_path, monitor="hit@10")
 
 
+@pytest.mark.parametrize("zero", [0, 1])
+def test_a_parameter_without_dimensions_is_an_error_that_names_it(tmp_path: Path, zero: int) -> None:
+    class Scalar(ByteTask):
+        def build(self) -> nn.Module:
+            model = super().build()
+            model.temperature = nn.Parameter(torch.tensor(1.0))
+            return model
+
+    with pytest.raises(TrainingError, match=r"^temperature: DeepSpeed cannot train a parameter without dimensions"):
+        train(tmp_path, Scalar(), zero=zero)
+
+
 def test_f11_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(tmp_path: Path) -> None:
     class Exploding(ByteTask):
         calls = 0

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from mobula.environment import in_process_environment
+from mobula.errors import TrainingError
 from mobula.training.config import TrainingConfig
 from mobula.training.task import Task
 
@@ -25,7 +26,11 @@ LARGEST_BUCKET = 500_000_000
 
 
 class Engine:
-    """One rank's share of a model in training. Every method is called on all ranks together."""
+    """One rank's share of a model in training. Every method is called on all ranks together.
+
+    Raises:
+        TrainingError: the task's model has a parameter that DeepSpeed cannot handle.
+    """
 
     def __init__(self, task: Task, config: TrainingConfig, device: torch.device) -> None:
         deepspeed = _import(device)
@@ -33,6 +38,7 @@ class Engine:
         self.config = config
         self.device = device
         self.model = task.build().to(device)
+        _require_dimensions(self.model)
         trained = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(
             _groups(trained, config.weight_decay), lr=config.lr, betas=(config.betas[0], config.betas[1])
@@ -158,6 +164,15 @@ def _import(device: torch.device) -> Any:
         # tests fail when an upgrade moves this one.
         deepspeed.ops.__compatible_ops__ = dict.fromkeys(ALL_OPS, False)
     return deepspeed
+
+
+def _require_dimensions(model: nn.Module) -> None:
+    """DeepSpeed broadcasts parameters as bytes, and torch has no such view of a tensor without dimensions."""
+    scalars = [name for name, parameter in model.named_parameters() if parameter.ndim == 0]
+    if scalars:
+        raise TrainingError(
+            f"{', '.join(scalars)}: DeepSpeed cannot train a parameter without dimensions; give it the shape [1]"
+        )
 
 
 def _groups(parameters: list[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:

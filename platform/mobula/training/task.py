@@ -22,7 +22,7 @@ class Task(Protocol):
         ...
 
     def build(self) -> nn.Module:
-        """The model to train, on CPU in fp32.
+        """The model to train, on CPU in fp32. Every parameter has at least one dimension.
 
         A parameter with an attribute ``lr_scale`` trains at that share of the learning rate.
         Under ZeRO-3 a large weight may be used only inside the forward pass of the module that owns it.
