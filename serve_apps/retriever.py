@@ -217,11 +217,10 @@ class Corpus:
     def show(self, doc_id: str, score: float) -> dict[str, Any]:
         """A hit with title and the beginning of the text."""
         document = self.searchable.document(doc_id)
-        snippet = document["text"][:SNIPPET_CHARACTERS]
         # A document that the model gives no probability has score -inf, which JSON cannot hold.
         finite = score if math.isfinite(score) else None
         title, code = document["title"], document.get("code")
-        return {"doc_id": doc_id, "score": finite, "title": title, "snippet": snippet, "code": code}
+        return {"doc_id": doc_id, "score": finite, "title": title, "snippet": _snippet(document["text"]), "code": code}
 
     def _insert(self, rows: Rows) -> None:
         self.rows_version = self.searchable.insert([Document(**row) for row in rows])
@@ -461,6 +460,15 @@ def _found(result: SearchResult, corpus: Corpus, retriever: str, budget: dict[st
     hits = [corpus.show(hit.doc_id, float(hit.score)) for hit in result.hits]
     facts = {name: getattr(result, name) for name in names}
     return {"hits": hits, "retriever": retriever, **facts, "ms": round(ms, 3), "budget": budget}
+
+
+def _snippet(text: str) -> str:
+    """The beginning of a text, cut between words where it has any."""
+    if len(text) <= SNIPPET_CHARACTERS:
+        return text
+    cut = text[:SNIPPET_CHARACTERS]
+    words = cut.rpartition(" ")[0]
+    return f"{words if len(words) > SNIPPET_CHARACTERS // 2 else cut} …"
 
 
 def _json(value: Any) -> Response:

@@ -56,17 +56,24 @@ function showBudget() {
 
 // --- search -------------------------------------------------------------------------------------------------
 
-function hit(found, shared) {
+// A document's docid; tokens that the model decoded at the same level are marked.
+function docid(code, decoded) {
+  const tokens = code.map((token, level) => element("span", { class: decoded?.[level] === token ? "token same" : "token" }, String(token)));
+  return element("span", { class: "docid", title: `docid ${code.join("-")}` }, ...tokens);
+}
+
+function hit(found, decoded, shared) {
+  const score = element("span", { class: "score" }, found.score === null ? "no score" : found.score.toFixed(2));
   return element("li", { class: shared ? "shared" : undefined },
-    element("h3", {}, found.title || found.doc_id),
-    element("span", { class: "id" }, [found.doc_id, `score ${found.score === null ? "none" : shown(found.score)}`,
-      ...(found.code ? [`docid ${found.code.join("-")}`] : [])].join(", ")),
+    element("div", { class: "head" }, element("h3", {}, found.title || found.doc_id), score),
+    element("div", { class: "id" }, found.title ? element("span", {}, found.doc_id) : null, found.code ? docid(found.code, decoded) : null),
     element("p", {}, found.snippet));
 }
 
 function cost(result) {
   const over = result.budget.over_budget ? ", no measured budget fits the time" : "";
-  return `${shown(result.ms)} ms, ${result.nfe} network calls, ${result.steps_used} steps${over}`;
+  const steps = result.budget.steps === null ? "" : `, ${result.steps_used} of ${result.budget.steps} steps`;
+  return `${result.ms.toFixed(1)} ms, ${result.nfe} network call${result.nfe === 1 ? "" : "s"}${steps}, ordered by ${result.scored_by}${over}`;
 }
 
 async function search(signal) {
@@ -87,7 +94,7 @@ async function search(signal) {
   }
   $("results-title").hidden = false;
   $("cost").textContent = cost(result);
-  $("results").replaceChildren(...result.hits.map((found) => hit(found)));
+  $("results").replaceChildren(...result.hits.map((found) => hit(found, result.raw_code)));
 }
 
 // --- comparison ---------------------------------------------------------------------------------------------
@@ -99,7 +106,7 @@ async function compare(signal) {
   for (const { value } of outcomes) for (const found of value?.hits ?? []) times.set(found.doc_id, (times.get(found.doc_id) ?? 0) + 1);
   $("columns").replaceChildren(...outcomes.map(({ value, reason }, i) => element("section", {},
     element("h2", {}, names[i], element("small", {}, value ? cost(value) : "")),
-    value ? element("ol", { class: "hits" }, ...value.hits.map((found) => hit(found, times.get(found.doc_id) > 1)))
+    value ? element("ol", { class: "hits" }, ...value.hits.map((found) => hit(found, value.raw_code, times.get(found.doc_id) > 1)))
       : element("p", { class: "does_not_hold" }, reason.message))));
 }
 
@@ -159,8 +166,9 @@ async function start() {
   options($("order"), facts.orders, "confidence");
   options($("remask"), facts.remask, "none");
   options($("retriever"), facts.retrievers, facts.default);
+  const first = [...facts.retrievers.slice(0, 2), "bm25", "dense"];
   $("arms").append(...facts.retrievers.map((name) =>
-    element("label", {}, element("input", { type: "checkbox", value: name, checked: true }), name)));
+    element("label", {}, element("input", { type: "checkbox", value: name, checked: first.includes(name) }), name)));
   for (const id of ["steps", "decoder", "remask"]) $(id).addEventListener("input", showBudget);
   $("retriever").addEventListener("input", showDecoders);
   $("form").addEventListener("submit", submit);

@@ -6,10 +6,10 @@ export class Denoising {
     this.body = body;
     this.progress = progress;
     this.code = Array(levels).fill(null);
-    const head = this.code.map((_, level) => element("th", { scope: "col" }, `level ${level + 1}`));
+    const head = this.code.map((_, level) => element("th", { scope: "col" }, String(level + 1), element("span", { class: "unseen" }, " level")));
     const masked = this.code.map(() => element("td", { class: "masked", title: "masked" }, "?"));
     body.replaceChildren(
-      element("tr", {}, element("td", { class: "left" }), ...head),
+      element("tr", {}, element("th", { scope: "row" }, "level"), ...head),
       element("tr", {}, element("th", { scope: "row" }, "start"), ...masked));
     progress.textContent = "all tokens masked";
   }
@@ -23,7 +23,7 @@ export class Denoising {
     }
     const again = new Set(remasked.filter((level) => !fresh.has(level)));
     const cells = this.code.map((token, level) => cell(token, fresh.has(level), again.has(level)));
-    const left = valid_left === null ? "" : `${valid_left} document${valid_left === 1 ? "" : "s"} possible`;
+    const left = valid_left === null ? "" : `${valid_left} document${valid_left === 1 ? "" : "s"} left`;
     this.body.append(element("tr", {}, element("th", { scope: "row" }, `step ${step}`), ...cells,
       element("td", { class: "left" }, left)));
     const known = this.code.filter((token) => token !== null).length;

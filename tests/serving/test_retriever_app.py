@@ -57,6 +57,16 @@ def test_retriever_searches_with_its_own_decoder_and_refuses_others(tmp_path):
     assert ask(app, "GET", "/retrievers").json()["decoders"]["twin"] == ["beam", "greedy", "exhaustive"]
 
 
+def test_long_texts_are_cut_between_words(tmp_path):
+    app, _ = make(tmp_path, added=tmp_path / "added")
+    texts = {"words": "squid " * 100, "one": "x" * 500}
+    documents = [{"id": name, "title": "squid", "text": text} for name, text in texts.items()]
+    ask(app, "POST", "/documents", json={"documents": documents}).raise_for_status()
+    hits = ask(app, "POST", "/search", json={"query": "squid", "k": 2}).json()["hits"]
+    snippets = {h["doc_id"]: h["snippet"] for h in hits}
+    assert snippets["words"].endswith("squid …") and snippets["one"] == "x" * 240 + " …"
+
+
 def test_max_ms_picks_the_largest_budget_that_fits(tmp_path):
     app, state = make(tmp_path, Toy(step_s=0.01), calibration_s=20)
     table = state.corpus.calibration.p95_ms["match_rerank"]
