@@ -46,7 +46,7 @@ def finished(functions, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path,
 def test_lr_swept_per_paradigm(finished: tuple[Path, Report]) -> None:
     """The report lists both grids, with the rate that dev chose in each (trap 17)."""
     header, *rows = finished[1].tables["Learning rates"]
-    assert header == ["arm", "rate", "dev Hit@10 of its trial", "chosen"]
+    assert header == ["arm", "rate", "dev value of its trial", "chosen"]
     for arm, grid in (("diffusion/rq", [1e-3, 1e-2]), ("autoregressive/rq", [2e-3, 2e-2])):
         found = [row for row in rows if row[0] == arm]
         assert [row[1] for row in found] == grid

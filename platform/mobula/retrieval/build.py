@@ -56,7 +56,7 @@ class ModelConfig:
     pool_query: bool = key(True, "add the pooled query vector to every docid input")
     query_sees_docid: bool = key(False, "full attention between query and docid; nothing can be cached")
     codeword_prior: bool = key(True, "backbone encoder: start from the quantiser's own distances")
-    sharpness: float = key(10.0, "initial inverse temperature of the codeword prior", gt=0)
+    sharpness: float = key(40.0, "initial inverse temperature of the codeword prior", gt=0)
 
     def problems(self) -> list[str]:
         """Contradictions between keys of this section."""
@@ -158,7 +158,7 @@ def base_hash(config: ModelConfig) -> str:
 
 
 def construct(
-    shape: NetworkShape, table: DocidTable, codewords: Tensor | None, sharpness: float = 10.0
+    shape: NetworkShape, table: DocidTable, codewords: Tensor | None, sharpness: float = 40.0
 ) -> DocidTransformer:
     """The network of a shape; the frozen embedding tables come from the installed packages."""
     return DocidTransformer(

@@ -26,7 +26,7 @@ from mobula.retrieval import library
 from mobula.retrieval.build import base_hash
 from mobula.retrieval.config import Config
 from mobula.retrieval.evaluate import evaluate_run
-from mobula.retrieval.fitting import MONITOR, docid_task, fit_arms, settings_for
+from mobula.retrieval.fitting import docid_task, fit_arms, settings_for
 from mobula.retrieval.outcomes import Split, System, time_systems
 from mobula.retrieval.prepare import Material, prepare, sample, title_leaks
 from mobula.training import fit
@@ -120,4 +120,4 @@ def train_trial(config: Config, directory: Path, report: Callable[[dict[str, Any
     task = docid_task(alone, material.prepared, arm)
     settings = settings_for(config.training, config.training.lr)
     result = fit(task, settings, directory / "fit", seed=config.seed, name=str(arm), progress=progress)
-    log.info("trial done: best dev %s %.3f", MONITOR, result.best[MONITOR])
+    log.info("trial done: best on dev %s", result.best)

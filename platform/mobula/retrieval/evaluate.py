@@ -118,7 +118,7 @@ class Evaluation:
         report.tables["By stratum"] = self._strata(test)
         report.tables["Early-error recovery"] = self._recovery_table()
         report.tables["Docids"] = self._docid_table()
-        report.tables["Learning rates"] = [["arm", "rate", "dev Hit@10 of its trial", "chosen"], *self.fitted.rates]
+        report.tables["Learning rates"] = [["arm", "rate", "dev value of its trial", "chosen"], *self.fitted.rates]
         report.plots.update(self._plots(test))
         report.notes.extend(self._notes(test))
 

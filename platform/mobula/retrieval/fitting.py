@@ -114,7 +114,7 @@ def _chosen(
     for rate in rates:
         settings = settings_for(config.training, rate, config.learning_rates.share)
         result = _fit(task, settings, directory / f"lr-{rate:g}", config.seed, f"{name} lr={rate:g}", cluster)
-        found.append(result.best[MONITOR])
+        found.append(result.best[settings.monitor])
     best = rates[found.index(max(found))]
     fitted.rates.extend([name, rate, value, rate == best] for rate, value in zip(rates, found, strict=True))
     return settings_for(config.training, best)

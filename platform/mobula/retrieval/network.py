@@ -352,7 +352,7 @@ class DocidTransformer(DocidModel):
         table: Tensor | None = None,
         codewords: Tensor | None = None,
         code_table: Tensor | None = None,
-        sharpness: float = 10.0,
+        sharpness: float = 40.0,
         tower: nn.Module | None = None,
     ) -> None:
         """``table`` f32[V, input_dim] embeds query tokens; ``codewords`` f32[L, K, D] switch the codeword prior on;

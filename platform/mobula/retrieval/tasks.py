@@ -270,11 +270,17 @@ def check_collapse(name: str, distinct: float, gold: list[set[str]], step: int, 
 
 
 def dev_measures(found: list[list[str]], gold: list[set[str]]) -> dict[str, float]:
-    """Hit@1, Hit@10 and the share of distinct top-1 documents of ranked ids."""
-    pairs = list(zip(found, gold, strict=True))
+    """Hit@1, Hit@10, MRR@10 and the share of distinct top-1 documents of ranked ids (at most 10 per query)."""
+    ranks = np.array(
+        [
+            next((1 + i for i, doc_id in enumerate(ids) if doc_id in g), np.inf)
+            for ids, g in zip(found, gold, strict=True)
+        ]
+    )
     return {
-        "hit@1": float(np.mean([bool(set(ids[:1]) & g) for ids, g in pairs])),
-        "hit@10": float(np.mean([bool(set(ids[:10]) & g) for ids, g in pairs])),
+        "hit@1": float(np.mean(ranks == 1)),
+        "hit@10": float(np.mean(ranks <= 10)),
+        "mrr@10": float(np.mean(1 / ranks)),
         "distinct_top1": len({ids[0] for ids in found}) / len(found),
     }
 
