@@ -21,10 +21,12 @@ from mobula.errors import ClusterError
 from mobula.running import run_experiment
 from tests import tiny
 
+pytestmark = pytest.mark.timeout(900)
 ROOT = Path(__file__).resolve().parents[2]
 # On a busy machine Ray needs minutes for what takes it seconds on an idle one.
 PATIENCE_S = 420
 ATTEMPTS = 3
+BIN = Path(sys.executable).parent
 
 
 @pytest.mark.parametrize("name", ["", "a" * 65, "../x", "a b", "a/b", "a\n", "$(id)", "ä"])
@@ -72,12 +74,17 @@ def _start_head(folder):
         ports |= {"dashboard-agent-listen-port": free_port(), "dashboard-agent-grpc-port": free_port()}
         ports |= {"metrics-export-port": free_port(), "runtime-env-agent-port": free_port()}
         options = [f"--{name}={number}" for name, number in ports.items()]
-        command = [Path(sys.executable).with_name("ray"), "start", "--head", "--block", "--num-cpus=2", *options]
+        command = [BIN / "ray", "start", "--head", "--block", "--num-cpus=2", *options]
         # Ray takes a node that does not answer for some seconds for dead.
-        patient = {**os.environ, "RAY_health_check_timeout_ms": "60000", "RAY_agent_register_timeout_ms": "300000"}
+        patient = {"RAY_health_check_timeout_ms": "60000", "RAY_agent_register_timeout_ms": "300000"}
+        # A job's `python` is the one that the head finds.
+        path = {"PATH": f"{BIN}:{os.environ['PATH']}"}
         with log.open("w") as stream:
             head = subprocess.Popen(
-                [*command, f"--temp-dir={folder}/{attempt}"], env=patient, stdout=stream, stderr=subprocess.STDOUT
+                [*command, f"--temp-dir={folder}/{attempt}"],
+                env=os.environ | patient | path,
+                stdout=stream,
+                stderr=subprocess.STDOUT,
             )
         if _answers(head, port):
             return head, f"http://127.0.0.1:{port}"

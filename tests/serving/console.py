@@ -56,8 +56,13 @@ def set_slider(page: Page, steps: int) -> None:
 
 def search(page: Page, query: str, steps: int) -> None:
     """Search and wait until the trace and the results are there."""
-    page.get_by_label("Query").fill(query)
     set_slider(page, steps)
+    ask(page, query)
+
+
+def ask(page: Page, query: str) -> None:
+    """Search with the options as they are."""
+    page.get_by_label("Query").fill(query)
     page.get_by_role("button", name="Search", exact=True).click()
     expect(page.locator("#cost")).to_contain_text("network calls")
     expect(page.locator("#form .primary")).to_be_enabled()

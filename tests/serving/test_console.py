@@ -1,17 +1,22 @@
-"""The console in a real browser, over the toy retriever behind uvicorn."""
+"""The console in a real browser, over a small trained DiffuGR behind uvicorn."""
 
 import json
+import re
 import socket
 import threading
 import time
 
+import httpx
 import pytest
 import uvicorn
 from playwright.sync_api import expect
 
 from serve_apps.retriever import Corpus, RetrieverArgs, State, create_app
+from tests import tiny
 from tests.serving import console
-from tests.serving.toy import LEVELS, Toy
+
+LEVELS = tiny.CONFIG["docid"]["levels"]
+QUERY = "find a restaurant that is open tonight"
 
 pytestmark = pytest.mark.skipif(
     console.chromium() is None, reason="no chromium on this machine (apt-get install chromium)"
@@ -42,8 +47,8 @@ def url(tmp_path_factory):
     run.mkdir(parents=True)
     (run / "report.json").write_text(json.dumps(REPORT))
     (run / "curve.svg").write_text(PLOT)
-    args = RetrieverArgs(artifact=root, reports=root / "runs", key_required=False, calibration_s=10)
-    app = create_app(State(Corpus(Toy(), "0" * 16, args)), args)
+    args = RetrieverArgs(artifact=tiny.trained(root), reports=root / "runs", key_required=False, calibration_s=60)
+    app = create_app(State(Corpus.load(args)), args)
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
@@ -63,16 +68,22 @@ def browser():
         yield launched
 
 
-def test_search_shows_each_denoising_step_and_the_hits(browser, url, tmp_path):
+def test_search_shows_each_denoising_step_and_the_hits_of_the_api(browser, url, tmp_path):
     page, problems = console.open_console(browser, url)
-    console.search(page, "warm seas", LEVELS)
-    rows = page.locator("#code tbody tr")
-    expect(rows).to_have_count(2 + LEVELS)
-    expect(rows.nth(1).locator(".masked")).to_have_count(LEVELS)
-    expect(rows.nth(3).locator(".new")).to_have_text("2")
-    expect(rows.nth(3).locator(".masked")).to_have_count(LEVELS - 2)
-    expect(page.locator("#progress")).to_contain_text("docid 1-2-3-4")
-    expect(page.locator("#results h3").first).to_have_text("Rays")
+    console.search(page, QUERY, LEVELS)
+    answer = httpx.post(f"{url}/search", json={"query": QUERY, "steps": LEVELS}, timeout=60).json()
+    steps = page.locator("#code tbody tr").all()[2:]
+    assert len(steps) == answer["steps_used"]
+    assert page.locator("#code tbody tr").nth(1).locator(".masked").count() == LEVELS
+    masked = [row.locator(".masked").count() for row in steps]
+    assert masked == sorted(masked, reverse=True) and masked[-1] == 0
+    assert all(row.locator(".new").count() for row in steps)
+    docid = [cell.inner_text() for cell in steps[-1].locator("td:not(.left)").all()]
+    assert docid == [str(token) for token in answer["raw_code"]]
+    expect(page.locator("#progress")).to_contain_text(f"docid {'-'.join(docid)}")
+    assert page.locator("#results h3").all_inner_texts() == [hit["title"] for hit in answer["hits"]]
+    shown = page.locator("#results li").first.locator(".token").all_inner_texts()
+    assert shown == [str(token) for token in answer["hits"][0]["code"]]
     page.screenshot(path=tmp_path / "search.png", full_page=True)
     assert problems == []
 
@@ -80,22 +91,39 @@ def test_search_shows_each_denoising_step_and_the_hits(browser, url, tmp_path):
 def test_slider_sets_the_budget_and_says_what_it_costs(browser, url):
     page, problems = console.open_console(browser, url)
     expect(page.locator("#budget-shown")).to_contain_text("the default")
-    console.search(page, "cats", 1)
+    console.search(page, QUERY, 1)
     expect(page.locator("#budget-shown")).to_have_text("1 step")
-    expect(page.locator("#latency")).to_contain_text("ms on this host")
+    expect(page.locator("#cost")).to_contain_text("1 network call, 1 of 1 steps, ordered by one_pass")
+    expect(page.locator("#latency")).to_have_text(re.compile(r"at most [\d.]+ ms on this host"))
     expect(page.locator("#code tbody tr")).to_have_count(3)
     page.get_by_label("Decoder").select_option("one_pass")
     expect(page.locator("#steps")).to_be_disabled()
     assert problems == []
 
 
+def test_retriever_offers_its_own_decoders(browser, url):
+    page, problems = console.open_console(browser, url)
+    page.get_by_label("Retriever").select_option("autoregressive/rq")
+    assert page.locator("#decoder option").all_inner_texts() == ["beam", "greedy", "exhaustive"]
+    console.ask(page, QUERY)
+    expect(page.locator("#cost")).to_contain_text("ordered by log_likelihood")
+    expect(page.locator("#denoising")).to_be_hidden()
+    page.get_by_label("Retriever").select_option("bm25")
+    expect(page.locator("#decoder")).to_be_disabled()
+    assert problems == []
+
+
 def test_retrievers_side_by_side(browser, url):
     page, problems = console.open_console(browser, url)
     page.get_by_role("tab", name="Compare").click()
-    page.get_by_label("Query").fill("dogs")
+    page.get_by_label("Query").fill(QUERY)
     page.get_by_role("button", name="Search", exact=True).click()
-    expect(page.locator("#columns section")).to_have_count(2)
-    expect(page.locator("#columns h3").first).to_have_text("Dogs")
+    columns = page.locator("#columns section")
+    expect(columns).to_have_count(4)
+    heads = [text.splitlines()[0] for text in columns.locator("h2").all_inner_texts()]
+    assert heads == ["diffusion/rq", "autoregressive/rq", "bm25", "dense"]
+    assert [column.locator("li").count() for column in columns.all()] == [10] * 4
+    assert page.locator("#columns .shared").count() > 1
     assert problems == []
 
 
@@ -129,7 +157,7 @@ def test_refusals_are_shown_in_words(browser, url):
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
 def test_narrow_screens_do_not_scroll_sideways(browser, url, tmp_path, dark):
     page, problems = console.open_console(browser, url, width=400, dark=dark)
-    console.search(page, "warm seas", LEVELS)
+    console.search(page, QUERY, LEVELS)
     for tab in ("Search", "Compare", "Reports"):
         page.get_by_role("tab", name=tab).click()
         assert page.evaluate("document.documentElement.scrollWidth") <= 400, tab

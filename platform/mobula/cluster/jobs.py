@@ -7,6 +7,7 @@ token itself is found by Ray (RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH, ~/.ray/auth_t
 from __future__ import annotations
 
 import re
+import secrets
 import shlex
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 ADDRESS = "http://127.0.0.1:8265"
 NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
 POLL_S = 0.5
+PATIENCE_S = 30.0
 
 
 def client(address: str = ADDRESS) -> JobSubmissionClient:
@@ -76,7 +78,8 @@ def submit(
     deadline = time.monotonic() + start_timeout_s
     request = {
         "entrypoint": shlex.join(arguments),
-        "submission_id": name,
+        # Named here, so that a job whose submission was cut off can be looked up.
+        "submission_id": name or f"mobula_{secrets.token_hex(8)}",
         "runtime_env": {"working_dir": str(working_dir.resolve()), "env_vars": environment.job_environment()},
         "entrypoint_num_cpus": cpus or None,
     }
@@ -139,11 +142,21 @@ def _submit(jobs: JobSubmissionClient, request: dict[str, Any], deadline: float)
     while True:
         try:
             return jobs.submit_job(**request)
-        except (RuntimeError, ValueError) as error:
-            # A head that has just started has no agent yet.
-            if "No available agent" not in str(error) or time.monotonic() > deadline:
+        except (RuntimeError, ValueError, OSError) as error:
+            if isinstance(error, OSError) and _arrived(jobs, request):
+                return request["submission_id"]
+            # A head that has just started has no agent yet; a busy one drops a connection now and then.
+            passing = isinstance(error, OSError) or "No available agent" in str(error)
+            if not passing or time.monotonic() > deadline:
                 raise ClusterError(f"the cluster refused the job: {' '.join(str(error).split())[:300]}") from error
         time.sleep(POLL_S)
+
+
+def _arrived(jobs: JobSubmissionClient, request: dict[str, Any]) -> bool:
+    try:
+        return _info(jobs, request["submission_id"]).entrypoint == request["entrypoint"]
+    except ClusterError:
+        return False
 
 
 def _await_start(jobs: JobSubmissionClient, job_id: str, deadline: float) -> None:
@@ -160,12 +173,19 @@ def _await_start(jobs: JobSubmissionClient, job_id: str, deadline: float) -> Non
 
 
 def _info(jobs: JobSubmissionClient, job_id: str) -> Any:
-    try:
-        return jobs.get_job_info(job_id)
-    except RuntimeError as error:
-        if "does not exist" not in str(error) and "404" not in str(error):
-            raise
-        raise ClusterError(f"no job {job_id!r} on this cluster") from error
+    deadline = time.monotonic() + PATIENCE_S
+    while True:
+        try:
+            return jobs.get_job_info(job_id)
+        except OSError as error:
+            # A busy head drops a connection now and then; the job goes on.
+            if time.monotonic() > deadline:
+                raise ClusterError(f"the cluster no longer answers ({' '.join(str(error).split())[:200]})") from error
+            time.sleep(POLL_S)
+        except RuntimeError as error:
+            if "does not exist" not in str(error) and "404" not in str(error):
+                raise
+            raise ClusterError(f"no job {job_id!r} on this cluster") from error
 
 
 def _plain(value: Any) -> Any:
