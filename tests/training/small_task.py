@@ -80,21 +80,24 @@ class ByteTask:
 
 
 @dataclass
-class KilledOnce(ByteTask):
-    """The same task; the process of one rank is killed when it draws its batch of step ``kill_at``, once.
+class Killed(ByteTask):
+    """The same task, whose processes are killed: in the first attempt one of ``kills`` (its rank, and how many
+    batches it has drawn by then, at least 2), in the second attempt the next, and so on.
 
-    ``marker`` is a file that records the kill, since the next attempt is another process.
+    ``marks`` is a folder with a file for every kill, since the next attempt is another process.
     """
 
-    marker: str = ""
-    kill_at: int = 0
-    kill_rank: int = 1
+    marks: str = ""
+    kills: tuple[tuple[int, int], ...] = ()
     drawn: int = 0
+    attempt: int = 0
 
     def batch(self, indices: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+        done = len(list(Path(self.marks).iterdir()))
+        self.attempt = self.attempt if self.drawn else done
         self.drawn += 1
-        if self.drawn > self.kill_at and dist.get_rank() == self.kill_rank and not Path(self.marker).exists():
-            Path(self.marker).write_text(str(time.time()))
+        if (dist.get_rank(), self.drawn) in self.kills[self.attempt : self.attempt + 1]:
+            (Path(self.marks) / str(self.attempt)).touch()
             os.kill(os.getpid(), signal.SIGKILL)
         return super().batch(indices, generator)
 
