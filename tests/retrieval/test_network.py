@@ -204,7 +204,7 @@ def fresh(functions, family: str, paradigm: str):
     table = functions.table(family)
     model, _ = network(functions, paradigm, "states", True, family=family)
     torch.manual_seed(1)
-    return construct(model.shape, table, codeword_table(table)).eval(), table
+    return construct(model.shape, table, codeword_table(table), sharpness=10.0).eval(), table
 
 
 @pytest.mark.parametrize("family", ["pq", "opq"])

@@ -52,7 +52,7 @@ def task_of(material: Material, arm: str, config: Config | None = None):
 @pytest.mark.parametrize("arm", ARMS)
 def test_shapes_of_a_batch_and_its_loss(material: Material, arm: str) -> None:
     task = task_of(material, arm)
-    batch = task.batch(np.arange(10), torch.Generator().manual_seed(0))
+    batch = task.batch(torch.arange(10), torch.Generator().manual_seed(0))
     assert batch["ids"].shape == (10, 12)
     assert batch["codes"].shape == batch["z"].shape == (10, 4)
     visible = batch["z"] >= 0
@@ -73,8 +73,8 @@ def test_shapes_of_a_batch_and_its_loss(material: Material, arm: str) -> None:
 def test_query_never_masked(material: Material) -> None:
     """Masking touches the docid alone: the query of a batch is the view as it is stored (trap 4)."""
     task = task_of(material, "diffusion/rq")
-    first = task.batch(np.arange(10), torch.Generator().manual_seed(0))
-    second = task.batch(np.arange(10), torch.Generator().manual_seed(1))
+    first = task.batch(torch.arange(10), torch.Generator().manual_seed(0))
+    second = task.batch(torch.arange(10), torch.Generator().manual_seed(1))
     assert not torch.equal(first["z"], second["z"])
     stored = task.views.rows(material.prepared.examples[:10, 0])
     for name, values in stored.items():
@@ -136,7 +136,7 @@ def test_a_task_travels_without_its_arrays(material: Material) -> None:
         assert len(pickle.dumps(task)) < 4000
         again = pickle.loads(pickle.dumps(task))
         assert again.identity() == task.identity()
-        batch = again.batch(np.arange(3), torch.Generator().manual_seed(0))
+        batch = again.batch(torch.arange(3), torch.Generator().manual_seed(0))
         assert {len(values) for values in batch.values()} == {3}
 
 
@@ -145,9 +145,9 @@ def test_dev_metrics_are_shares(material: Material, arm: str) -> None:
     task = task_of(material, arm)
     with torch.no_grad():
         metrics = task.evaluate(task.build().eval())
-    assert metrics.keys() == {"hit@1", "hit@10", "distinct_top1"}
+    assert metrics.keys() == {"hit@1", "hit@10", "mrr@10", "distinct_top1"}
     assert all(0 <= value <= 1 for value in metrics.values())
-    assert metrics["hit@1"] <= metrics["hit@10"]
+    assert metrics["hit@1"] <= metrics["mrr@10"] <= metrics["hit@10"]
 
 
 def test_the_dual_encoder_starts_as_the_frozen_encoder(material: Material) -> None:
@@ -158,14 +158,14 @@ def test_the_dual_encoder_starts_as_the_frozen_encoder(material: Material) -> No
     best = [task.doc_ids[row] for row in (queries @ documents.T).argmax(1)]
     expected = np.mean([doc in gold for doc, gold in zip(best, material.prepared.dev_gold, strict=True)])
     assert found["hit@1"] == pytest.approx(expected)
-    loss, _ = task.loss(model, task.batch(np.arange(16), torch.Generator()))
+    loss, _ = task.loss(model, task.batch(torch.arange(16), torch.Generator()))
     loss.backward()
     assert model.query.weight.grad.abs().sum() > 0
 
 
 def test_a_document_that_stands_twice_in_a_batch_is_not_its_own_negative(material: Material) -> None:
     task = DualTask(material.prepared)
-    twice = task.batch(np.zeros(4, dtype=np.int64), torch.Generator())
+    twice = task.batch(torch.zeros(4, dtype=torch.int64), torch.Generator())
     assert task.loss(task.build(), twice)[0].item() == pytest.approx(0.0, abs=1e-6)
 
 

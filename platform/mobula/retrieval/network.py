@@ -177,6 +177,7 @@ class TokenTower(nn.Module):
 
     def __init__(self, shape: NetworkShape, table: Tensor) -> None:
         super().__init__()
+        self.table: Tensor
         self.register_buffer("table", table, persistent=False)
         self.project = nn.Linear(shape.input_dim, shape.width)
         self.positions = nn.Parameter(torch.randn(shape.query_len, shape.width) * 0.02)
@@ -258,6 +259,7 @@ class TokenCodes(nn.Module):
 
     def __init__(self, table: Tensor, width: int) -> None:
         super().__init__()
+        self.table: Tensor
         self.register_buffer("table", table, persistent=False)
         self.project_in = nn.Linear(table.shape[1], width)
         self.project_out = nn.Linear(table.shape[1], width)
@@ -283,6 +285,8 @@ class CodewordPrior(nn.Module):
     def __init__(self, codewords: Tensor, sharpness: float) -> None:
         super().__init__()
         levels, _, dim = codewords.shape
+        self.codewords: Tensor
+        self.squares: Tensor
         self.register_buffer("codewords", codewords)
         self.register_buffer("squares", codewords.square().sum(-1))
         self.log_sharpness = nn.Parameter(torch.full((levels,), sharpness).log())
@@ -373,6 +377,11 @@ class DocidTransformer(DocidModel):
         self.norm = nn.LayerNorm(shape.width)
         self.prior = None if codewords is None else CodewordPrior(codewords, sharpness)
 
+    @property
+    def stack(self) -> list[Layer]:
+        """The layers, typed."""
+        return list(self.layers)  # type: ignore[arg-type]
+
     def memory(self, query: dict[str, Tensor]) -> Memory:
         """As :meth:`DocidModel.memory`."""
         return self._remember(*self.tower(query))
@@ -408,7 +417,7 @@ class DocidTransformer(DocidModel):
         residual = None
         if self.prior is not None:
             residual = self.prior.query(required(memory.vector)).unsqueeze(1).expand(-1, width, -1)
-        return Cache([None] * len(self.layers), 0, width, residual)
+        return Cache([None] * len(self.stack), 0, width, residual)
 
     def step(self, memory: Memory, cache: Cache, previous: Tensor | None) -> tuple[Tensor, Cache]:
         """Logits [B, G, K] of the next level after ``previous`` i64[B, G] (None at the first), and the new state."""
@@ -424,7 +433,7 @@ class DocidTransformer(DocidModel):
                 residual = required(residual) - self.prior.words(previous.unsqueeze(-1), before).squeeze(-2)
         x = x + self.positions[here] + self._pooled(memory)
         kept: list[KeysValues | None] = []
-        for layer, context, past in zip(self.layers, memory.keys_values, cache.keys_values, strict=True):
+        for layer, context, past in zip(self.stack, memory.keys_values, cache.keys_values, strict=True):
             x, keys_values = layer(x, context, memory.mask, None, past)
             kept.append(keys_values)
         scores = self.codes.score(self.norm(x).flatten(0, 1), here)
@@ -438,13 +447,13 @@ class DocidTransformer(DocidModel):
         if self.shape.query_sees_docid and self.paradigm == "diffusion":
             return Memory(mask, pooled, vector=vector, embedded=x)
         keys_values = []
-        for layer in self.layers:
+        for layer in self.stack:
             if self.shape.tower != "tokens" and not self.shape.query_sees_docid:
                 # The encoder has done the reading: layers look at its states, which no layer changes.
-                keys_values.append(layer.project(x)[1:])
+                _, keys, values = layer.project(x)
             else:
-                x, kv = layer.encode(x, mask)
-                keys_values.append(kv)
+                x, (keys, values) = layer.encode(x, mask)
+            keys_values.append((keys, values))
         return Memory(mask, pooled, tuple(keys_values), vector)
 
     def _pooled(self, memory: Memory) -> Tensor | float:
@@ -465,7 +474,7 @@ class DocidTransformer(DocidModel):
             return self._joint_states(memory, x)
         causal = self.paradigm == "autoregressive"
         own_mask = (self.index[:, None] >= self.index) if causal else None
-        for layer, context in zip(self.layers, memory.keys_values, strict=True):
+        for layer, context in zip(self.stack, memory.keys_values, strict=True):
             x, _ = layer(x, context, memory.mask, own_mask)
         return x
 
@@ -480,7 +489,7 @@ class DocidTransformer(DocidModel):
         query = embedded.unsqueeze(1).expand(-1, groups, -1, -1)
         joint = torch.cat([query, x], 2).flatten(0, 1)
         mask = F.pad(memory.mask, (0, self.levels), value=True).repeat_interleave(groups, 0)[:, None, None, :]
-        for layer in self.layers:
+        for layer in self.stack:
             q, k, v = layer.project(joint)
             joint = layer._finish(joint, F.scaled_dot_product_attention(q, k, v, attn_mask=mask))
         return joint[:, n:].unflatten(0, (batch, groups))

@@ -135,7 +135,7 @@ class DualRetriever:
     def _embed(self, embeddings: np.ndarray) -> np.ndarray:
         return self.model.embed_documents(torch.from_numpy(np.ascontiguousarray(embeddings))).numpy()
 
-    def _index(self, doc_ids: list[str], embeddings: np.ndarray) -> tuple[list[str], faiss.IndexFlatIP]:
+    def _index(self, doc_ids: list[str], embeddings: np.ndarray) -> tuple[list[str], faiss.Index]:
         index = faiss.IndexFlatIP(embeddings.shape[1])
         index.add(self._embed(embeddings))
         return doc_ids, index

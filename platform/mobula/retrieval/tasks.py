@@ -122,9 +122,9 @@ class DocidTask:
         """A freshly initialised network."""
         return build_model(self.model, self.arm, self.table)
 
-    def batch(self, indices: np.ndarray, generator: torch.Generator) -> dict[str, Tensor]:
+    def batch(self, indices: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
         """Features, codes i64[B, L] and, for diffusion, masked codes z with their rates."""
-        pairs = self.prepared.examples[np.asarray(indices)]
+        pairs = self.prepared.examples[indices.numpy()]
         codes = self.codes[pairs[:, 1]]
         batch = {**self.views.rows(pairs[:, 0]), "codes": codes}
         if self.arm.paradigm == "autoregressive":
@@ -134,7 +134,7 @@ class DocidTask:
         rates = objective.masking_rates(len(codes), generator)
         return {**batch, "z": objective.mask_codes(codes, rates, generator), "rates": rates}
 
-    def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, float]]:
+    def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor | float]]:
         """Mean loss of a batch in nats."""
         query = {name: batch[name] for name in batch if name not in ("codes", "z", "rates")}
         logits = model(query, batch["z"])
@@ -223,13 +223,13 @@ class DualTask:
         """A dual encoder that starts as the frozen encoder."""
         return DualEncoder(self.documents.shape[1])
 
-    def batch(self, indices: np.ndarray, generator: torch.Generator) -> dict[str, Tensor]:
+    def batch(self, indices: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
         """Query vectors and document vectors f32[B, D], and the document row i64[B] of each example."""
-        pairs = self.prepared.examples[np.asarray(indices)]
+        pairs = self.prepared.examples[indices.numpy()]
         queries = torch.from_numpy(np.asarray(self.view_vectors[pairs[:, 0]], dtype=np.float32))
         return {"queries": queries, "documents": self.documents[pairs[:, 1]], "rows": torch.from_numpy(pairs[:, 1])}
 
-    def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, float]]:
+    def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor | float]]:
         """InfoNCE; the same document standing twice in a batch is not its own negative."""
         similarity = model(batch["queries"], batch["documents"])
         rows = batch["rows"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -37,7 +37,7 @@ class Task(Protocol):
         """The mean loss over the batch (scalar) and further values to log, means over the batch as well."""
         ...
 
-    def evaluate(self, model: nn.Module) -> dict[str, float]:
+    def evaluate(self, model: Any) -> dict[str, float]:
         """Metrics on the dev split; may be empty. The model is in evaluation mode and gradients are off."""
         ...
 
