@@ -33,10 +33,15 @@ CONFIG = TrainingConfig(
 pytestmark = [pytest.mark.end_to_end, pytest.mark.timeout(900)]
 
 
+def ray_folder() -> tempfile.TemporaryDirectory:
+    """A folder for a Ray's files, some of which its last processes may still write when it is removed."""
+    return tempfile.TemporaryDirectory(prefix="ray", ignore_cleanup_errors=True)
+
+
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[None]:
     """One Ray for all tests here; its workers find the tasks of this folder."""
-    with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory(prefix="ray") as folder:
+    with pytest.MonkeyPatch.context() as patch, ray_folder() as folder:
         patch.setenv("PYTHONPATH", python_path())
         patch.setenv("RAY_TMPDIR", folder)
         with connect(cpus=4):
@@ -122,7 +127,7 @@ def test_f4_the_same_training_resumes_after_a_killed_driver(whole: FitResult, tm
     """The driver is killed with a Ray of its own; what was its Ray must not go on training."""
     script = tmp_path / "driver.py"
     script.write_text(DRIVER)
-    with tempfile.TemporaryDirectory(prefix="ray", ignore_cleanup_errors=True) as folder:
+    with ray_folder() as folder:
         environment = {**os.environ, "PYTHONPATH": python_path(), "RAY_TMPDIR": folder}
         environment.pop("RAY_ADDRESS", None)
         command = [sys.executable, str(script), str(tmp_path / "run")]
