@@ -161,8 +161,9 @@ def _await(url: str, process: subprocess.Popen, log: Path) -> None:
             pass
         time.sleep(0.5)
     tail = "\n".join(log.read_text().splitlines()[-15:])
-    ended = f"ended with status {process.returncode}" if process.poll() is not None else "is still starting"
-    raise NotStarted(f"no answer within {START_TIMEOUT_S} s; the process {ended}:\n{tail}")
+    ended = process.poll() is not None
+    why = f"the process ended with status {process.returncode}" if ended else f"no answer within {START_TIMEOUT_S} s"
+    raise NotStarted(f"{why}:\n{tail}")
 
 
 def free_port() -> int:

@@ -64,7 +64,7 @@ def ask(page: Page, query: str) -> None:
     """Search with the options as they are."""
     page.get_by_label("Query").fill(query)
     page.get_by_role("button", name="Search", exact=True).click()
-    expect(page.locator("#cost")).to_contain_text("network calls")
+    expect(page.locator("#cost")).to_contain_text("network call")
     expect(page.locator("#form .primary")).to_be_enabled()
 
 

@@ -233,9 +233,10 @@ def test_f6_killed_replica_fails_no_search_that_is_repeated_and_is_replaced(clus
     with Load(served, repeats=True) as load:
         time.sleep(1)
         before = set(replicas())
-        os.kill(before_pid := min(before), signal.SIGKILL)
+        assert len(before) == 2
+        os.kill(killed := min(before), signal.SIGKILL)
         start = time.monotonic()
-        while len(replicas()) < 2 or before_pid in replicas():
+        while len(now := set(replicas())) < 2 or killed in now or now == before:
             assert time.monotonic() - start < REPLACED_WITHIN_S
             time.sleep(0.1)
         record_testsuite_property("f6_replaced_after_s", round(time.monotonic() - start, 1))
