@@ -33,14 +33,15 @@ class Marking(LanguageTask):
     """The task, which notes the time at which a worker builds the model, draws a batch, and draws the next."""
 
     marks: str = ""
+    drawn: int = 0
 
     def build(self) -> Any:
         mark(Path(self.marks), "workers_started")
         return super().build()
 
     def batch(self, indices: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
-        name = "first_step" if (Path(self.marks) / "first_batch").exists() else "first_batch"
-        mark(Path(self.marks), name)
+        mark(Path(self.marks), "first_step" if self.drawn else "first_batch")
+        self.drawn += 1
         return super().batch(indices, generator)
 
 
