@@ -502,7 +502,7 @@ def test_twin_and_main_arm_read_their_own_inputs(bases, corpus, tmp_path) -> Non
     config = experiment({"twin": bases["t5"]}, ["diffusion/rq", "autoregressive/rq"], bases["encoder"])
     material = prepare(config, corpus, tmp_path)
     tasks = [DocidTask(material.prepared, arm, config.model, "uniform") for arm in config.parsed_arms]
-    batches = [task.batch(np.arange(3), torch.Generator().manual_seed(0)) for task in tasks]
+    batches = [task.batch(torch.arange(3), torch.Generator().manual_seed(0)) for task in tasks]
     assert "mask" not in batches[0]
     assert "mask" in batches[1]
     assert batches[0]["codes"].equal(batches[1]["codes"])
