@@ -54,6 +54,9 @@ def driver_environment() -> None:
         settings["RAY_AUTH_MODE"] = "token"
     if ray_address() is None:
         settings["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = str(LOCAL_POLL_S)
+        # Ray's workers give way to every other process (nice 15) and starve on a busy machine, though they are what
+        # the user waits for.
+        settings["RAY_worker_niceness"] = "0"
     for name, value in settings.items():
         os.environ.setdefault(name, value)
 

@@ -132,10 +132,11 @@ class _Progress:
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self.loss = float("nan")
+        self.loss = ""
 
     def __call__(self, row: dict[str, Any]) -> None:
-        self.loss = row.get("loss", self.loss)
+        if "loss" in row:
+            self.loss = f"loss {row['loss']:.3f}, "
         if "dev" in row:
             dev = ", ".join(f"{name} {value:.3f}" for name, value in row["dev"].items())
-            log.info("%s step %d: loss %.3f, dev %s", self.name, row["step"], self.loss, dev)
+            log.info("%s step %d: %sdev %s", self.name, row["step"], self.loss, dev)
