@@ -142,7 +142,7 @@ def test_s11_default_config_serves_on_loopback_only(cluster):
 
 
 # Ray's metrics exporters are on all interfaces and cannot be told otherwise (2.60).
-RAYS_OWN = ("gcs_server", "raylet", "Agent", "agent.py", "dashboard.py")
+RAYS_OWN = ("gcs_server", "raylet", "Agent", "agent.py", "dashboard.py", "autoscaler/_private/monitor.py")
 
 
 def public_http():
