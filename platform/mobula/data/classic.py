@@ -15,7 +15,7 @@ from typing import Any
 from mobula.data.config import DataConfig
 from mobula.data.duplicates import normalise
 from mobula.data.records import Document, Query
-from mobula.data.sources import UNSPLIT, Collection, judged_query, read_qrels, read_text, require_folder
+from mobula.data.sources import UNSPLIT, Collection, blocks, judged_query, read_qrels, read_text, require_folder
 from mobula.errors import BadRecord, DataError
 
 MONTHS = ("jan", "feb", "mar", "apr", "may", "jun", "jul", "aug", "sep", "oct", "nov", "dec")
@@ -68,9 +68,9 @@ def vaswani(config: DataConfig) -> Collection:
     folder, source = require_folder("vaswani", config.path, "doc-text.trec", subfolder="vaswani_npl")
     documents = [
         Document(_tag(block, "docno"), "", _one_line(re.sub(r"<docno>.*?</docno>", "", block, flags=re.I)))
-        for block in _blocks(read_text(folder / "doc-text.trec"), "doc")
+        for block in blocks(read_text(folder / "doc-text.trec"), "doc")
     ]
-    topics = _blocks(read_text(folder / "query-text.trec"), "top")
+    topics = blocks(read_text(folder / "query-text.trec"), "top")
     texts = {_tag(topic, "num"): _tag(topic, "title").lower() for topic in topics}
     return Collection(source, documents, {"test": _judged(texts, folder / "qrels")})
 
@@ -83,10 +83,10 @@ def cranfield(config: DataConfig) -> Collection:
     """
     folder, source = require_folder("cranfield", config.path, "cran.all.1400.xml", subfolder="cranfield")
     documents = []
-    for block in _blocks(read_text(folder / "cran.all.1400.xml"), "doc"):
+    for block in blocks(read_text(folder / "cran.all.1400.xml"), "doc"):
         title, text = _tag(block, "title"), _tag(block, "text")
         documents.append(Document(_tag(block, "docno"), title, text.removeprefix(title).strip()))
-    topics = _blocks(read_text(folder / "cran.qry.xml"), "top")
+    topics = blocks(read_text(folder / "cran.qry.xml"), "top")
     texts = {str(position): _tag(topic, "title") for position, topic in enumerate(topics, 1)}
     return Collection(source, documents, {"test": _judged(texts, folder / "cranqrel.trec.txt")})
 
@@ -141,10 +141,6 @@ def _unquote(field: str) -> str:
 def _holds(passage: str, answer: str) -> bool:
     wanted = normalise(answer)
     return len(wanted) >= 3 and f" {wanted} " in f" {normalise(passage)} "
-
-
-def _blocks(text: str, tag: str) -> list[str]:
-    return re.findall(rf"<{tag}>(.*?)</{tag}>", text, flags=re.DOTALL | re.IGNORECASE)
 
 
 def _tag(block: str, tag: str) -> str:

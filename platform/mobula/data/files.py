@@ -14,6 +14,7 @@ from mobula.data.records import Document, Query, RetrievalData
 from mobula.data.sources import (
     UNSPLIT,
     Collection,
+    blocks,
     judged_query,
     read_jsonl,
     read_qrels,
@@ -129,14 +130,10 @@ def _grades(value: Any, gold: tuple[str, ...], where: str) -> tuple[int, ...] | 
 def _read_trec_layout(folder: Path) -> tuple[list[Document], dict[str, str], dict[str, list[Query]]]:
     documents = [
         Document(_field(block, "docno"), _field(block, "title"), _field(block, "text") or _body(block))
-        for block in _blocks(read_text(folder / "documents.trec"), "doc")
+        for block in blocks(read_text(folder / "documents.trec"), "doc")
     ]
-    topics = _blocks(read_text(folder / "topics.trec"), "top")
+    topics = blocks(read_text(folder / "topics.trec"), "top")
     return documents, {_field(topic, "num"): _field(topic, "title") for topic in topics}, {}
-
-
-def _blocks(text: str, tag: str) -> list[str]:
-    return re.findall(rf"<{tag}>(.*?)</{tag}>", text, flags=re.DOTALL | re.IGNORECASE)
 
 
 def _field(block: str, tag: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -139,3 +140,8 @@ def judged_query(id: str, text: str, judged: dict[str, int]) -> Query | None:
         return None
     grades = tuple(relevant.values())
     return Query(id, text, tuple(relevant), None if set(grades) == {1} else grades)
+
+
+def blocks(text: str, tag: str) -> list[str]:
+    """What stands between ``<tag>`` and ``</tag>``, for each occurrence (TREC and classic collections)."""
+    return re.findall(rf"<{tag}>(.*?)</{tag}>", text, flags=re.DOTALL | re.IGNORECASE)

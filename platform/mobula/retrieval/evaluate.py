@@ -22,6 +22,7 @@ from mobula.experiment import Claim, Report
 from mobula.retrieval import claims
 from mobula.retrieval.arms import Arm
 from mobula.retrieval.config import Config
+from mobula.retrieval.decoding.autoregressive import MOST_EXHAUSTIVE
 from mobula.retrieval.decoding.recovery import recovery
 from mobula.retrieval.dense import Dense
 from mobula.retrieval.docids.config import QUANTISED
@@ -34,7 +35,6 @@ from mobula.retrieval.retrievers import DocidRetriever, DualRetriever
 from mobula.retrieval.search import Hit, SearchOptions, SearchResult
 
 log = logging.getLogger(__name__)
-EXHAUSTIVE_LIMIT = 5000
 SEEN, UNSEEN = "gold document has training queries", "gold document has none"
 
 
@@ -153,7 +153,7 @@ class Evaluation:
         yield f"{arm} greedy", (arm, replace(base, decoder="greedy"))
         for beam in self.config.evaluation.beams:
             yield f"{arm} beam {beam}", (arm, replace(base, decoder="beam", beam=beam))
-        if len(self.material.data.documents) <= EXHAUSTIVE_LIMIT:
+        if len(self.material.data.documents) <= MOST_EXHAUSTIVE:
             yield f"{arm} exhaustive", (arm, replace(base, decoder="exhaustive"))
 
     def _steps(self) -> list[int]:
