@@ -67,13 +67,19 @@ def test_insert_adds_rows_and_changes_none(
     np.testing.assert_array_equal(grown.codes[len(table) :, :2], coarse.encode(*newcomers))
     assert (grown.codes < grown.sizes).all()
     assert grown.doc_ids == table.doc_ids + [d.id for d in newcomers[0]]
-    if collision == "append":
-        unique = len(np.unique(grown.codes, axis=0))
-        assert report.overflow > 0
-        assert len(grown) - report.overflow <= unique < len(grown)
-        rows = [grown.rows[d.id] for d in newcomers[0]]
-        full = (grown.codes[rows, 2] == grown.sizes[2] - 1).sum()
-        assert full >= report.overflow
+
+
+def test_documents_beyond_a_full_bucket_share_its_last_index(
+    coarse: DocidSpace, corpus: list[Document], embeddings: np.ndarray
+) -> None:
+    table = DocidTable.build(coarse, corpus, embeddings, "append")
+    last = int(table.sizes[2]) - 1
+    in_full_bucket = int(table.codes[:, 2].argmax())
+    twins = [replace(corpus[in_full_bucket], id=f"twin.{i}") for i in range(3)]
+    grown, report = table.insert(twins, np.repeat(embeddings[in_full_bucket, None], 3, axis=0))
+    assert report.overflow == 3
+    assert grown.codes[-3:, 2].tolist() == [last] * 3
+    assert len(np.unique(grown.codes, axis=0)) == len(corpus)
 
 
 def test_deleted_documents_are_gone_and_their_ids_free(
