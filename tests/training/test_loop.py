@@ -14,7 +14,7 @@ from small_task import ByteTask
 from torch import Tensor, nn
 
 from mobula.errors import ConfigError, RunConflict, TrainingError
-from mobula.training import FitResult, TrainingConfig, fit, load_weights
+from mobula.training import FitResult, Training, TrainingConfig, fit, fit_all, load_weights
 from mobula.training.loop import batch_indices, learning_rate, read_metrics, seed_slice
 
 CONFIG = TrainingConfig(
@@ -382,3 +382,18 @@ def test_nothing_is_left_to_resume_from_after_the_end(tmp_path: Path) -> None:
     assert names == {
         "fingerprint.json", "metrics.jsonl", "model.safetensors", "last.safetensors", "result.json", ".training.lock",
     }  # fmt: skip
+
+
+def test_trainings_of_one_call_end_as_each_alone(tmp_path: Path) -> None:
+    tasks = [ByteTask(), ByteTask(width=4)]
+    alone = [train(tmp_path / f"alone-{i}", task) for i, task in enumerate(tasks)]
+    trainings = [Training(task, CONFIG, tmp_path / f"together-{i}", 3, "test") for i, task in enumerate(tasks)]
+    for ours, theirs in zip(fit_all(trainings), alone, strict=True):
+        assert_same(ours, theirs)
+
+
+def test_trainings_of_one_call_share_their_workers(tmp_path: Path) -> None:
+    configs = [dataclasses.replace(CONFIG, workers=workers) for workers in (0, 1)]
+    trainings = [Training(ByteTask(), config, tmp_path / str(i), 3, "test") for i, config in enumerate(configs)]
+    with pytest.raises(ConfigError, match=r"training.workers: .*found 0 and 1"):
+        fit_all(trainings)

@@ -21,7 +21,7 @@ from mobula.cluster.connect import check_resources, connect
 from mobula.cluster.resources import WorkerResources
 from mobula.cluster.spec import ClusterSpec, Platform, Train
 from mobula.errors import ClusterError, TrainingError
-from mobula.training import FitResult, TrainingConfig, fit
+from mobula.training import FitResult, Training, TrainingConfig, fit, fit_all
 from mobula.training.loop import read_metrics
 
 HERE = Path(__file__).parent
@@ -110,6 +110,20 @@ def test_f1_killed_workers_change_nothing(whole: FitResult, tmp_path: Path) -> N
     result = train(tmp_path / "run", task, max_failures=2)
     assert len(list(marks.iterdir())) == 3, f"not every kill took place: {kills}"
     assert_same(result, whole)
+
+
+def test_trainings_that_share_workers_end_as_each_alone_when_one_is_killed(whole: FitResult, tmp_path: Path) -> None:
+    marks = tmp_path / "kills"
+    marks.mkdir()
+    tasks = [ByteTask(), Killed(marks=str(marks), kills=((1, 4),))]
+    config = dataclasses.replace(CONFIG, max_failures=1)
+    shown: list[list[dict]] = [[], []]
+    trainings = [Training(task, config, tmp_path / str(i), 3, "test", shown[i].append) for i, task in enumerate(tasks)]
+    results = fit_all(trainings)
+    assert len(list(marks.iterdir())) == 1
+    for result in results:
+        assert_same(result, whole)
+    assert [row["step"] for row in shown[0]] == [row["step"] for row in curve(whole)]
 
 
 DRIVER = """

@@ -14,7 +14,7 @@ from mobula.retrieval import arms as arm_names
 from mobula.retrieval.arms import Arm
 from mobula.retrieval.build import PARADIGMS, ModelConfig
 from mobula.retrieval.docids.config import DocidConfig, code_length
-from mobula.retrieval.search import ORDERS, REMASK, SearchOptions
+from mobula.retrieval.search import MOST_EXHAUSTIVE, ORDERS, REMASK, SearchOptions
 from mobula.training import TrainingConfig
 
 BUDGETED = ("match", "match_rerank", "best_of_n")  # the decoders whose cost the denoising budget decides
@@ -67,6 +67,12 @@ class EvaluationConfig:
     thresholds: list[float] = key([0.5, 0.7, 0.9, 0.99], "confidence thresholds", gt=0, lt=1)
     remask: list[str] = key(["none", "low_conf"], "re-masking rules of the recovery measure", choices=REMASK)
     beams: list[int] = key([10, 100], "beam widths of the twin", ge=1, le=256)
+    exhaustive: int = key(
+        MOST_EXHAUSTIVE,
+        "largest corpus of which the twin scores every document (costs queries x documents); 0: none",
+        ge=0,
+        le=MOST_EXHAUSTIVE,
+    )
     max_queries: int | None = key(None, "test queries per split; null: all", ge=1)
     dev_queries: int = key(200, "dev queries scored while training", ge=1)
     latency_queries: int = key(50, "queries timed one by one, after a warm-up", ge=1)

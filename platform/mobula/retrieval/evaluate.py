@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -22,7 +23,6 @@ from mobula.experiment import Claim, Report
 from mobula.retrieval import claims
 from mobula.retrieval.arms import Arm
 from mobula.retrieval.config import Config
-from mobula.retrieval.decoding.autoregressive import MOST_EXHAUSTIVE
 from mobula.retrieval.decoding.recovery import recovery
 from mobula.retrieval.dense import Dense
 from mobula.retrieval.docids.config import QUANTISED
@@ -35,6 +35,7 @@ from mobula.retrieval.retrievers import DocidRetriever, DualRetriever
 from mobula.retrieval.search import Hit, SearchOptions, SearchResult
 
 log = logging.getLogger(__name__)
+PROGRESS_S = 10.0
 SEEN, UNSEEN = "gold document has training queries", "gold document has none"
 
 
@@ -153,7 +154,7 @@ class Evaluation:
         yield f"{arm} greedy", (arm, replace(base, decoder="greedy"))
         for beam in self.config.evaluation.beams:
             yield f"{arm} beam {beam}", (arm, replace(base, decoder="beam", beam=beam))
-        if len(self.material.data.documents) <= MOST_EXHAUSTIVE:
+        if len(self.material.data.documents) <= self.config.evaluation.exhaustive:
             yield f"{arm} exhaustive", (arm, replace(base, decoder="exhaustive"))
 
     def _steps(self) -> list[int]:
@@ -196,7 +197,11 @@ class Evaluation:
 
     def _measure_models(self, split: Split, seed: int) -> None:
         features = self._features(self.arms, split.texts)
-        for name, (arm, options) in self.systems.items():
+        told = time.monotonic()
+        for position, (name, (arm, options)) in enumerate(self.systems.items()):
+            if time.monotonic() - told > PROGRESS_S:
+                told = time.monotonic()
+                log.info("%s, seed %d: %d of %d systems, now %s", split.name, seed, position, len(self.systems), name)
             read = features[self.config.model.reader(arm)]
             search = partial(_search_features, self.models[arm][seed], read, split.gold)
             width = options.beam if options.decoder in ("beam", "greedy") and arm.paradigm == "autoregressive" else None
@@ -216,6 +221,7 @@ class Evaluation:
 
     def _time(self, split: Split) -> None:
         texts = split.texts[: self.config.evaluation.latency_queries]
+        log.info("timing every system on %d queries, one by one", len(texts))
         systems = list(self._baselines().values())
         for name, (arm, options) in self.systems.items():
             if arm in (self.main, self.twin) and options.decoder != "exhaustive":

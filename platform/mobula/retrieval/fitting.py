@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from mobula.retrieval.build import load_weights
 from mobula.retrieval.config import Config
 from mobula.retrieval.network import DocidModel
 from mobula.retrieval.tasks import DocidTask, DualEncoder, DualTask, Prepared
-from mobula.training import FitResult, Task, TrainingConfig, fit
+from mobula.training import FitResult, Task, Training, TrainingConfig, fit_all
 
 log = logging.getLogger(__name__)
 Spec = ClusterSpec | None
@@ -51,19 +52,39 @@ def _ray(training: TrainingConfig, cluster: Spec) -> contextlib.AbstractContextM
 
 
 def _fit_all(config: Config, prepared: Prepared, directory: Path, cluster: Spec) -> Fitted:
+    plans = list(_plans(config, prepared, directory))
     fitted = Fitted()
-    for arm in config.parsed_arms:
-        task = docid_task(config, prepared, arm)
-        rates = getattr(config.learning_rates, arm.paradigm)
-        settings = _chosen(config, task, rates, directory / arm.directory, str(arm), cluster, fitted)
-        fitted.arms[arm] = [
-            _fit(task, settings, directory / arm.directory / f"seed-{seed}", config.seed + seed, str(arm), cluster)
-            for seed in range(config.evaluation.seeds)
-        ]
-    dual = DualTask(prepared)
-    settings = _chosen(config, dual, config.learning_rates.dual, directory / "dual", "dual", cluster, fitted)
-    fitted.dual = _fit(dual, settings, directory / "dual" / "seed-0", config.seed, "dual", cluster)
+    rates = _choose_rates(config, plans, cluster, fitted)
+    finals = [
+        _training(plan, settings_for(config.training, rate), f"seed-{seed}", config.seed + seed)
+        for plan, rate in zip(plans, rates, strict=True)
+        for seed in range(plan.seeds)
+    ]
+    results = iter(_fit(finals, cluster))
+    found = [[next(results) for _ in range(plan.seeds)] for plan in plans]
+    *by_arm, (fitted.dual,) = found
+    fitted.arms = dict(zip(config.parsed_arms, by_arm, strict=True))
     return fitted
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """A model to train: with which rates to choose from, in which directory, how many times."""
+
+    name: str
+    task: Task
+    rates: list[float]
+    directory: Path
+    seeds: int
+
+
+def _plans(config: Config, prepared: Prepared, directory: Path) -> Iterator[_Plan]:
+    """Every arm, then the dual encoder."""
+    for arm in config.parsed_arms:
+        rates = getattr(config.learning_rates, arm.paradigm)
+        task = docid_task(config, prepared, arm)
+        yield _Plan(str(arm), task, rates, directory / arm.directory, config.evaluation.seeds)
+    yield _Plan("dual", DualTask(prepared), config.learning_rates.dual, directory / "dual", 1)
 
 
 def docid_task(config: Config, prepared: Prepared, arm: Arm) -> DocidTask:
@@ -97,34 +118,34 @@ def settings_for(training: TrainingConfig, lr: float, share: float = 1.0) -> Tra
     )
 
 
-def _chosen(
-    config: Config,
-    task: Task,
-    rates: list[float],
-    directory: Path,
-    name: str,
-    cluster: Spec,
-    fitted: Fitted,
-) -> TrainingConfig:
-    """Settings with the learning rate of the best dev Hit@10; a single rate needs no trial."""
-    if len(rates) == 1:
-        fitted.rates.append([name, rates[0], None, True])
-        return settings_for(config.training, rates[0])
-    found = []
-    for rate in rates:
-        settings = settings_for(config.training, rate, config.learning_rates.share)
-        result = _fit(task, settings, directory / f"lr-{rate:g}", config.seed, f"{name} lr={rate:g}", cluster)
-        found.append(result.best[settings.monitor])
-    best = rates[found.index(max(found))]
-    fitted.rates.extend([name, rate, value, rate == best] for rate, value in zip(rates, found, strict=True))
-    return settings_for(config.training, best)
+def _choose_rates(config: Config, plans: list[_Plan], cluster: Spec, fitted: Fitted) -> list[float]:
+    """The rate of each plan that is best on dev after a share of the training; a single rate needs no trial."""
+    trials = [(plan, rate) for plan in plans if len(plan.rates) > 1 for rate in plan.rates]
+    settings = {rate: settings_for(config.training, rate, config.learning_rates.share) for _, rate in trials}
+    results = _fit([_training(plan, settings[rate], f"lr-{rate:g}", config.seed) for plan, rate in trials], cluster)
+    on_dev = {
+        (plan.name, rate): result.best[settings[rate].monitor]
+        for (plan, rate), result in zip(trials, results, strict=True)
+    }
+    chosen = []
+    for plan in plans:
+        best = max(plan.rates, key=lambda rate: on_dev.get((plan.name, rate), 0.0))
+        fitted.rates.extend([plan.name, rate, on_dev.get((plan.name, rate)), rate == best] for rate in plan.rates)
+        chosen.append(best)
+    return chosen
 
 
-def _fit(task: Task, settings: TrainingConfig, directory: Path, seed: int, name: str, cluster: Spec) -> FitResult:
-    log.info("training %s (seed %d): %d steps of %d examples", name, seed, settings.total_steps, settings.batch)
-    result = fit(task, settings, directory, seed=seed, name=name, cluster=cluster, progress=_Progress(name))
-    log.info("trained %s in %.0f s: best dev %s", name, result.seconds, result.best)
-    return result
+def _training(plan: _Plan, settings: TrainingConfig, folder: str, seed: int) -> Training:
+    return Training(plan.task, settings, plan.directory / folder, seed, plan.name, _Progress(f"{plan.name} {folder}"))
+
+
+def _fit(trainings: list[Training], cluster: Spec) -> list[FitResult]:
+    for t in trainings:
+        log.info("to train: %s (%s), %d steps of %d", t.name, t.directory.name, t.config.total_steps, t.config.batch)
+    results = fit_all(trainings, cluster)
+    for t, result in zip(trainings, results, strict=True):
+        log.info("trained %s (%s) in %.0f s: best dev %s", t.name, t.directory.name, result.seconds, result.best)
+    return results
 
 
 class _Progress:

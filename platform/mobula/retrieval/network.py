@@ -133,6 +133,13 @@ class Layer(nn.Module):
         q, k, v = parts.unbind(-3)
         return q.transpose(-2, -3), k.transpose(-2, -3), v.transpose(-2, -3)
 
+    def project_context(self, x: Tensor) -> KeysValues:
+        """Keys and values, as :meth:`project` gives them, of positions x [..., t, d] that attend to nothing."""
+        width = x.shape[-1]
+        parts = F.linear(self.attention_norm(x), self.qkv.weight[width:], self.qkv.bias[width:])
+        k, v = parts.unflatten(-1, (2, self.heads, -1)).unbind(-3)
+        return k.transpose(-2, -3), v.transpose(-2, -3)
+
     def encode(self, x: Tensor, mask: Tensor) -> tuple[Tensor, KeysValues]:
         """Self-attention of the query positions x [B, n, d] alone; also their keys and values."""
         q, k, v = self.project(x)
@@ -450,10 +457,10 @@ class DocidTransformer(DocidModel):
         for layer in self.stack:
             if self.shape.tower != "tokens" and not self.shape.query_sees_docid:
                 # The encoder has done the reading: layers look at its states, which no layer changes.
-                _, keys, values = layer.project(x)
+                keys_values.append(layer.project_context(x))
             else:
-                x, (keys, values) = layer.encode(x, mask)
-            keys_values.append((keys, values))
+                x, read = layer.encode(x, mask)
+                keys_values.append(read)
         return Memory(mask, pooled, tuple(keys_values), vector)
 
     def _pooled(self, memory: Memory) -> Tensor | float:

@@ -14,6 +14,7 @@ from mobula.errors import MobulaError
 DECODERS = ("one_pass", "match", "match_rerank", "best_of_n", "beam", "chain_rescore")
 AR_DECODERS = ("greedy", "beam", "exhaustive")
 ALL_DECODERS = tuple(dict.fromkeys((*DECODERS, *AR_DECODERS)))
+MOST_EXHAUSTIVE = 5000  # documents that decoder `exhaustive` scores one by one
 ORDERS = ("confidence", "margin", "entropy", "random", "left_to_right")
 SAMPLERS = ("confidence", "ancestral")
 REMASK = ("none", "low_conf", "remdm")

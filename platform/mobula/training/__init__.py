@@ -2,7 +2,7 @@
 
 from mobula.training.checkpoints import load_weights
 from mobula.training.config import TrainingConfig
-from mobula.training.fit import FitResult, fit
+from mobula.training.fit import FitResult, Training, fit, fit_all
 from mobula.training.task import Task
 
-__all__ = ["FitResult", "Task", "TrainingConfig", "fit", "load_weights"]
+__all__ = ["FitResult", "Task", "Training", "TrainingConfig", "fit", "fit_all", "load_weights"]

@@ -1,11 +1,10 @@
-"""``fit``: train a task in a directory, once."""
+"""``fit`` and ``fit_all``: train tasks, each in a directory, once."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +39,22 @@ class FitResult:
     history: Path
 
 
+@dataclass(frozen=True)
+class Training:
+    """A task to train with its settings, seed and directory; ``progress`` is called with every row of metrics.
+
+    ``name`` is shown in Ray's dashboard and in errors. On several nodes the directory must be on storage that all
+    of them see.
+    """
+
+    task: Task
+    config: TrainingConfig
+    directory: Path
+    seed: int
+    name: str
+    progress: Callable[[dict[str, Any]], None] | None = None
+
+
 def fit(
     task: Task,
     config: TrainingConfig,
@@ -50,36 +65,58 @@ def fit(
     cluster: ClusterSpec | None = None,
     progress: Callable[[dict[str, Any]], None] | None = None,
 ) -> FitResult:
-    """Train ``task`` in ``directory``; go on where an interrupted call stopped; return a finished one's result.
+    """Train one task; see :func:`fit_all` and :class:`Training`."""
+    return fit_all([Training(task, config, directory, seed, name, progress)], cluster)[0]
 
-    ``cluster`` says what a worker gets, and how many there are unless ``config.workers`` does. ``name`` is shown
-    in Ray's dashboard and in errors. ``progress`` is called with every row of metrics. On several nodes the
-    directory must be on storage that all of them see.
+
+def fit_all(trainings: Sequence[Training], cluster: ClusterSpec | None = None) -> list[FitResult]:
+    """Train one after another, each in its directory; go on where an interrupted call stopped.
+
+    ``cluster`` says what a worker gets, and how many there are unless ``config.workers`` does. All share one start
+    of the workers, which costs more than a small training does; ``max_failures`` of all add up.
 
     Raises:
-        ConfigError: the keys of ``config`` contradict each other.
-        RunConflict: the directory holds another training, or another process trains there.
+        ConfigError: the keys of a config contradict each other, or two ask for different numbers of workers.
+        RunConflict: a directory holds another training, or another process trains there.
         ClusterError: the cluster cannot give what the workers need.
-        TrainingError: the loss is not finite, workers were lost too often, or the storage refuses.
+        TrainingError: a loss is not finite, workers were lost too often, or the storage refuses.
         ArtifactError: the checkpoint to resume from is damaged.
     """
     requested = cluster.platform.train if cluster else Train(workers=0)
+    trainings = [_resolved(training, requested) for training in trainings]
+    pending = [training for training in trainings if not (training.directory / loop.RESULT).is_file()]
+    workers = {training.config.workers for training in pending}
+    name = _title(trainings)
+    if len(workers) > 1:
+        found = " and ".join(str(t.config.workers) for t in pending)
+        raise ConfigError([f"training.workers: trainings of one call share their workers, found {found}"], name)
+    if workers == {0}:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        for t in pending:
+            loop.train(t.task, t.config, t.directory, t.seed, device, t.progress or _silent)
+    elif pending:
+        resources = WorkerResources(pending[0].config.world, requested.cpus_per_worker, requested.gpus_per_worker)
+        works = [ray_backend.Work(t.task, t.config, t.directory, t.seed) for t in pending]
+        ray_backend.train(works, name, resources, [t.progress or _silent for t in pending])
+    return [_result(training.directory) for training in trainings]
+
+
+def _resolved(training: Training, requested: Train) -> Training:
+    """The training with its number of workers and its absolute directory, which is then its own."""
+    config = training.config
     if config.workers is None:
-        config = dataclasses.replace(config, workers=requested.workers)
-    resources = WorkerResources(config.world, requested.cpus_per_worker, requested.gpus_per_worker)
+        config = replace(config, workers=requested.workers)
     problems = [f"training.{problem}" for problem in config.problems()]
     if problems:
-        raise ConfigError(problems, name)
-    directory = directory.resolve()
-    _bind(directory, {"task": task.identity(), "seed": seed, "training": config.identity()})
-    if not (directory / loop.RESULT).is_file():
-        report = progress or _silent
-        if config.workers == 0:
-            device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-            loop.train(task, config, directory, seed, device, report)
-        else:
-            ray_backend.train(task, config, directory, seed, name, resources, report)
-    return _result(directory)
+        raise ConfigError(problems, training.name)
+    directory = training.directory.resolve()
+    _bind(directory, {"task": training.task.identity(), "seed": training.seed, "training": config.identity()})
+    return replace(training, config=config, directory=directory)
+
+
+def _title(trainings: Sequence[Training]) -> str:
+    more = len(trainings) - 1
+    return f"{trainings[0].name} and {more} more" if more else trainings[0].name
 
 
 def _bind(directory: Path, fingerprint: dict[str, Any]) -> None:

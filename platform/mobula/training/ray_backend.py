@@ -11,7 +11,7 @@ import contextlib
 import shutil
 import threading
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,8 +33,8 @@ PLACEMENTS = 1
 
 
 @dataclass(frozen=True)
-class _Work:
-    """What a worker needs to know."""
+class Work:
+    """A training, as a worker needs to know it."""
 
     task: Task
     config: TrainingConfig
@@ -43,33 +43,31 @@ class _Work:
 
 
 def train(
-    task: Task,
-    config: TrainingConfig,
-    directory: Path,
-    seed: int,
-    name: str,
-    resources: WorkerResources,
-    progress: Callable[[loop.Row], None],
+    works: Sequence[Work], name: str, resources: WorkerResources, progress: Sequence[Callable[[loop.Row], None]]
 ) -> None:
-    """Run :func:`mobula.training.loop.train` on the workers that ``resources`` asks for.
+    """Run :func:`mobula.training.loop.train` for each of ``works`` on the workers that ``resources`` asks for.
+
+    ``progress`` has one function for each.
 
     Raises:
-        ClusterError: the cluster cannot give the workers, or a node does not see the directory.
+        ClusterError: the cluster cannot give the workers, or a node does not see the directories.
         TrainingError, ArtifactError, RunConflict: as the loop does; or workers were lost too often.
     """
     with connect():
         check_resources(resources)
-        trainer = _trainer(_Work(task, config, directory, seed), name, resources)
+        trainer = _trainer(works, name, resources)
         try:
-            with _following(directory / loop.METRICS, progress):
+            with contextlib.ExitStack() as following:
+                for work, report in zip(works, progress, strict=True):
+                    following.enter_context(_following(work.directory / loop.METRICS, report))
                 error = _outcome(trainer)
         finally:
-            shutil.rmtree(directory / SCRATCH, ignore_errors=True)
+            shutil.rmtree(works[0].directory / SCRATCH, ignore_errors=True)
     if error is not None:
         raise error
 
 
-def _trainer(work: _Work, name: str, resources: WorkerResources) -> Any:
+def _trainer(works: Sequence[Work], name: str, resources: WorkerResources) -> Any:
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
@@ -77,16 +75,16 @@ def _trainer(work: _Work, name: str, resources: WorkerResources) -> Any:
     variables = environment.worker_environment(gpu, threads=int(resources.cpus))
     return TorchTrainer(
         _worker,  # type: ignore[arg-type]
-        train_loop_config={"work": work},
+        train_loop_config={"works": works},
         scaling_config=ScalingConfig(
             num_workers=resources.workers, use_gpu=gpu, resources_per_worker=resources.bundle()
         ),
         torch_config=TorchConfig(backend="nccl" if gpu else "gloo"),
         run_config=RunConfig(  # type: ignore[call-arg]
             name=f"{name}-{uuid.uuid4().hex[:8]}",
-            storage_path=str(work.directory / SCRATCH),
+            storage_path=str(works[0].directory / SCRATCH),
             failure_config=FailureConfig(  # type: ignore[call-arg]
-                max_failures=work.config.max_failures, controller_failure_limit=PLACEMENTS
+                max_failures=sum(work.config.max_failures for work in works), controller_failure_limit=PLACEMENTS
             ),
             worker_runtime_env={"env_vars": variables},
         ),
@@ -114,19 +112,27 @@ def _outcome(trainer: Any) -> MobulaError | None:
 
 
 def _worker(settings: dict[str, Any]) -> MobulaError | None:
-    """One worker's training. An error that a restart would only repeat is returned: Ray retries what is raised."""
+    """One worker's trainings. An error that a restart would only repeat is returned: Ray retries what is raised."""
     import ray.train
     import ray.train.torch
 
-    work: _Work = settings["work"]
+    works: Sequence[Work] = settings["works"]
     try:
-        _require_shared(work.directory)
-        loop.train(work.task, work.config, work.directory, work.seed, ray.train.torch.get_device(), _report)
+        _require_shared(works[0].directory)
+        for work in _unfinished(works):
+            loop.train(work.task, work.config, work.directory, work.seed, ray.train.torch.get_device(), _report)
     except loop.RankFailure:
         raise
     except MobulaError as error:
         return error
     return None
+
+
+def _unfinished(works: Sequence[Work]) -> list[Work]:
+    """What an earlier attempt has left to do. Rank 0 decides, so that all ranks train the same."""
+    left: list[Any] = [[not (work.directory / loop.RESULT).is_file() for work in works]]
+    dist.broadcast_object_list(left, src=0)
+    return [work for work, is_left in zip(works, left[0], strict=True) if is_left]
 
 
 def _report(row: loop.Row) -> None:

@@ -20,9 +20,8 @@ from mobula.retrieval.docids.scoring import top_k
 from mobula.retrieval.docids.table import DocidTable
 from mobula.retrieval.docids.trie import OUTSIDE
 from mobula.retrieval.network import DocidModel, Memory
-from mobula.retrieval.search import AR_DECODERS, BadSearch, SearchOptions, SearchResult, StepEvent
+from mobula.retrieval.search import AR_DECODERS, MOST_EXHAUSTIVE, BadSearch, SearchOptions, SearchResult, StepEvent
 
-MOST_EXHAUSTIVE = 5000  # documents that `exhaustive` scores one by one
 CODES_PER_CALL = 256
 
 
