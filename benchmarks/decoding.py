@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.measuring import one_thread, ratio
+from benchmarks.measuring import ratio
 from mobula import config as configs
 from mobula.data import load_retrieval
 from mobula.data.records import Query
@@ -32,6 +32,7 @@ from mobula.retrieval.outcomes import Outcome, Split, System, search_all, time_s
 from mobula.retrieval.prepare import Material, prepare, sample
 from mobula.retrieval.retrievers import DocidRetriever
 from mobula.retrieval.search import SearchOptions
+from mobula.threads import one_thread
 from mobula.training import fit
 
 CONFIG: dict[str, Any] = {

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
-import torch
 
 RESAMPLES = 2000
 
@@ -17,14 +15,3 @@ def ratio(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, float]:
     draws = np.random.default_rng(0).choice(pairs, (RESAMPLES, len(pairs)))
     low, high = np.percentile(np.median(draws, axis=1), [2.5, 97.5])
     return {"value": round(float(np.median(pairs)), 4), "low": round(float(low), 4), "high": round(float(high), 4)}
-
-
-@contextlib.contextmanager
-def one_thread() -> Iterator[None]:
-    """Let torch compute with one thread, so that neighbours on the machine disturb both arms alike."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.language_task import LanguageTask
-from benchmarks.measuring import one_thread, ratio
+from benchmarks.measuring import ratio
+from mobula.threads import one_thread
 from mobula.training import FitResult, TrainingConfig, fit
 from mobula.training.loop import batch_indices, learning_rate, read_metrics
 

@@ -33,6 +33,7 @@ from mobula.retrieval.outcomes import BATCH, Split, System, search_all, time_sys
 from mobula.retrieval.prepare import Material, sample
 from mobula.retrieval.retrievers import DocidRetriever, DualRetriever
 from mobula.retrieval.search import Hit, SearchOptions, SearchResult
+from mobula.threads import one_thread
 
 log = logging.getLogger(__name__)
 PROGRESS_S = 10.0
@@ -41,12 +42,13 @@ SEEN, UNSEEN = "gold document has training queries", "gold document has none"
 
 def evaluate_run(config: Config, material: Material, fitted: Fitted, directory: Path, report: Report) -> None:
     """Fill ``report`` with measures, claims, tables, plots and notes; writes TREC run files under ``runs/``."""
-    evaluation = Evaluation(config, material, fitted)
-    for name, queries in material.data.queries.items():
-        if name not in ("train", "dev"):
-            kept = sample(queries, config.evaluation.max_queries, config.seed)
-            evaluation.measure(evaluation.split(name, kept, directory / "runs" / name), timed=name == "test")
-    evaluation.measure_recovery()
+    with one_thread():
+        evaluation = Evaluation(config, material, fitted)
+        for name, queries in material.data.queries.items():
+            if name not in ("train", "dev"):
+                kept = sample(queries, config.evaluation.max_queries, config.seed)
+                evaluation.measure(evaluation.split(name, kept, directory / "runs" / name), timed=name == "test")
+        evaluation.measure_recovery()
     evaluation.fill(report)
 
 
@@ -226,13 +228,8 @@ class Evaluation:
         for name, (arm, options) in self.systems.items():
             if arm in (self.main, self.twin) and options.decoder != "exhaustive":
                 systems.append(System(name, self.models[arm][0].search, options))
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)
-        try:
-            for name, ms in time_systems(systems, texts).items():
-                split.outcomes[name].ms = ms
-        finally:
-            torch.set_num_threads(threads)
+        for name, ms in time_systems(systems, texts).items():
+            split.outcomes[name].ms = ms
 
     # Reporting
 

@@ -29,6 +29,7 @@ from mobula.retrieval.docids.table import DocidTable
 from mobula.retrieval.inputs import StoredFeatures
 from mobula.retrieval.network import DocidModel
 from mobula.retrieval.search import SearchOptions
+from mobula.threads import one_thread
 
 # Share of the distinct top-1 predictions that perfect answers have: below it a model is suspected of having
 # learned nothing but a favourite; far below it, it has.
@@ -151,7 +152,8 @@ class DocidTask:
         else:
             decoder = Decoder(model, self.table)
             options = SearchOptions(k=10, decoder="one_pass")
-        results = decoder.search(query, [options] * len(self.prepared.dev_gold))
+        with one_thread():
+            results = decoder.search(query, [options] * len(self.prepared.dev_gold))
         found = [[hit.doc_id for hit in result.hits] for result in results]
         return dev_measures(found, self.prepared.dev_gold)
 
