@@ -86,10 +86,9 @@ def fit_all(trainings: Sequence[Training], cluster: ClusterSpec | None = None) -
     trainings = [_resolved(training, requested) for training in trainings]
     pending = [training for training in trainings if not (training.directory / loop.RESULT).is_file()]
     workers = {training.config.workers for training in pending}
-    name = _title(trainings)
     if len(workers) > 1:
         found = " and ".join(str(t.config.workers) for t in pending)
-        raise ConfigError([f"training.workers: trainings of one call share their workers, found {found}"], name)
+        raise ConfigError([f"training.workers: trainings of one call share their workers, found {found}"], _title(pending))
     if workers == {0}:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         for t in pending:
@@ -97,7 +96,7 @@ def fit_all(trainings: Sequence[Training], cluster: ClusterSpec | None = None) -
     elif pending:
         resources = WorkerResources(pending[0].config.world, requested.cpus_per_worker, requested.gpus_per_worker)
         works = [ray_backend.Work(t.task, t.config, t.directory, t.seed) for t in pending]
-        ray_backend.train(works, name, resources, [t.progress or _silent for t in pending])
+        ray_backend.train(works, _title(pending), resources, [t.progress or _silent for t in pending])
     return [_result(training.directory) for training in trainings]
 
 
