@@ -4,14 +4,12 @@ import json
 import shutil
 import socket
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from mobula.errors import ModelError
-from mobula.models.cache import EncodingCache
 from mobula.models.encoders import MINILM, TransformerEncoder, encoder_dim, load_encoder, locate
 from mobula.models.text import load_static
 
@@ -131,37 +129,3 @@ def test_incomplete_folder(tmp_path):
     (tmp_path / "modules.json").write_text("{")
     with pytest.raises(ModelError, match="missing or not JSON"):
         TransformerEncoder("x", tmp_path)
-
-
-class Counting:
-    """A static encoder that counts its calls."""
-
-    def __init__(self) -> None:
-        self.calls = 0
-        self.inner = load_static()
-        self.hash = self.inner.hash
-
-    def embed(self, texts: list[str]) -> np.ndarray:
-        self.calls += 1
-        return self.inner.embed(texts)
-
-    def states(self, texts: list[str], max_tokens: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        self.calls += 1
-        return self.inner.states(texts, max_tokens)
-
-
-def test_cache_encodes_once(tmp_path: Path):
-    encoder, cache = Counting(), EncodingCache(tmp_path)
-    first = cache.embed(encoder, TEXTS)
-    assert np.array_equal(EncodingCache(tmp_path).embed(encoder, TEXTS), first)
-    assert encoder.calls == 1
-    assert isinstance(first, np.memmap)
-    states, mask, pooled = cache.states(encoder, TEXTS, 4)
-    assert (states.shape, mask.shape, pooled.shape) == ((4, 4, 256), (4, 4), (4, 256))
-    cache.states(encoder, TEXTS, 4)
-    assert encoder.calls == 2
-    cache.states(encoder, TEXTS, 3)
-    cache.embed(encoder, TEXTS[:2])
-    encoder.hash = "another"
-    cache.embed(encoder, TEXTS)
-    assert encoder.calls == 5

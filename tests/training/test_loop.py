@@ -397,3 +397,7 @@ def test_trainings_of_one_call_share_their_workers(tmp_path: Path) -> None:
     trainings = [Training(ByteTask(), config, tmp_path / str(i), 3, "test") for i, config in enumerate(configs)]
     with pytest.raises(ConfigError, match=r"training.workers: .*found 0 and 1"):
         fit_all(trainings)
+
+
+def test_nothing_to_train_is_no_error() -> None:
+    assert fit_all([]) == []

@@ -88,7 +88,8 @@ def fit_all(trainings: Sequence[Training], cluster: ClusterSpec | None = None) -
     workers = {training.config.workers for training in pending}
     if len(workers) > 1:
         found = " and ".join(str(t.config.workers) for t in pending)
-        raise ConfigError([f"training.workers: trainings of one call share their workers, found {found}"], _title(pending))
+        problem = f"training.workers: trainings of one call share their workers, found {found}"
+        raise ConfigError([problem], _title(pending))
     if workers == {0}:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         for t in pending:
