@@ -17,6 +17,7 @@ from mobula.retrieval.build import ModelConfig, codeword_table, construct, load_
 from mobula.retrieval.docids.lookup import LookupRetriever
 from mobula.retrieval.docids.table import DocidTable
 from mobula.retrieval.network import NetworkShape
+from mobula.training.engine import _groups
 
 QUERIES = 5
 PARADIGMS = ("diffusion", "autoregressive")
@@ -94,6 +95,17 @@ def test_the_prior_of_a_level_does_not_depend_on_its_own_code(functions, paradig
     after = some_codes(table)
     after[:, 1] = (after[:, 1] + 1) % 8
     assert_close(model(query, after)[:, 1], model(query, some_codes(table))[:, 1])
+
+
+def test_what_could_drown_the_prior_in_noise_trains_slowly(functions) -> None:
+    """At the full rate Adam's first steps in the D x D map alone would lose more than training then finds."""
+    model, _ = network(functions, "diffusion", "states", True)
+    groups = _groups(list(model.parameters()), 0.01)
+    shares = {id(p): group["lr_scale"] for group in groups for p in group["params"]}
+    assert shares[id(model.prior.refine.weight)] < shares[id(model.codes.output)] < 1
+    assert shares[id(model.prior.log_sharpness)] > 1
+    plain, _ = network(functions, "diffusion")
+    assert {group["lr_scale"] for group in _groups(list(plain.parameters()), 0.01)} == {1.0}
 
 
 @pytest.mark.parametrize("paradigm", PARADIGMS)

@@ -20,8 +20,8 @@ from mobula.retrieval.arms import Arm
 from mobula.retrieval.diffusion_lm import KINDS, DiffusionLM
 from mobula.retrieval.docids.config import EMBEDDED, TEXT
 from mobula.retrieval.docids.table import DocidTable
-from mobula.retrieval.language_model import LanguageModel, PretrainedShape, train_slower
-from mobula.retrieval.network import DocidModel, DocidTransformer, EncoderTower, NetworkShape
+from mobula.retrieval.language_model import LanguageModel, PretrainedShape
+from mobula.retrieval.network import DocidModel, DocidTransformer, EncoderTower, NetworkShape, scale_rate
 from mobula.retrieval.seq2seq import Seq2SeqLM
 from mobula.training.checkpoints import export_weights, load_weights
 
@@ -119,7 +119,7 @@ def _transformer(config: ModelConfig, arm: Arm, table: DocidTable) -> DocidModel
     )
     model = construct(shape, table, codewords, config.sharpness)
     if isinstance(model.tower, EncoderTower):
-        train_slower(model.tower.network.parameters(), config.base_lr)
+        scale_rate(model.tower.network.parameters(), config.base_lr)
     return model
 
 
@@ -137,7 +137,7 @@ def _language_model(config: ModelConfig, arm: Arm, table: DocidTable) -> DocidMo
         lora_alpha=config.lora_alpha,
     )
     model = LANGUAGE_MODELS[config.backbone](shape, base)  # type: ignore[call-arg]
-    train_slower(model.pretrained(), config.base_lr)
+    scale_rate(model.pretrained(), config.base_lr)
     return model
 
 

@@ -7,7 +7,7 @@ neither a word nor [MASK] can ever be predicted.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -111,12 +111,6 @@ class LanguageModel(DocidModel):
 
     def _docid_rows(self) -> list[nn.Parameter]:
         return [self.rows.weight, self.head.weight]
-
-
-def train_slower(parameters: Iterable[nn.Parameter], share: float) -> None:
-    """Let the training loop give ``parameters`` this share of the learning rate."""
-    for parameter in parameters:
-        parameter.lr_scale = share  # type: ignore[attr-defined]
 
 
 @dataclass
