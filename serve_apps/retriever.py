@@ -511,5 +511,8 @@ class Retriever:
 
 
 def build(args: RetrieverArgs) -> Application:
-    """The Serve application, from its arguments in cluster.yaml."""
-    return serve.deployment(serve.ingress()(Retriever)).bind(args)  # type: ignore[attr-defined]
+    """The Serve application, from its arguments in cluster.yaml.
+
+    Where annotations are strings, as in this module, Serve (Ray 2.60) does not see the type and hands over a dict.
+    """
+    return serve.deployment(serve.ingress()(Retriever)).bind(RetrieverArgs.model_validate(args))  # type: ignore[attr-defined]

@@ -188,12 +188,22 @@ def test_collapse_detected(material: Material) -> None:
 def test_collapse_is_measured_against_what_perfect_answers_have(caplog: pytest.LogCaptureFixture) -> None:
     """200 queries for 10 documents: a perfect model has 5 % distinct answers and has not collapsed."""
     gold = [{f"d{i % 10}"} for i in range(200)]
-    check_collapse("x", 10 / 200, gold, 9, 10)
+    check_collapse("x", 10 / 200, gold, 9, 10, fatal=True)
     assert not caplog.records
-    check_collapse("x", 4 / 200, gold, 9, 10)
+    check_collapse("x", 4 / 200, gold, 9, 10, fatal=True)
     assert "may be collapsing" in caplog.text
     with pytest.raises(ModelCollapsed):
-        check_collapse("x", 1 / 1000, gold, 9, 10)
+        check_collapse("x", 1 / 1000, gold, 9, 10, fatal=True)
+    check_collapse("x", 1 / 1000, gold, 9, 10, fatal=False)
+
+
+def test_a_trial_of_a_rate_and_a_control_may_collapse(material: Material) -> None:
+    """Dev rejects a rate that collapses; random codes have no content to learn from. Neither ends the run."""
+    collapsed = {"distinct_top1": 1 / 200}
+    with pytest.raises(ModelCollapsed):
+        task_of(material, "classifier/rq").check(collapsed, 10, 10)
+    replace(task_of(material, "classifier/rq"), guarded=False).check(collapsed, 10, 10)
+    task_of(material, "diffusion/random").check(collapsed, 10, 10)
 
 
 def test_a_collapsed_model_stops_the_training(material: Material, tmp_path: Path) -> None:

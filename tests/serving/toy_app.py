@@ -14,4 +14,4 @@ class ToyRetriever(Retriever):
 
 
 def build(args: RetrieverArgs) -> Application:
-    return serve.deployment(serve.ingress()(ToyRetriever), name="Retriever").bind(args)
+    return serve.deployment(serve.ingress()(ToyRetriever), name="Retriever").bind(RetrieverArgs.model_validate(args))

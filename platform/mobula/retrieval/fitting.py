@@ -16,7 +16,7 @@ from mobula.retrieval.build import load_weights
 from mobula.retrieval.config import Config
 from mobula.retrieval.network import DocidModel
 from mobula.retrieval.tasks import DocidTask, DualEncoder, DualTask, Prepared
-from mobula.training import FitResult, Task, Training, TrainingConfig, fit_all
+from mobula.training import FitResult, Training, TrainingConfig, fit_all
 
 log = logging.getLogger(__name__)
 Spec = ClusterSpec | None
@@ -72,7 +72,7 @@ class _Plan:
     """A model to train: with which rates to choose from, in which directory, how many times."""
 
     name: str
-    task: Task
+    task: DocidTask | DualTask
     rates: list[float]
     directory: Path
     seeds: int
@@ -122,7 +122,11 @@ def _choose_rates(config: Config, plans: list[_Plan], cluster: Spec, fitted: Fit
     """The rate of each plan that is best on dev after a share of the training; a single rate needs no trial."""
     trials = [(plan, rate) for plan in plans if len(plan.rates) > 1 for rate in plan.rates]
     settings = {rate: settings_for(config.training, rate, config.learning_rates.share) for _, rate in trials}
-    results = _fit([_training(plan, settings[rate], f"lr-{rate:g}", config.seed) for plan, rate in trials], cluster)
+    tried = [
+        _training(replace(plan, task=replace(plan.task, guarded=False)), settings[rate], f"lr-{rate:g}", config.seed)
+        for plan, rate in trials
+    ]
+    results = _fit(tried, cluster)
     on_dev = {
         (plan.name, rate): result.best[settings[rate].monitor]
         for (plan, rate), result in zip(trials, results, strict=True)

@@ -24,7 +24,7 @@ from mobula.retrieval import objective
 from mobula.retrieval.arms import Arm
 from mobula.retrieval.build import ModelConfig, build_model
 from mobula.retrieval.decoding import ArDecoder, Decoder
-from mobula.retrieval.docids.config import TEXT
+from mobula.retrieval.docids.config import CONTROLS, TEXT
 from mobula.retrieval.docids.table import DocidTable
 from mobula.retrieval.inputs import StoredFeatures
 from mobula.retrieval.network import DocidModel
@@ -81,7 +81,8 @@ class Prepared:
 class DocidTask:
     """Train one arm on (query view, docid) pairs.
 
-    Masked diffusion: masked cross-entropy with the weight ``loss_weight`` (spec 3.3); autoregressive: next-code
+    ``guarded``: a collapsed model ends the training (:func:`check_collapse`); one that only tries a learning rate
+    goes on, and dev rejects it, and controls have no content to learn from. Masked diffusion: masked cross-entropy with the weight ``loss_weight`` (spec 3.3); autoregressive: next-code
     cross-entropy; classifier: every position masked, no attention (one softmax head a level).
     """
 
@@ -89,6 +90,7 @@ class DocidTask:
     arm: Arm
     model: ModelConfig
     loss_weight: str
+    guarded: bool = True
 
     @cached_property
     def table(self) -> DocidTable:
@@ -159,7 +161,8 @@ class DocidTask:
 
     def check(self, metrics: dict[str, float], step: int, steps: int) -> None:
         """See :func:`check_collapse`."""
-        check_collapse(str(self.arm), metrics["distinct_top1"], self.prepared.dev_gold, step, steps)
+        fatal = self.guarded and self.arm.family not in CONTROLS
+        check_collapse(str(self.arm), metrics["distinct_top1"], self.prepared.dev_gold, step, steps, fatal=fatal)
 
 
 class DualEncoder(nn.Module):
@@ -191,6 +194,7 @@ class DualTask:
     """Train the dual-encoder baseline with in-batch negatives on the same examples as the docid models."""
 
     prepared: Prepared
+    guarded: bool = True
 
     @property
     def examples(self) -> int:
@@ -241,7 +245,7 @@ class DualTask:
 
     def check(self, metrics: dict[str, float], step: int, steps: int) -> None:
         """See :func:`check_collapse`."""
-        check_collapse("dual", metrics["distinct_top1"], self.prepared.dev_gold, step, steps)
+        check_collapse("dual", metrics["distinct_top1"], self.prepared.dev_gold, step, steps, fatal=self.guarded)
 
     @torch.inference_mode()
     def evaluate(self, model: DualEncoder) -> dict[str, float]:
@@ -253,8 +257,8 @@ class DualTask:
         return dev_measures([[self.doc_ids[row] for row in rows] for rows in top], self.prepared.dev_gold)
 
 
-def check_collapse(name: str, distinct: float, gold: list[set[str]], step: int, steps: int) -> None:
-    """Collapse guard (spec 4), in the second half of training: warns, and in the worst case raises.
+def check_collapse(name: str, distinct: float, gold: list[set[str]], step: int, steps: int, *, fatal: bool) -> None:
+    """Collapse guard (spec 4), in the second half of training: warns, and in the worst case raises if ``fatal``.
 
     ``distinct`` is the share of distinct top-1 documents; it is compared with the share that perfect answers
     have, since several queries may ask for one document.
@@ -266,7 +270,7 @@ def check_collapse(name: str, distinct: float, gold: list[set[str]], step: int, 
     if step <= steps / 2 or distinct >= SUSPICIOUS * wanted:
         return
     found = f"{name}: {distinct:.1%} distinct top-1 documents on dev at step {step}, perfect answers have {wanted:.1%}"
-    if distinct < COLLAPSED * wanted:
+    if fatal and distinct < COLLAPSED * wanted:
         raise ModelCollapsed(f"{found}; the model has collapsed: the learning rate is probably too high")
     log.warning("%s; the model may be collapsing", found)
 
