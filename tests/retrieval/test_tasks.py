@@ -226,7 +226,7 @@ def test_a_model_on_the_quantiser_never_ends_below_its_start(material: Material,
     with torch.no_grad():
         start = task.evaluate(task.build().eval())
     assert start["hit@10"] > 0.3
-    settings = replace(settings_for(TrainingConfig(steps=6, batch=16, workers=0), lr=3.0), eval_every=6)
+    settings = replace(settings_for(TrainingConfig(steps=6, batch=16, workers=0), lr=0.3), eval_every=6)
     task.check = lambda *_: None  # this ruin is not the collapse that the guard looks for
     result = fit(task, settings, tmp_path / "fit", seed=0, name="opq")
     assert result.best["hit@10"] >= start["hit@10"]

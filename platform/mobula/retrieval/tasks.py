@@ -81,9 +81,11 @@ class Prepared:
 class DocidTask:
     """Train one arm on (query view, docid) pairs.
 
-    ``guarded``: a collapsed model ends the training (:func:`check_collapse`); one that only tries a learning rate
-    goes on, and dev rejects it, and controls have no content to learn from. Masked diffusion: masked cross-entropy with the weight ``loss_weight`` (spec 3.3); autoregressive: next-code
+    Masked diffusion: masked cross-entropy with the weight ``loss_weight`` (spec 3.3); autoregressive: next-code
     cross-entropy; classifier: every position masked, no attention (one softmax head a level).
+
+    ``guarded``: a collapsed model ends the training. One that only tries a learning rate goes on, and dev rejects
+    the rate; so do controls, whose codes have no content to learn.
     """
 
     prepared: Prepared
