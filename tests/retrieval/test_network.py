@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from mobula.errors import ArtifactError
 from mobula.retrieval.arms import Arm
-from mobula.retrieval.build import ModelConfig, codeword_table, construct, load_model, save_model
+from mobula.retrieval.build import ModelConfig, build_model, codeword_table, construct, load_model, save_model
 from mobula.retrieval.docids.lookup import LookupRetriever
 from mobula.retrieval.docids.table import DocidTable
 from mobula.retrieval.network import NetworkShape
@@ -97,15 +97,17 @@ def test_the_prior_of_a_level_does_not_depend_on_its_own_code(functions, paradig
     assert_close(model(query, after)[:, 1], model(query, some_codes(table))[:, 1])
 
 
-def test_what_could_drown_the_prior_in_noise_trains_slowly(functions) -> None:
-    """At the full rate Adam's first steps in the D x D map alone would lose more than training then finds."""
-    model, _ = network(functions, "diffusion", "states", True)
+def test_parts_of_the_prior_train_at_their_own_rates(functions) -> None:
+    config = ModelConfig(
+        backbone="encoder", encoder="wordllama", refine_rate=0.03, rows_rate=0.1, sharpness_rate=10.0, width=32
+    )
+    model = build_model(config, Arm("diffusion", "rq"), functions.table("rq"))
     groups = _groups(list(model.parameters()), 0.01)
     shares = {id(p): group["lr_scale"] for group in groups for p in group["params"]}
-    assert shares[id(model.prior.refine.weight)] < shares[id(model.codes.output)] < 1
-    assert shares[id(model.prior.log_sharpness)] > 1
-    plain, _ = network(functions, "diffusion")
-    assert {group["lr_scale"] for group in _groups(list(plain.parameters()), 0.01)} == {1.0}
+    assert shares.pop(id(model.prior.refine.weight)) == 0.03
+    assert shares.pop(id(model.codes.output)) == 0.1
+    assert shares.pop(id(model.prior.log_sharpness)) == 10.0
+    assert set(shares.values()) == {1.0}
 
 
 @pytest.mark.parametrize("paradigm", PARADIGMS)

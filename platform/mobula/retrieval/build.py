@@ -21,7 +21,14 @@ from mobula.retrieval.diffusion_lm import KINDS, DiffusionLM
 from mobula.retrieval.docids.config import EMBEDDED, TEXT
 from mobula.retrieval.docids.table import DocidTable
 from mobula.retrieval.language_model import LanguageModel, PretrainedShape
-from mobula.retrieval.network import DocidModel, DocidTransformer, EncoderTower, NetworkShape, scale_rate
+from mobula.retrieval.network import (
+    DocidModel,
+    DocidTransformer,
+    EncoderTower,
+    LearnedCodes,
+    NetworkShape,
+    scale_rate,
+)
 from mobula.retrieval.seq2seq import Seq2SeqLM
 from mobula.training.checkpoints import export_weights, load_weights
 
@@ -57,6 +64,11 @@ class ModelConfig:
     query_sees_docid: bool = key(False, "full attention between query and docid; nothing can be cached")
     codeword_prior: bool = key(True, "backbone encoder: start from the quantiser's own distances")
     sharpness: float = key(40.0, "initial inverse temperature of the codeword prior", gt=0)
+    # Adam moves every weight by about its rate, however weak the gradient. In a D x D map, or in rows that few examples
+    # reach, that noise can outweigh what the prior's distances know, while a sharpness may have to travel far.
+    refine_rate: float = key(1.0, "learning rate of the prior's query map, as a share of training.lr", gt=0, le=100)
+    rows_rate: float = key(1.0, "learning rate of output rows beside a prior, as a share of training.lr", gt=0, le=100)
+    sharpness_rate: float = key(1.0, "learning rate of the prior's sharpness, as a share of training.lr", gt=0, le=100)
 
     def problems(self) -> list[str]:
         """Contradictions between keys of this section."""
@@ -120,6 +132,10 @@ def _transformer(config: ModelConfig, arm: Arm, table: DocidTable) -> DocidModel
     model = construct(shape, table, codewords, config.sharpness)
     if isinstance(model.tower, EncoderTower):
         scale_rate(model.tower.network.parameters(), config.base_lr)
+    if model.prior is not None and isinstance(model.codes, LearnedCodes):
+        scale_rate([model.prior.refine.weight], config.refine_rate)
+        scale_rate([model.prior.log_sharpness], config.sharpness_rate)
+        scale_rate([model.codes.output], config.rows_rate)
     return model
 
 

@@ -24,10 +24,6 @@ from mobula.models.encoders import TransformerEncoder
 
 T = TypeVar("T")
 MASK = -1
-# Shares of the learning rate where a network starts from the codeword prior. Adam moves every weight by about the
-# rate, however weak its gradient: in a D x D map, or in rows that few examples reach, such noise soon outweighs what
-# the distances know, while a sharpness a level has to travel far.
-REFINE_RATE, OUTPUT_RATE, SHARPNESS_RATE = 0.03, 0.1, 10.0
 Paradigm = Literal["diffusion", "autoregressive"]
 KeysValues = tuple[Tensor, Tensor]
 # What a tower makes of a query: positions [B, n, d], their mask [B, n], pooled [B, d], centred embedding [B, D].
@@ -255,8 +251,6 @@ class LearnedCodes(nn.Module):
         self.input = nn.Parameter(torch.randn(levels * codes, width) * 0.02)
         spread = 0.0 if zero_output else width**-0.5
         self.output = nn.Parameter(torch.randn(levels, codes, width) * spread)
-        if zero_output:
-            scale_rate([self.output], OUTPUT_RATE)
 
     def embed(self, z: Tensor, levels: Tensor) -> Tensor:
         """Rows [..., l, d] for codes z [..., l] (at least 0) that stand at ``levels`` [l]."""
@@ -305,8 +299,6 @@ class CodewordPrior(nn.Module):
         self.log_sharpness = nn.Parameter(torch.full((levels,), sharpness).log())
         self.refine = nn.Linear(dim, dim, bias=False)
         nn.init.zeros_(self.refine.weight)
-        scale_rate([self.log_sharpness], SHARPNESS_RATE)
-        scale_rate([self.refine.weight], REFINE_RATE)
 
     def query(self, vector: Tensor) -> Tensor:
         """The refined query vector [B, D]."""
