@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
@@ -27,35 +29,48 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
-def await_answer(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
+def answers(url: str, process: subprocess.Popen[bytes]) -> bool:
+    """Whether the command's application comes up; False once its process has ended."""
     deadline = time.monotonic() + START_S
-    while time.monotonic() < deadline:
-        assert process.poll() is None, log.read_text()[-3000:]
+    while time.monotonic() < deadline and process.poll() is None:
         try:
             if httpx.get(f"{url}/healthz", timeout=5).status_code == 200:
-                return
+                return True
         except httpx.HTTPError:
             pass
         time.sleep(0.5)
-    raise AssertionError(log.read_text()[-3000:])
+    return False
 
 
-def test_the_command_serves_a_real_artifact_and_ends_when_interrupted(tmp_path: Path) -> None:
-    artifact = tiny.trained(tmp_path)
-    port, log = free_port(), tmp_path / "serve.log"
+@contextlib.contextmanager
+def serving(artifact: Path, port: int, log: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """The command, with a Ray of its own; what is left of it at the end is killed."""
     arguments = [f"--artifact={artifact}", f"--port={port}", "--set=retriever.calibration_s=0"]
     command = [sys.executable, "-m", "mobula.cli", "serve", "retriever", *arguments]
     with tempfile.TemporaryDirectory(prefix="ray", ignore_cleanup_errors=True) as folder, log.open("w") as stream:
         environment = {**os.environ, "PYTHONPATH": str(ROOT / "platform"), "RAY_TMPDIR": folder}
         process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=stream, stderr=stream)
         try:
-            url = f"http://127.0.0.1:{port}"
-            await_answer(url, process, log)
-            found = httpx.post(f"{url}/search", json={"query": "find a hotel", "k": 3, "steps": 2}, timeout=30)
-            assert found.status_code == 200
-            assert len(found.json()["hits"]) == 3 and found.json()["retriever"] == "diffusion/rq"
-            assert httpx.get(f"{url}/console/", timeout=30).status_code == 200
+            yield process
         finally:
+            process.kill()
+            process.wait()
+
+
+def test_the_command_serves_a_real_artifact_and_ends_when_interrupted(tmp_path: Path) -> None:
+    artifact = tiny.trained(tmp_path)
+    port, log = free_port(), tmp_path / "serve.log"
+    url = f"http://127.0.0.1:{port}"
+    # Ray gives a node 30 s to come up, which a busy machine may miss: then once more.
+    for last in (False, True):
+        with serving(artifact, port, log) as process:
+            if not answers(url, process):
+                assert not last, log.read_text()[-3000:]
+                continue
+            found = httpx.post(f"{url}/search", json={"query": "find a hotel", "k": 3, "steps": 2}, timeout=60)
+            assert found.status_code == 200, found.text
+            assert len(found.json()["hits"]) == 3 and found.json()["retriever"] == "diffusion/rq"
+            assert httpx.get(f"{url}/console/", timeout=60).status_code == 200
             process.send_signal(signal.SIGINT)
-            status = process.wait(120)
-    assert status == 0, log.read_text()[-3000:]
+            assert process.wait(120) == 0, log.read_text()[-3000:]
+        return
