@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from mobula.config import key
 
-NAMES = ("functions", "scifact", "vaswani", "cranfield", "cacm", "nq", "beir", "files")
-TITLES = ("scifact", "cranfield", "cacm", "nq", "beir", "files")
+NAMES = ("functions", "scifact", "vaswani", "cranfield", "cacm", "nq", "peps", "eips", "pysec", "beir", "files")
+TITLES = ("scifact", "cranfield", "cacm", "nq", "peps", "eips", "beir", "files")
 
 
 @dataclass

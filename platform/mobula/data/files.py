@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +31,9 @@ NAMED = (*SPLITS, "given")
 def load_files(config: DataConfig) -> Collection:
     """Read a folder in one of two layouts.
 
-    JSONL: ``corpus.jsonl`` (``id`` or ``_id``, ``title``, ``text``, ``date``) and ``queries.jsonl`` (``id`` or
-    ``_id``, ``text``, and ``gold``, a list of document ids with or without ``grades``, or else judgements beside it).
+    JSONL: ``corpus.jsonl`` (``id`` or ``_id``, ``title``, ``text``, ``date``, ``source``) and ``queries.jsonl`` (``id``
+    or ``_id``, ``text``, ``source_doc``, and ``gold``, a list of document ids with or without ``grades``, or else
+    judgements beside it).
     TREC: ``documents.trec`` (``<DOC><DOCNO>``) and ``topics.trec`` (``<top><num><title>``).
     Judgements: ``qrels/train.tsv``, ``qrels/dev.tsv``, ``qrels/test.tsv`` (splits as given), or ``qrels.tsv`` or
     ``qrels.txt`` (queries are then divided). A query in ``queries.jsonl`` may name its ``split`` itself.
@@ -42,14 +44,16 @@ def load_files(config: DataConfig) -> Collection:
     """
     folder = Path(config.path).expanduser()
     if (folder / "corpus.jsonl").is_file():
-        documents, texts, given = _read_jsonl_layout(folder)
+        documents, texts, given, taken = _read_jsonl_layout(folder)
     elif (folder / "documents.trec").is_file():
-        documents, texts, given = _read_trec_layout(folder)
+        documents, texts = _read_trec_layout(folder)
+        given, taken = {}, {}
     else:
         raise DataError(
             f"data.path={config.path}: holds neither corpus.jsonl nor documents.trec (see `mobula data list`)"
         )
-    queries = {**_from_qrels(folder, texts), **given}
+    judged = _from_qrels(folder, texts).items()
+    queries = {split: [replace(q, source_doc=taken.get(q.id)) for q in found] for split, found in judged} | given
     if not queries:
         raise DataError(
             f"{folder}: no relevance judgements; add qrels.txt, qrels/test.tsv or a field gold to the queries"
@@ -59,13 +63,9 @@ def load_files(config: DataConfig) -> Collection:
 
 def export(data: RetrievalData, folder: Path) -> None:
     """Write a corpus and its queries in the JSONL layout of :func:`load_files`."""
-    documents = ({"id": d.id, "title": d.title, "text": d.text, "date": d.date} for d in data.documents)
+    documents = (asdict(document) for document in data.documents)
     write_text(folder / "corpus.jsonl", "".join(json.dumps(d, ensure_ascii=False) + "\n" for d in documents))
-    queries = (
-        {"id": q.id, "text": q.text, "gold": q.gold, "grades": q.grades, "split": split}
-        for split, found in data.queries.items()
-        for q in found
-    )
+    queries = ({**asdict(query), "split": split} for split, found in data.queries.items() for query in found)
     write_text(folder / "queries.jsonl", "".join(json.dumps(q, ensure_ascii=False) + "\n" for q in queries))
 
 
@@ -89,27 +89,33 @@ def load_beir(config: DataConfig) -> Collection:
     return Collection(f"Hugging Face {name}", documents, queries)
 
 
-def _read_jsonl_layout(folder: Path) -> tuple[list[Document], dict[str, str], dict[str, list[Query]]]:
+def _read_jsonl_layout(
+    folder: Path,
+) -> tuple[list[Document], dict[str, str], dict[str, list[Query]], dict[str, str | None]]:
+    """Documents; the texts of queries without gold; queries with gold by split; where the former were taken from."""
     documents = []
     for number, value in read_jsonl(folder / "corpus.jsonl"):
         where = f"{folder / 'corpus.jsonl'}, line {number}"
         id = text_field(value, ("id", "_id"), where)
-        title, date = (text_field(value, (name,), where, optional=True) for name in ("title", "date"))
-        documents.append(Document(id, title, text_field(value, ("text",), where), date or None))
+        title, date, source = (text_field(value, (n,), where, optional=True) for n in ("title", "date", "source"))
+        documents.append(Document(id, title, text_field(value, ("text",), where), date or None, source or None))
     texts: dict[str, str] = {}
     given: dict[str, list[Query]] = {}
+    taken: dict[str, str | None] = {}
     for number, value in read_jsonl(folder / "queries.jsonl"):
         where = f"{folder / 'queries.jsonl'}, line {number}"
         id, text = text_field(value, ("id", "_id"), where), text_field(value, ("text",), where)
+        source_doc = text_field(value, ("source_doc",), where, optional=True) or None
         if "gold" not in value:
-            texts[id] = text
+            texts[id], taken[id] = text, source_doc
             continue
         split = text_field(value, ("split",), where, optional=True) or UNSPLIT
         if split not in (*NAMED, UNSPLIT):
             raise BadRecord(f"{where}: field split must be one of {', '.join(NAMED)}, found {split!r}")
         gold = _gold(value["gold"], where)
-        given.setdefault(split, []).append(Query(id, text, gold, _grades(value.get("grades"), gold, where)))
-    return documents, texts, given
+        grades = _grades(value.get("grades"), gold, where)
+        given.setdefault(split, []).append(Query(id, text, gold, grades, source_doc))
+    return documents, texts, given, taken
 
 
 def _gold(value: Any, where: str) -> tuple[str, ...]:
@@ -127,13 +133,13 @@ def _grades(value: Any, gold: tuple[str, ...], where: str) -> tuple[int, ...] | 
     return tuple(value)
 
 
-def _read_trec_layout(folder: Path) -> tuple[list[Document], dict[str, str], dict[str, list[Query]]]:
+def _read_trec_layout(folder: Path) -> tuple[list[Document], dict[str, str]]:
     documents = [
         Document(_field(block, "docno"), _field(block, "title"), _field(block, "text") or _body(block))
         for block in blocks(read_text(folder / "documents.trec"), "doc")
     ]
     topics = blocks(read_text(folder / "topics.trec"), "top")
-    return documents, {_field(topic, "num"): _field(topic, "title") for topic in topics}, {}
+    return documents, {_field(topic, "num"): _field(topic, "title") for topic in topics}
 
 
 def _field(block: str, tag: str) -> str:

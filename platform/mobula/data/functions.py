@@ -1,7 +1,8 @@
 """``functions``: find the right tool for a request (Berkeley Function Calling Leaderboard, BFCL v4).
 
 Documents: every function that a single-turn category offers, those of the irrelevance and relevance
-categories included (they are distractors), merged by name; of several definitions the longest is kept.
+categories included (they are distractors), merged by name; of several definitions the longest is kept. A document's
+``source`` is the category that offers it first.
 Requests: the user's words in the ten single-turn categories that have gold calls; the gold functions are the
 names that are called, so a request for parallel calls may have several.
 """
@@ -50,14 +51,16 @@ def load(config: DataConfig) -> Collection:
     """
     folder, source = _folder(config.path)
     definitions: dict[str, list[dict[str, Any]]] = {}
+    offered: dict[str, str] = {}
     queries: list[Query] = []
     for category in (*WITH_GOLD, *DISTRACTORS):
         for number, record in read_jsonl(folder / f"BFCL_v4_{category}.json"):
             for function in _functions(record, f"BFCL_v4_{category}.json, line {number}"):
                 definitions.setdefault(function["name"], []).append(function)
+                offered.setdefault(function["name"], category)
     for category in WITH_GOLD:
         queries.extend(_requests(folder, category, definitions))
-    documents = [_document(name, found) for name, found in definitions.items()]
+    documents = [_document(name, found, offered[name]) for name, found in definitions.items()]
     notes: dict[str, float | str] = {
         "definitions": sum(len({json.dumps(d, sort_keys=True) for d in found}) for found in definitions.values()),
         "functions with a request": len({g for q in queries for g in q.gold}),
@@ -113,9 +116,9 @@ def _user_text(record: dict[str, Any]) -> str:
     return "\n".join(message["content"] for message in messages if message["role"] == "user").strip()
 
 
-def _document(name: str, definitions: list[dict[str, Any]]) -> Document:
+def _document(name: str, definitions: list[dict[str, Any]], category: str) -> Document:
     texts = [_describe(definition) for definition in definitions]
-    return Document(name, readable(name), max(texts, key=len))
+    return Document(name, readable(name), max(texts, key=len), source=category)
 
 
 def _describe(function: dict[str, Any]) -> str:

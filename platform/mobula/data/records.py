@@ -7,22 +7,27 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Document:
-    """A document of a corpus. ``date`` is ISO 8601 or None."""
+    """A document of a corpus. ``date`` is ISO 8601 or None; ``source`` names the part of a collection it comes from."""
 
     id: str
     title: str
     text: str
     date: str | None = None
+    source: str | None = None
 
 
 @dataclass(frozen=True)
 class Query:
-    """A query with the ids of its relevant documents; ``grades`` (if any) align with ``gold``."""
+    """A query with the ids of its relevant documents; ``grades`` (if any) align with ``gold``.
+
+    ``source_doc`` is the document it was taken from, if it was; that counts neither for nor against a ranking.
+    """
 
     id: str
     text: str
     gold: tuple[str, ...]
     grades: tuple[int, ...] | None = None
+    source_doc: str | None = None
 
 
 @dataclass

@@ -6,11 +6,12 @@ import dataclasses
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
 from typing import Any
 
-from mobula.data import classic, files, functions
+from mobula.data import classic, files, functions, streams
 from mobula.data.config import DataConfig
 from mobula.data.duplicates import identical, near_pairs, split_words
 from mobula.data.records import Document, Query, RetrievalData
@@ -44,6 +45,9 @@ SETS = {
     "cranfield": SetEntry(classic.cranfield, "aerodynamics abstracts and queries", "MOBULA_DATA/cranfield"),
     "cacm": SetEntry(classic.cacm, "dated computing abstracts 1958-79 and queries", "MOBULA_DATA/cacm"),
     "nq": SetEntry(classic.nq, "Natural Questions sample with Wikipedia passages", "MOBULA_DATA/nq"),
+    "peps": SetEntry(streams.peps, "dated Python proposals and sentences that cite them", "MOBULA_DATA/peps"),
+    "eips": SetEntry(streams.eips, "dated Ethereum proposals and sentences that cite them", "MOBULA_DATA/eips"),
+    "pysec": SetEntry(streams.pysec, "dated Python advisories and their first sentences", "MOBULA_DATA/pysec"),
     "beir": SetEntry(files.load_beir, "a BEIR set by Hugging Face id (data.path)", "Hugging Face hub or its cache"),
     "files": SetEntry(files.load_files, "your own JSONL or TREC files (data.path)", "data.path"),
 }
@@ -61,7 +65,7 @@ def load_retrieval(config: DataConfig, *, quiet: bool = False) -> RetrievalData:
     collection = SETS[config.name].load(config)
     notes = dict(collection.notes)
     _validate(config.name, collection)
-    documents = sorted(collection.documents, key=lambda d: _numeric(d.id))
+    documents = sorted(collection.documents, key=lambda d: by_number(d.id))
     queries, notes["queries given an identical document as further gold"] = _add_twins(documents, collection.queries)
     documents, queries, notes["queries whose documents were cut off"] = _limit(documents, queries, config)
     notes.update(_duplicate_facts(documents, queries, config))
@@ -109,9 +113,13 @@ def _validate(name: str, collection: Collection) -> None:
             missing = [id for id in query.gold if id not in known]
             if missing:
                 raise BadRecord(f"{where}: field gold names document {missing[0]!r}, which is not in the corpus")
+            if query.source_doc is not None and query.source_doc not in known:
+                raise BadRecord(
+                    f"{where}: field source_doc names document {query.source_doc!r}, which is not in the corpus"
+                )
 
 
-def _numeric(id: str) -> tuple[tuple[int, str], ...]:
+def by_number(id: str) -> tuple[tuple[int, str], ...]:
     """Sort key that puts 9 before 10."""
     return tuple((int(p), "") if p.isdigit() else (0, p) for p in re.split(r"(\d+)", id) if p)
 
@@ -150,17 +158,20 @@ def _limit(
         relevant = {id for found in queries.values() for query in found for id in query.gold}
         order = sorted(documents, key=lambda d: d.id not in relevant)
     kept = {d.id for d in order[: config.max_documents]}
-    limited = {split: list(_within(found, kept)) for split, found in queries.items()}
+    limited = {split: restricted(found, kept) for split, found in queries.items()}
     lost = sum(map(len, queries.values())) - sum(map(len, limited.values()))
     return [d for d in documents if d.id in kept], limited, lost
 
 
-def _within(queries: list[Query], kept: set[str]) -> Iterator[Query]:
+def restricted(queries: Iterable[Query], kept: AbstractSet[str]) -> list[Query]:
+    """Queries with those of their relevant documents that are in ``kept``; those without any are left out."""
+    found = []
     for query in queries:
         pairs = [(id, i) for i, id in enumerate(query.gold) if id in kept]
         if pairs:
             grades = tuple(query.grades[i] for _, i in pairs) if query.grades else None
-            yield replace(query, gold=tuple(id for id, _ in pairs), grades=grades)
+            found.append(replace(query, gold=tuple(id for id, _ in pairs), grades=grades))
+    return found
 
 
 def _duplicate_facts(
