@@ -1,4 +1,5 @@
 import { $, call, element, events, options, shown, table } from "./page.js";
+import { corpus, noticeVersion, removeButton, startCorpus } from "./corpus.js";
 import { Denoising } from "./denoising.js";
 import { showReport } from "./report.js";
 
@@ -19,6 +20,7 @@ function request(retriever) {
     query: $("query").value,
     k: Number($("k").value),
     retriever,
+    version: corpus.version,
     ...(facts.decoders[retriever].includes(decoder) ? { decoder } : {}),
     order: $("order").value,
     remask: $("remask").value,
@@ -66,7 +68,8 @@ function hit(found, decoded, shared) {
   const score = element("span", { class: "score" }, found.score === null ? "no score" : found.score.toFixed(2));
   return element("li", { class: shared ? "shared" : undefined },
     element("div", { class: "head" }, element("h3", {}, found.title || found.doc_id), score),
-    element("div", { class: "id" }, found.title ? element("span", {}, found.doc_id) : null, found.code ? docid(found.code, decoded) : null),
+    element("div", { class: "id" }, found.title ? element("span", {}, found.doc_id) : null, found.code ? docid(found.code, decoded) : null,
+      facts.takes_documents ? removeButton(found) : null),
     element("p", {}, found.snippet));
 }
 
@@ -92,6 +95,7 @@ async function search(signal) {
   } else {
     result = await call("search", request(retriever), signal);
   }
+  noticeVersion(result.version);
   $("results-title").hidden = false;
   $("cost").textContent = cost(result);
   $("results").replaceChildren(...result.hits.map((found) => hit(found, result.raw_code)));
@@ -102,6 +106,7 @@ async function search(signal) {
 async function compare(signal) {
   const names = [...$("arms").querySelectorAll("input:checked")].map((box) => box.value);
   const outcomes = await Promise.allSettled(names.map((retriever) => call("search", request(retriever), signal)));
+  noticeVersion(Math.max(0, ...outcomes.map(({ value }) => value?.version ?? 0)));
   const times = new Map();
   for (const { value } of outcomes) for (const found of value?.hits ?? []) times.set(found.doc_id, (times.get(found.doc_id) ?? 0) + 1);
   $("columns").replaceChildren(...outcomes.map(({ value, reason }, i) => element("section", {},
@@ -134,7 +139,7 @@ function open(tab) {
     $(`tab-${name}`).setAttribute("aria-selected", String(name === tab));
     $(`tab-${name}`).tabIndex = name === tab ? 0 : -1;
   }
-  $("form").hidden = tab === "reports";
+  $("form").hidden = $("corpus").hidden = tab === "reports";
   document.querySelector(".only-search").hidden = tab !== "search";
   notice(null);
   if (tab !== "reports") showDecoders();
@@ -184,6 +189,7 @@ async function start() {
     });
   }
   showDecoders();
+  await startCorpus(facts.takes_documents, notice);
   document.body.dataset.ready = "yes";
 }
 

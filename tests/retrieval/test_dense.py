@@ -58,3 +58,19 @@ def test_insert_adds_documents(encoder):
     assert result.hits[0].doc_id == "new" and len(result.hits) == 9
     with pytest.raises(DataError, match="'new' is already in the corpus"):
         retriever.insert([Document("new", "", "x")])
+
+
+def test_remove_leaves_the_others_in_their_order(encoder):
+    retriever = Dense(encoder, DOCUMENTS)
+    assert retriever.remove(["d0", "d5"]) == 1
+    kept = [d for d in DOCUMENTS if d.id not in ("d0", "d5")]
+    for text in ("about cat", "music", "a river in the rain"):
+        (result,), (expected,) = (r.search([text], [SearchOptions(k=20)]) for r in (retriever, Dense(encoder, kept)))
+        assert result.hits == expected.hits
+    with pytest.raises(DataError, match="'d0' is not in the corpus"):
+        retriever.remove(["d1", "d0"])
+    retriever.insert([DOCUMENTS[0]])
+    (result,) = retriever.search(["about cat"], [SearchOptions(k=20)])
+    assert result.hits[0].doc_id == "d0" and len(result.hits) == 7
+    retriever.remove([hit.doc_id for hit in result.hits])
+    assert retriever.search(["about cat"], [SearchOptions(k=20)])[0].hits == []

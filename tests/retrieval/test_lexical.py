@@ -1,5 +1,6 @@
 """BM25."""
 
+import copy
 import math
 
 import numpy as np
@@ -56,6 +57,36 @@ def test_insert_rebuilds_the_statistics():
     assert after == dict(search(Bm25([*DOCUMENTS, *added]), "cat"))
     with pytest.raises(DataError, match="'a' is already in the corpus"):
         retriever.insert([Document("a", "", "x")])
+
+
+def test_remove_leaves_what_a_fresh_index_holds():
+    retriever = Bm25([*DOCUMENTS, Document("e", "", "cat cat")])
+    assert retriever.remove(["e", "b"]) == 1
+    assert search(retriever, "cat") == search(Bm25([DOCUMENTS[0], *DOCUMENTS[2:]]), "cat")
+    with pytest.raises(DataError, match="'nobody' is not in the corpus"):
+        retriever.remove(["a", "nobody"])
+    with pytest.raises(DataError, match="given twice"):
+        retriever.remove(["a", "a"])
+    assert len(search(retriever, "cat")) == 3
+    assert retriever.insert([DOCUMENTS[1]]) == 2
+    assert dict(search(retriever, "cat")) == dict(search(Bm25(DOCUMENTS), "cat"))
+
+
+def test_everything_can_be_removed():
+    retriever = Bm25(DOCUMENTS)
+    retriever.remove(["a", "b", "c"])
+    assert search(retriever, "cat") == [("d", 0.0)]
+    retriever.remove(["d"])
+    assert search(retriever, "cat") == []
+    retriever.insert([Document("n", "", "cat")])
+    assert [id for id, _ in search(retriever, "cat")] == ["n"]
+
+
+def test_copy_goes_its_own_way():
+    retriever = Bm25(DOCUMENTS)
+    other = copy.copy(retriever)
+    other.remove(["a"])
+    assert (len(search(retriever, "cat")), len(search(other, "cat"))) == (4, 3)
 
 
 def test_parameters_are_chosen_on_dev_and_every_value_is_kept():

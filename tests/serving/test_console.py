@@ -41,13 +41,14 @@ REPORT = {
 
 
 @pytest.fixture(scope="module")
-def url(tmp_path_factory):
+def url(tmp_path_factory, trained_artifact):
     root = tmp_path_factory.mktemp("console")
     run = root / "runs" / "sharks"
     run.mkdir(parents=True)
     (run / "report.json").write_text(json.dumps(REPORT))
     (run / "curve.svg").write_text(PLOT)
-    args = RetrieverArgs(artifact=tiny.trained(root), reports=root / "runs", key_required=False, calibration_s=60)
+    folders = {"reports": root / "runs", "added": root / "added"}
+    args = RetrieverArgs(artifact=trained_artifact, key_required=False, calibration_s=60, **folders)
     app = create_app(State(Corpus.load(args)), args)
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
@@ -144,6 +145,45 @@ def test_reports_show_measures_claims_tables_and_plots(browser, url, tmp_path):
     assert problems == []
 
 
+def test_document_is_added_found_and_removed(browser, url):
+    page, problems = console.open_console(browser, url)
+    state = page.locator("#state")
+    expect(state).to_have_text("Version 0 of the corpus, 150 documents")
+    page.get_by_text("Add a document").click()
+    page.get_by_label("Id", exact=True).fill("count_manta_rays")
+    page.get_by_label("Text", exact=True).fill("Counts <b>manta rays</b> in a photograph.")
+    page.get_by_role("button", name="Add", exact=True).click()
+    expect(state).to_have_text(
+        re.compile(r"Version 1 of the corpus, 151 documents; count_manta_rays was added with docid [\d-]+")
+    )
+    page.get_by_label("Retriever").select_option("bm25")
+    console.ask(page, "manta rays in a photograph")
+    first = page.locator("#results li").first
+    expect(first.locator("h3")).to_have_text("count_manta_rays")
+    expect(first.locator("p")).to_have_text("Counts <b>manta rays</b> in a photograph.")
+    page.on("dialog", lambda dialog: dialog.accept())
+    first.get_by_role("button", name="Remove count_manta_rays").click()
+    expect(state).to_have_text("Version 2 of the corpus, 150 documents; count_manta_rays was removed")
+    expect(page.locator("#results li")).to_have_count(9)
+    console.ask(page, "manta rays in a photograph")
+    expect(page.locator("#results h3").first).not_to_have_text("count_manta_rays")
+    assert problems == []
+
+
+def test_changes_of_others_are_noticed_and_refusals_shown(browser, url):
+    page, _ = console.open_console(browser, url)
+    new = {"documents": [{"id": "squid", "text": "counts squids"}]}
+    version = httpx.post(f"{url}/documents", json=new, timeout=60).json()["version"]
+    console.ask(page, QUERY)
+    expect(page.locator("#state")).to_have_text(f"Version {version} of the corpus, 151 documents")
+    page.get_by_text("Add a document").click()
+    page.get_by_label("Id", exact=True).fill("squid")
+    page.get_by_label("Text", exact=True).fill("again")
+    page.get_by_role("button", name="Add", exact=True).click()
+    expect(page.get_by_role("alert")).to_contain_text("'squid' exists already")
+    httpx.post(f"{url}/documents/remove", json={"ids": ["squid"]}, timeout=60).raise_for_status()
+
+
 def test_refusals_are_shown_in_words(browser, url):
     page, _ = console.open_console(browser, url)
     page.get_by_label("Remask").select_option("low_conf")
@@ -169,6 +209,6 @@ def test_narrow_screens_do_not_scroll_sideways(browser, url, tmp_path, dark):
 def test_api_page_lists_every_route(browser, url):
     page, problems = console.open_console(browser, url)
     page.get_by_role("link", name="API").click()
-    expect(page.locator(".route")).to_have_count(8)
+    expect(page.locator(".route")).to_have_count(10)
     expect(page.locator(".route", has_text="POST /search").first).to_contain_text("characters at most 2000")
     assert problems == []

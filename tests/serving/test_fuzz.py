@@ -11,8 +11,10 @@ ROUTES = [
     ("POST", "/search"),
     ("POST", "/trace"),
     ("POST", "/documents"),
+    ("POST", "/documents/remove"),
     ("GET", "/healthz"),
     ("GET", "/retrievers"),
+    ("GET", "/versions"),
     ("GET", "/reports"),
     ("GET", "/reports/{name}"),
     ("GET", "/reports/{name}/plots/{file}"),
@@ -35,7 +37,7 @@ def test_every_route_is_tried(description):
 
 POSITIVE, NEGATIVE = schemathesis.GenerationMode.POSITIVE, schemathesis.GenerationMode.NEGATIVE
 # A path of any text is valid, and so is a request without a body: only bodies can be made wrong.
-CASES = [(*route, POSITIVE) for route in ROUTES] + [(*route, NEGATIVE) for route in ROUTES[:3]]
+CASES = [(*route, POSITIVE) for route in ROUTES] + [(*route, NEGATIVE) for route in ROUTES[:4]]
 
 
 @pytest.mark.parametrize(("method", "path", "mode"), CASES, ids=lambda value: getattr(value, "value", value))

@@ -3,36 +3,15 @@
 import asyncio
 import json
 import logging
-import os
 
-import httpx
 import pytest
 
 from mobula.errors import ConfigError
-from serve_apps.retriever import Corpus, RetrieverArgs, State, create_app
+from serve_apps.retriever import RetrieverArgs
+from tests.serving.asgi import ask, client, make
 from tests.serving.toy import LEVELS, Toy
 
 KEY = "a-long-enough-secret-key"
-
-
-def make(tmp_path, toy=None, **changes):
-    values = {"artifact": tmp_path, "key_required": False, "calibration_s": 0, **changes}
-    args = RetrieverArgs(**values)
-    state = State(Corpus(toy or Toy(), "0" * 16, args))
-    return create_app(state, args), state
-
-
-def client(app, **options):
-    transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)
-    return httpx.AsyncClient(transport=transport, base_url="http://localhost", **options)
-
-
-def ask(app, method, path, **options):
-    async def once():
-        async with client(app) as http:
-            return await http.request(method, path, **options)
-
-    return asyncio.run(once())
 
 
 def test_search_returns_hits_and_their_cost(tmp_path):
@@ -140,7 +119,13 @@ def test_s1_key_is_asked_for_on_every_route_but_health(tmp_path, monkeypatch):
     monkeypatch.setenv("MOBULA_API_KEY", KEY)
     app, _ = make(tmp_path, key_required=True)
     routes = [("GET", r.path) for r in app.routes if r.path != "/healthz"] + [("POST", "/search"), ("POST", "/trace")]
-    routes += [("POST", "/documents"), ("GET", "/console/"), ("GET", "/nothing"), ("GET", "/reports/healthz")]
+    routes += [
+        ("POST", "/documents"),
+        ("POST", "/documents/remove"),
+        ("GET", "/console/"),
+        ("GET", "/nothing"),
+        ("GET", "/reports/healthz"),
+    ]
     for method, path in routes:
         assert ask(app, method, path).status_code == 401, path
         wrong = ask(app, method, path, headers={"authorization": "Bearer wrong-wrong-wrong-wrong"})
@@ -325,65 +310,6 @@ def test_trace_of_a_retriever_without_steps_is_refused(tmp_path):
     app, _ = make(tmp_path)
     answer = ask(app, "POST", "/trace", json={"query": "cats", "retriever": "twin"})
     assert answer.status_code == 422 and "words" in answer.json()["error"]["message"]
-
-
-def test_documents_are_found_once_added(tmp_path):
-    app, _ = make(tmp_path, added=tmp_path / "added")
-    new = {"id": "n1", "title": "Squid", "text": "giant squid of the deep"}
-    answer = ask(app, "POST", "/documents", json={"documents": [new]})
-    assert answer.json() == {"added": 1, "rows_version": 5}
-    assert ask(app, "POST", "/search", json={"query": "squid", "k": 1}).json()["hits"][0]["doc_id"] == "n1"
-
-
-def test_documents_reach_other_replicas_and_survive_a_restart(tmp_path):
-    first, _ = make(tmp_path, added=tmp_path / "added")
-    second, _ = make(tmp_path, added=tmp_path / "added")
-    ask(first, "POST", "/documents", json={"documents": [{"id": "n1", "text": "squid"}]})
-    ask(second, "POST", "/documents", json={"documents": [{"id": "n2", "text": "octopus"}]})
-    third, _ = make(tmp_path, added=tmp_path / "added")
-    for app in (first, second, third):
-        for word, doc_id in (("squid", "n1"), ("octopus", "n2")):
-            assert ask(app, "POST", "/search", json={"query": word, "k": 1}).json()["hits"][0]["doc_id"] == doc_id
-
-
-@pytest.mark.parametrize(
-    ("documents", "status", "code"),
-    [
-        ([{"id": "d1", "text": "again"}], 409, "duplicate"),
-        ([{"id": "n", "text": "a"}, {"id": "n", "text": "b"}], 409, "duplicate"),
-        ([], 422, "invalid_request"),
-        ([{"id": "n", "text": ""}], 422, "invalid_request"),
-        ([{"id": "n", "text": "x" * 20_001}], 422, "invalid_request"),
-        ([{"id": "n", "text": "x", "vector": [1]}], 422, "invalid_request"),
-        ([{"id": f"n{i}", "text": "x"} for i in range(65)], 422, "invalid_request"),
-    ],
-)
-def test_s3_documents_that_cannot_be_added_leave_nothing_behind(tmp_path, documents, status, code):
-    app, state = make(tmp_path, added=tmp_path / "added")
-    answer = ask(app, "POST", "/documents", json={"documents": documents})
-    assert (answer.status_code, answer.json()["error"]["code"]) == (status, code)
-    assert len(state.corpus.searchable.retrievers["words"].documents) == 4
-    assert not any(p.stat().st_size for p in (tmp_path / "added").iterdir())
-
-
-def test_documents_are_refused_where_the_model_cannot_take_them(tmp_path):
-    app, _ = make(tmp_path, Toy(frozen=True), added=tmp_path / "added")
-    answer = ask(app, "POST", "/documents", json={"documents": [{"id": "n", "text": "x"}]})
-    assert answer.status_code == 409 and "random" in answer.json()["error"]["message"]
-
-
-def test_documents_are_refused_where_none_are_kept(tmp_path):
-    app, _ = make(tmp_path)
-    assert ask(app, "POST", "/documents", json={"documents": [{"id": "n", "text": "x"}]}).status_code == 409
-
-
-def test_damaged_documents_make_the_replica_unhealthy(tmp_path):
-    app, _ = make(tmp_path, added=tmp_path / "added")
-    ask(app, "POST", "/documents", json={"documents": [{"id": "n1", "text": "squid"}]})
-    (journal,) = (tmp_path / "added").iterdir()
-    os.truncate(journal, 3)
-    assert ask(app, "POST", "/search", json={"query": "squid"}).status_code == 500
-    assert ask(app, "GET", "/healthz").status_code == 503
 
 
 def test_pages_of_other_sites_and_foreign_names_are_refused(tmp_path):

@@ -43,6 +43,8 @@ def cluster(tmp_path_factory):
     toy.write_artifact(work / "fast", tag="fast")
     toy.write_artifact(work / "other", tag="other")
     toy.write_artifact(work / "slow", step_s=0.2, heartbeat=beats)
+    toy.write_artifact(work / "growing", add_s=0.02)
+    toy.write_artifact(work / "halting", add_s=0.5, writer=work / "writer")
     folder = tempfile.mkdtemp(prefix="ms")
     start_ray(folder)
     yield work
@@ -75,7 +77,7 @@ class Served:
         application["import_path"] = "tests.serving.toy_app:build"
         application["args"] = {
             "artifact": str(work / artifact),
-            "added": str(work / "added"),
+            "added": str(work / f"added-{artifact}"),
             "calibration_s": 0,
             "requests_per_s": 1e6,
             "burst": 1_000_000,
@@ -225,16 +227,68 @@ def test_s5_stream_that_the_client_leaves_stops_the_work(cluster):
     assert beats.stat().st_size == size
 
 
-def test_f6_killed_replica_fails_no_search_that_is_repeated_and_is_replaced(cluster, record_testsuite_property):
-    served = Served(cluster, "fast", num_replicas=2)
-    with httpx.Client() as http:
-        http.post(f"{served.base}/documents", json={"documents": [{"id": "n1", "text": "squid"}]}).raise_for_status()
+def test_readers_and_a_writer_on_two_replicas(cluster):
+    """20 readers, 1 writer: no request fails, and every answer is of exactly the version that it names."""
+    served = Served(cluster, "growing", num_replicas=2)
+    requests, states = toy.planned_changes(24)
+    acknowledged, wrong, seen, stopping = [0], [], [], threading.Event()
+
+    def read(number):
+        with httpx.Client(timeout=30) as http:
+            while not stopping.is_set():
+                # Every other reader asks for what was acknowledged, whichever replica he comes to.
+                least = acknowledged[-1] if number % 2 else None
+                answer = served.search(http, k=100, version=least)
+                if answer.status_code != 200:
+                    wrong.append(answer.text)
+                    continue
+                version = answer.json()["version"]
+                hits = {hit["doc_id"]: hit["title"] for hit in answer.json()["hits"]}
+                if hits != states[version] or version < (least or 0):
+                    wrong.append((version, least, hits))
+                seen.append(version)
+
+    threads = [threading.Thread(target=read, args=(number,)) for number in range(20)]
+    for thread in threads:
+        thread.start()
+    try:
+        with httpx.Client(timeout=30) as http:
+            for path, body in requests:
+                answer = http.post(f"{served.base}{path}", json=body)
+                acknowledged.append(answer.json().get("version", answer.text))
+                time.sleep(0.05)
+    finally:
+        stopping.set()
+        for thread in threads:
+            thread.join()
+    print(f"{len(seen)} answers of {len(set(seen))} versions")
+    assert wrong == []
+    assert acknowledged == list(range(25))
+    assert len(set(seen)) > 5
+    assert versions_told(served, 24) == {(24, len(states[24]))}
+
+
+def versions_told(served, version):
+    """(version, documents) that the replicas tell of, asked often enough to meet both."""
+    with httpx.Client(timeout=30) as http:
+        answers = [http.get(f"{served.base}/versions?limit=1&version={version}") for _ in range(16)]
+    return {(a.json()["version"], a.json()["documents"]) for a in answers}
+
+
+def test_f6_replica_killed_while_it_adds_documents_loses_none_and_is_replaced(cluster, record_testsuite_property):
+    """No search fails that is repeated; what was acknowledged is there, the rest is there whole or not at all."""
+    served = Served(cluster, "halting", num_replicas=2)
+    with httpx.Client(timeout=30) as http:
+        first = [{"id": f"n{i}", "text": "squid"} for i in range(3)]
+        http.post(f"{served.base}/documents", json={"documents": first}).raise_for_status()
+        http.post(f"{served.base}/documents/remove", json={"ids": ["n1"]}).raise_for_status()
+        assert versions_told(served, 2) == {(2, 6)}
     # Serve does not repeat what a killed replica was computing, at most one search of each client.
     with Load(served, repeats=True) as load:
         time.sleep(1)
         before = set(replicas())
         assert len(before) == 2
-        os.kill(killed := min(before), signal.SIGKILL)
+        killed, answered = kill_the_writer(served, cluster)
         start = time.monotonic()
         while len(now := set(replicas())) < 2 or killed in now or now == before:
             assert time.monotonic() - start < REPLACED_WITHIN_S
@@ -244,11 +298,49 @@ def test_f6_killed_replica_fails_no_search_that_is_repeated_and_is_replaced(clus
         time.sleep(1)
     assert len(load.statuses) > 20 and load.failed == []
     assert load.repeated <= len(load.threads)
-    with httpx.Client() as http:
+    with httpx.Client(timeout=30) as http:
+        last = http.post(f"{served.base}/documents", json={"documents": [{"id": "last", "text": "octopus"}]}).json()
+    kept = last["version"] - 3
+    print(f"the batch was answered {answered} and is {'kept' if kept else 'gone'}")
+    assert kept == 1 or (kept == 0 and answered != 200)
+    assert versions_told(served, last["version"]) == {(last["version"], 7 + kept * BATCH)}
+    with httpx.Client(timeout=30) as http:
         for _ in range(8):
-            assert (
-                http.post(f"{served.base}/search", json={"query": "squid", "k": 1}).json()["hits"][0]["doc_id"] == "n1"
-            )
+            request = {"query": "squid octopus", "k": 3, "version": last["version"]}
+            hits = http.post(f"{served.base}/search", json=request).json()["hits"]
+            assert {hit["doc_id"] for hit in hits} == {"n0", "n2", "last"}
+
+
+BATCH = 64
+
+
+def kill_the_writer(served, work):
+    """Kill the replica that adds a batch of 5 MB as soon as the journal grows; its process id, and the answer."""
+    pid, (journal,) = work / "writer", (work / "added-halting").iterdir()
+    pid.unlink(missing_ok=True)
+    documents = [{"id": f"b{i}", "text": "kraken " + "x" * 80_000} for i in range(BATCH)]
+    answers, size = [], journal.stat().st_size
+
+    def write():
+        with httpx.Client(timeout=30) as http:
+            try:
+                answers.append(http.post(f"{served.base}/documents", json={"documents": documents}).status_code)
+            except httpx.HTTPError as error:
+                answers.append(type(error).__name__)
+
+    thread = threading.Thread(target=write)
+    thread.start()
+    deadline = time.monotonic() + 30
+    while not (pid.exists() and pid.read_text()):
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    killed, deadline = int(pid.read_text()), time.monotonic() + 3
+    while journal.stat().st_size == size and time.monotonic() < deadline:
+        pass
+    print(f"killed with {journal.stat().st_size - size} bytes of the record written")
+    os.kill(killed, signal.SIGKILL)
+    thread.join()
+    return killed, answers[0]
 
 
 def replicas():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import faiss
 import numpy as np
@@ -11,8 +12,55 @@ import numpy as np
 from mobula.data.records import Document
 from mobula.data.views import body
 from mobula.models.encoders import TextEncoder
-from mobula.retrieval.lexical import extended
+from mobula.retrieval.lexical import extended, remaining
 from mobula.retrieval.search import Hit, SearchOptions, SearchResult
+
+
+@dataclass(frozen=True)
+class FlatIndex:
+    """Vectors of documents, searched exhaustively. Adding or removing documents gives another index."""
+
+    doc_ids: list[str]
+    vectors: faiss.Index
+
+    @classmethod
+    def of(cls, doc_ids: list[str], vectors: np.ndarray) -> FlatIndex:
+        """An index over ``vectors`` f32[N, D], row by row those of ``doc_ids``."""
+        index = faiss.IndexFlatIP(vectors.shape[1])
+        index.add(np.ascontiguousarray(vectors, dtype=np.float32))
+        return cls(doc_ids, index)
+
+    def search(self, vector: np.ndarray, k: int) -> list[Hit]:
+        """The min(k, N) documents of largest inner product with ``vector`` f32[D], equal ones in corpus order."""
+        if not self.doc_ids:
+            return []
+        # One query at a time: faiss computes batches of 20 and more by another routine, with other rounding.
+        scores, rows = self.vectors.search(vector[None], min(k, len(self.doc_ids)))
+        order = np.lexsort((rows[0], -scores[0]))
+        return [Hit(self.doc_ids[rows[0][i]], float(scores[0][i])) for i in order]
+
+    def insert(self, documents: Sequence[Document], vectors: np.ndarray) -> FlatIndex:
+        """With documents and their ``vectors`` f32[M, D] behind the others.
+
+        Raises:
+            DataError: for an id that is in the index already, or given twice.
+        """
+        doc_ids = extended(self.doc_ids, documents)
+        grown = faiss.clone_index(self.vectors)
+        grown.add(np.ascontiguousarray(vectors, dtype=np.float32))
+        return FlatIndex(doc_ids, grown)
+
+    def remove(self, doc_ids: Sequence[str]) -> FlatIndex:
+        """Without these documents.
+
+        Raises:
+            DataError: for an id that is not in the index, or given twice.
+        """
+        rows = remaining(self.doc_ids, doc_ids)
+        gone = np.setdiff1d(np.arange(len(self.doc_ids)), rows)
+        less = faiss.clone_index(self.vectors)
+        less.remove_ids(faiss.IDSelectorBatch(gone))
+        return FlatIndex([self.doc_ids[row] for row in rows], less)
 
 
 class Dense:
@@ -31,35 +79,34 @@ class Dense:
         self._writing = threading.Lock()
         self._version = 0
         vectors = encoder.embed([body(d) for d in documents]) if embeddings is None else embeddings
-        index = faiss.IndexFlatIP(encoder.dim)
-        index.add(np.ascontiguousarray(vectors, dtype=np.float32))
-        self._state: tuple[list[str], faiss.Index] = ([d.id for d in documents], index)
+        self._index = FlatIndex.of([d.id for d in documents], vectors)
 
     def search(self, queries: Sequence[str], options: Sequence[SearchOptions]) -> list[SearchResult]:
         """As :class:`mobula.retrieval.search.Retriever`; ``nfe`` is the one call of the query encoder."""
-        doc_ids, index = self._state
-        results = []
-        for vector, option in zip(self.encoder.embed(queries), options, strict=True):
-            # One query at a time: faiss computes batches of 20 and more by another routine, with other rounding.
-            scores, rows = index.search(vector[None], min(option.k, len(doc_ids)))
-            order = np.lexsort((rows[0], -scores[0]))
-            hits = [Hit(doc_ids[rows[0][i]], float(scores[0][i])) for i in order]
-            results.append(SearchResult(hits, nfe=1, rows=1, scored_by="inner product"))
-        return results
+        index = self._index
+        found = zip(self.encoder.embed(queries), options, strict=True)
+        return [SearchResult(index.search(v, o.k), nfe=1, rows=1, scored_by="inner product") for v, o in found]
 
     def insert(self, documents: Sequence[Document]) -> int:
         """Embed documents and add them.
 
         Raises:
-            DataError: for an id that is in the corpus already.
+            DataError: for an id that is in the corpus already, or given twice.
         """
         vectors = self.encoder.embed([body(d) for d in documents])
         with self._writing:
-            doc_ids, index = self._state
-            grown_ids = extended(doc_ids, documents)
-            # A copy, so that a search that is under way sees one version of the corpus.
-            grown = faiss.clone_index(index)
-            grown.add(vectors)
-            self._state = (grown_ids, grown)
-            self._version += 1
-            return self._version
+            return self._replace(self._index.insert(documents, vectors))
+
+    def remove(self, doc_ids: Sequence[str]) -> int:
+        """Remove documents.
+
+        Raises:
+            DataError: for an id that is not in the corpus, or given twice.
+        """
+        with self._writing:
+            return self._replace(self._index.remove(doc_ids))
+
+    def _replace(self, index: FlatIndex) -> int:
+        self._index = index
+        self._version += 1
+        return self._version

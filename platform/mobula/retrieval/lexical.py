@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import cached_property
 
 import bm25s
 import numpy as np
@@ -30,22 +31,29 @@ def terms(text: str) -> list[str]:
     return Stemmer.Stemmer("english").stemWords([word for word in split_words(text) if word not in _STOP])
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Index:
+    """The words of a corpus; what scores them is built when it is first needed."""
+
     doc_ids: list[str]
     corpus: list[list[str]]
-    scorer: bm25s.BM25
+    k1: float
+    b: float
 
-    @classmethod
-    def build(cls, doc_ids: list[str], corpus: list[list[str]], k1: float, b: float) -> _Index:
-        scorer = bm25s.BM25(k1=k1, b=b)
-        scorer.index(corpus, show_progress=False)
-        return cls(doc_ids, corpus, scorer)
+    @cached_property
+    def scorer(self) -> bm25s.BM25 | None:
+        """None for a corpus without a word."""
+        if not any(self.corpus):
+            return None
+        scorer = bm25s.BM25(k1=self.k1, b=self.b)
+        scorer.index(self.corpus, show_progress=False)
+        return scorer
 
     def scores(self, query: str) -> np.ndarray:
         """BM25 of every document f32[N]; zeros if no term of the query occurs in the corpus."""
-        known = self.scorer.get_tokens_ids(terms(query))
-        return self.scorer.get_scores_from_ids(known) if known else np.zeros(len(self.doc_ids), dtype=np.float32)
+        scorer = self.scorer
+        known = [] if scorer is None else scorer.get_tokens_ids(terms(query))
+        return scorer.get_scores_from_ids(known) if scorer and known else np.zeros(len(self.doc_ids), dtype=np.float32)
 
 
 class Bm25:
@@ -61,7 +69,7 @@ class Bm25:
         corpus = [terms(body(document)) for document in documents]
         if not any(corpus):
             raise DataError("BM25 needs a document with at least one word that is not a stop word")
-        self._index = _Index.build([d.id for d in documents], corpus, k1, b)
+        self._index = _Index([d.id for d in documents], corpus, k1, b)
 
     def search(self, queries: Sequence[str], options: Sequence[SearchOptions]) -> list[SearchResult]:
         """As :class:`mobula.retrieval.search.Retriever`."""
@@ -70,18 +78,31 @@ class Bm25:
         return [SearchResult(_top(index, query, option.k), scored_by="BM25") for query, option in found]
 
     def insert(self, documents: Sequence[Document]) -> int:
-        """Add documents and rebuild the index: their words change every word's document frequency.
+        """Add documents; the next search builds the index anew, since their words change all document frequencies.
 
         Raises:
-            DataError: for an id that is in the corpus already.
+            DataError: for an id that is in the corpus already, or given twice.
         """
         added = [terms(body(document)) for document in documents]
         with self._writing:
             index = self._index
-            doc_ids = extended(index.doc_ids, documents)
-            self._index = _Index.build(doc_ids, index.corpus + added, self.k1, self.b)
-            self._version += 1
-            return self._version
+            return self._replace(extended(index.doc_ids, documents), index.corpus + added)
+
+    def remove(self, doc_ids: Sequence[str]) -> int:
+        """Remove documents; the next search builds the index anew, as if they had never been there.
+
+        Raises:
+            DataError: for an id that is not in the corpus, or given twice.
+        """
+        with self._writing:
+            index = self._index
+            rows = remaining(index.doc_ids, doc_ids)
+            return self._replace([index.doc_ids[row] for row in rows], [index.corpus[row] for row in rows])
+
+    def _replace(self, doc_ids: list[str], corpus: list[list[str]]) -> int:
+        self._index = _Index(doc_ids, corpus, self.k1, self.b)
+        self._version += 1
+        return self._version
 
 
 def tune(documents: Sequence[Document], dev: Sequence[Query]) -> tuple[Bm25, dict[tuple[float, float], float]]:
@@ -93,13 +114,13 @@ def tune(documents: Sequence[Document], dev: Sequence[Query]) -> tuple[Bm25, dic
     values: dict[tuple[float, float], float] = {}
     indexes: dict[tuple[float, float], _Index] = {}
     for k1, b in GRID:
-        index = indexes[k1, b] = _Index.build(base.doc_ids, base.corpus, k1, b)
+        index = indexes[k1, b] = _Index(base.doc_ids, base.corpus, k1, b)
         hits = [_top(index, text, option.k) for text, option in zip(texts, options, strict=True)]
         found = per_query(hits, dev, documents=len(documents), measures=[MEASURE])
         values[k1, b] = float(found[MEASURE].mean())
     # max keeps the first of equals, so the choice does not depend on rounding order.
     retriever.k1, retriever.b = best = max(GRID, key=values.__getitem__)
-    retriever._index = replace(indexes[best])
+    retriever._index = indexes[best]
     return retriever, values
 
 
@@ -115,6 +136,20 @@ def extended(doc_ids: list[str], documents: Sequence[Document]) -> list[str]:
             raise DataError(f"document {document.id!r} is already in the corpus; delete it first to replace it")
         known.add(document.id)
     return doc_ids + [document.id for document in documents]
+
+
+def remaining(doc_ids: list[str], removed: Sequence[str]) -> list[int]:
+    """The places of the ids that stay.
+
+    Raises:
+        DataError: for a removed id that is not there, or given twice.
+    """
+    gone = set(removed)
+    if unknown := gone.difference(doc_ids):
+        raise DataError(f"document {min(unknown)!r} is not in the corpus")
+    if len(gone) < len(removed):
+        raise DataError("a document to remove is given twice")
+    return [row for row, doc_id in enumerate(doc_ids) if doc_id not in gone]
 
 
 def _top(index: _Index, query: str, k: int) -> list[Hit]:

@@ -2,52 +2,87 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import functools
 import json
-import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
+import numpy as np
 from safetensors.numpy import load_file, save_file
 from safetensors.torch import save_file as save_tensors
+from torch import nn
 
 from mobula.artifacts import Artifact, open_artifact, write_json, write_text
 from mobula.data.records import Document, Query
 from mobula.data.views import body
-from mobula.errors import DataError
 from mobula.models.encoders import TextEncoder, load_encoder
 from mobula.models.text import load_static
 from mobula.retrieval.arms import Arm, parse
 from mobula.retrieval.build import ModelConfig, base_hash, load_model, load_weights, save_model
-from mobula.retrieval.config import Config
 from mobula.retrieval.dense import Dense
-from mobula.retrieval.docids.config import QUANTISED, TEXT
+from mobula.retrieval.docids.config import QUANTISED, TEXT, DocidConfig
 from mobula.retrieval.docids.lookup import RANKERS, LookupRetriever
 from mobula.retrieval.docids.table import DocidTable
-from mobula.retrieval.fitting import Fitted, docid_task, load_arm, load_dual
+from mobula.retrieval.fitting import Fitted, Trained, docid_task, load_arm, load_dual
 from mobula.retrieval.inputs import QueryInputs
 from mobula.retrieval.lexical import Bm25, tune
 from mobula.retrieval.prepare import Material, make_inputs
 from mobula.retrieval.retrievers import DocidRetriever, DualRetriever
-from mobula.retrieval.search import Retriever, SearchOptions, SearchResult, StepEvent
+from mobula.retrieval.search import Admission, Retriever, SearchOptions, SearchResult, StepEvent
 from mobula.retrieval.tasks import DualEncoder
 
 SPLITS = ("dev", "test")
 
 
-class Library:
-    """An opened artifact. Searching and inserting may run in different threads."""
+class AddingEncoder:
+    """An encoder for searches and for one writer, who embeds the documents of an addition once for all retrievers."""
 
-    def __init__(
-        self, documents: list[Document], queries: dict[str, list[Query]], retrievers: dict[str, Retriever], default: str
-    ) -> None:
-        self.documents = {document.id: document for document in documents}
-        self.queries = queries
-        self.retrievers = retrievers
-        self.default = default
-        self._writing = threading.Lock()
+    def __init__(self, encoder: TextEncoder) -> None:
+        self.name, self.dim, self.hash, self.tokenizer = encoder.name, encoder.dim, encoder.hash, encoder.tokenizer
+        self.encoder = encoder
+        self._kept: tuple[list[str], np.ndarray] | None = None
+
+    def embed(self, texts: Sequence[str], batch: int = 64) -> np.ndarray:
+        """As :class:`.TextEncoder`."""
+        kept = self._kept
+        return kept[1] if kept is not None and kept[0] == list(texts) else self.encoder.embed(texts, batch)
+
+    def states(self, texts: Sequence[str], max_tokens: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """As :class:`.TextEncoder`."""
+        return self.encoder.states(texts, max_tokens)
+
+    @property
+    def module(self) -> nn.Module:
+        """As :class:`.TextEncoder`."""
+        return self.encoder.module
+
+    @contextlib.contextmanager
+    def adding(self, documents: Sequence[Document]) -> Iterator[None]:
+        """Within, the documents' embeddings are kept."""
+        texts = [body(document) for document in documents]
+        self._kept = (texts, self.encoder.embed(texts))
+        try:
+            yield
+        finally:
+            self._kept = None
+
+
+@dataclass(frozen=True, eq=False)
+class Library:
+    """An opened artifact: one version of its documents, and the retrievers over them (a ``Searchable``).
+
+    Insertions may run in one thread while others search.
+    """
+
+    documents: dict[str, Document]
+    queries: dict[str, list[Query]]
+    retrievers: dict[str, Retriever]
+    default: str
+    encoder: AddingEncoder
 
     @property
     def main(self) -> DocidRetriever:
@@ -70,33 +105,68 @@ class Library:
             KeyError: if there is none.
         """
         document = self.documents[doc_id]
-        table = self.main.table
-        return {"title": document.title, "text": document.text, "code": table.codes[table.rows[doc_id]].tolist()}
+        return {"title": document.title, "text": document.text, "code": self._code(doc_id)}
 
-    def insert(self, documents: Sequence[Document]) -> int:
-        """Add documents, without training, to the default retriever and then to all others that can take them.
+    def insert(self, documents: Sequence[Document]) -> tuple[Library, Admission]:
+        """With documents in the default retriever and in all others that can take them, without training.
 
         Raises:
-            DataError: if an id is in use.
-            Unsupported: if the default retriever's docid family cannot take documents; nothing has changed then.
+            DataError: for an id that is in use or given twice.
+            Unsupported: if the default retriever's docid family cannot take documents.
         """
-        with self._writing:
-            known = next((d.id for d in documents if d.id in self.documents), None)
-            if known is not None:
-                raise DataError(f"document {known!r} is already in the corpus")
-            version = self.main.insert(documents)
-            self.documents = {**self.documents, **{document.id: document for document in documents}}
+        added = {document.id: document for document in documents}
+        retrievers = dict(self.retrievers)
+        with self.encoder.adding(documents):
             for name, retriever in self.retrievers.items():
-                if name != self.default and _takes_documents(retriever):
-                    retriever.insert(documents)
-        return version
+                if name == self.default or _takes_documents(retriever):
+                    retrievers[name] = copy.copy(retriever)
+                    retrievers[name].insert(documents)
+        grown = replace(self, documents={**self.documents, **added}, retrievers=retrievers)
+        report = grown.main.last_insert
+        assert report is not None
+        codes = {doc_id: grown._code(doc_id) for doc_id in added}
+        return grown, Admission(codes, report.overflow, report.collisions)
+
+    def remove(self, doc_ids: Sequence[str]) -> Library:
+        """Without documents, in every retriever.
+
+        Raises:
+            DataError: for an id that is not in the corpus, or given twice.
+        """
+        retrievers = {}
+        for name, retriever in self.retrievers.items():
+            retrievers[name] = copy.copy(retriever)
+            retrievers[name].remove(doc_ids if _takes_documents(retriever) else _held(retriever, doc_ids))
+        gone = set(doc_ids)
+        kept = {doc_id: document for doc_id, document in self.documents.items() if doc_id not in gone}
+        return replace(self, documents=kept, retrievers=retrievers)
+
+    def prepare(self) -> None:
+        """Search once with every retriever: some build indexes with the first search of a version."""
+        for retriever in self.retrievers.values():
+            options = SearchOptions(k=1, decoder=(*retriever.decoders, SearchOptions.decoder)[0])
+            retriever.search(["what"], [options])
+
+    def _code(self, doc_id: str) -> list[int]:
+        table = self.main.table
+        return table.codes[table.rows[doc_id]].tolist()
 
 
-def facts(config: Config, material: Material) -> dict[str, Any]:
-    """The manifest's ``meta``."""
+class Servable(Trained, Protocol):
+    """What a method's config says about its docid models."""
+
+    docid: DocidConfig
+
+    @property
+    def parsed_arms(self) -> list[Arm]: ...
+
+
+def facts(config: Servable, material: Material) -> dict[str, Any]:
+    """The manifest's ``meta``; the first arm is the default retriever."""
+    arms = [str(arm) for arm in config.parsed_arms]
     return {
-        "arms": config.arms,
-        "default": config.arms[0],
+        "arms": arms,
+        "default": arms[0],
         "model": asdict(config.model),
         "docid": asdict(config.docid),
         "data": {"name": material.data.name, "source": material.data.source, "sha256": material.data.sha256},
@@ -106,11 +176,11 @@ def facts(config: Config, material: Material) -> dict[str, Any]:
     }
 
 
-def fill(folder: Path, config: Config, material: Material, fitted: Fitted) -> None:
+def fill(folder: Path, config: Servable, material: Material, fitted: Fitted) -> None:
     """Write an artifact's files."""
-    _write_jsonl(folder / "documents.jsonl", [asdict(document) for document in material.data.documents])
+    write_jsonl(folder / "documents.jsonl", [asdict(document) for document in material.data.documents])
     for split in SPLITS:
-        _write_jsonl(folder / f"{split}.jsonl", [asdict(query) for query in material.data.queries.get(split, [])])
+        write_jsonl(folder / f"{split}.jsonl", [asdict(query) for query in material.data.queries.get(split, [])])
     save_file({"embeddings": material.embeddings}, folder / "documents.safetensors")
     for arm, results in fitted.arms.items():
         task = docid_task(config, material.prepared, arm)
@@ -129,12 +199,10 @@ def load(artifact: Artifact) -> Library:
     Raises:
         ArtifactError: if a part does not fit another (docid space, encoder, weights).
     """
-    documents = [Document(**row) for row in _read_jsonl(artifact.path("documents.jsonl"))]
-    queries = {
-        split: [_query(row) for row in _read_jsonl(artifact.path(f"{split}.jsonl"))] for split in ("dev", "test")
-    }
+    documents = [Document(**row) for row in read_jsonl(artifact.path("documents.jsonl"))]
+    queries = {split: [_query(row) for row in read_jsonl(artifact.path(f"{split}.jsonl"))] for split in ("dev", "test")}
     meta = artifact.meta
-    encoder = load_encoder(meta["docid"]["encoder"])
+    encoder = AddingEncoder(load_encoder(meta["docid"]["encoder"]))
     embeddings = load_file(artifact.path("documents.safetensors"))["embeddings"]
     model = ModelConfig(**meta["model"])
     inputs = make_inputs(model, _arms(meta), embeddings.mean(0))
@@ -151,7 +219,7 @@ def load(artifact: Artifact) -> Library:
         dual = DualEncoder(embeddings.shape[1])
         load_weights(dual, artifact.path("dual.safetensors"))
         retrievers["dual"] = DualRetriever(dual, encoder, [d.id for d in documents], embeddings)
-    return Library(documents, queries, retrievers, meta["default"])
+    return Library({d.id: d for d in documents}, queries, retrievers, meta["default"], encoder)
 
 
 @functools.lru_cache(maxsize=1)
@@ -185,15 +253,23 @@ def _takes_documents(retriever: Retriever) -> bool:
     return table is None or table.space.family != "atomic"
 
 
+def _held(retriever: Retriever, doc_ids: Sequence[str]) -> list[str]:
+    """Those of the documents that a retriever has which did not take the added ones."""
+    return [doc_id for doc_id in doc_ids if doc_id in retriever.table.rows]  # type: ignore[attr-defined]
+
+
 def _query(row: dict[str, Any]) -> Query:
     grades = row["grades"]
-    return Query(row["id"], row["text"], tuple(row["gold"]), None if grades is None else tuple(grades))
+    taken_from = row.get("source_doc")
+    return Query(row["id"], row["text"], tuple(row["gold"]), None if grades is None else tuple(grades), taken_from)
 
 
-def _write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
+def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Write JSON lines."""
     write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
-def _read_jsonl(path: Path) -> list[dict[str, Any]]:
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """What :func:`write_jsonl` wrote."""
     # Not splitlines(): a document may hold a line separator that JSON leaves as it is.
     return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Sequence
 
-import faiss
 import numpy as np
 import torch
 
@@ -14,10 +13,11 @@ from mobula.data.views import body
 from mobula.models.encoders import TextEncoder
 from mobula.retrieval.arms import parse
 from mobula.retrieval.decoding import ArDecoder, Decoder
+from mobula.retrieval.dense import FlatIndex
 from mobula.retrieval.docids.table import DocidTable, InsertReport
 from mobula.retrieval.inputs import QueryInputs
 from mobula.retrieval.network import DocidModel
-from mobula.retrieval.search import Hit, SearchOptions, SearchResult, StepEvent
+from mobula.retrieval.search import SearchOptions, SearchResult, StepEvent
 from mobula.retrieval.tasks import DualEncoder
 
 # By paradigm, the default first. A classifier sees every position masked and nothing else.
@@ -80,11 +80,23 @@ class DocidRetriever:
         """Give documents their codes and make them searchable; no weight changes.
 
         Raises:
+            DataError: for an id that is in the corpus already, or given twice.
             Unsupported: if the docid family cannot take documents without training.
         """
         vectors = self.encoder.embed([body(d) for d in documents])
         with self._writing:
             table, self.last_insert = self.table.insert(documents, vectors)
+            self._decoder = self._make(table)
+        return table.rows_version
+
+    def remove(self, doc_ids: Sequence[str]) -> int:
+        """Leave documents out of every search; no other document's code changes.
+
+        Raises:
+            DataError: for an id that is not in the corpus, or given twice.
+        """
+        with self._writing:
+            table = self.table.delete(doc_ids)
             self._decoder = self._make(table)
         return table.rows_version
 
@@ -94,7 +106,7 @@ class DocidRetriever:
 
 
 class DualRetriever:
-    """The trained dual encoder over a flat faiss index."""
+    """The trained dual encoder over a flat index. Equal scores are ranked in corpus order."""
 
     name = "dual"
     decoders: tuple[str, ...] = ()
@@ -106,36 +118,40 @@ class DualRetriever:
         self.encoder = encoder
         self._writing = threading.Lock()
         self._version = 0
-        self._state = self._index(list(doc_ids), embeddings)
+        self._index = FlatIndex.of(list(doc_ids), self._embed(embeddings))
 
     @torch.inference_mode()
     def search(self, queries: Sequence[str], options: Sequence[SearchOptions]) -> list[SearchResult]:
         """As :class:`Retriever`."""
-        doc_ids, index = self._state
+        index = self._index
         vectors = self.model.embed_queries(torch.from_numpy(self.encoder.embed(list(queries)))).numpy()
-        results = []
-        for vector, option in zip(vectors, options, strict=True):
-            scores, rows = index.search(vector[None], min(option.k, len(doc_ids)))
-            hits = [Hit(doc_ids[row], float(score)) for row, score in zip(rows[0], scores[0], strict=True)]
-            results.append(SearchResult(hits, nfe=1, rows=1, scored_by="inner product"))
-        return results
+        found = zip(vectors, options, strict=True)
+        return [SearchResult(index.search(v, o.k), nfe=1, rows=1, scored_by="inner product") for v, o in found]
 
     def insert(self, documents: Sequence[Document]) -> int:
-        """Embed and add documents."""
-        vectors = self.encoder.embed([body(d) for d in documents])
+        """Embed and add documents.
+
+        Raises:
+            DataError: for an id that is in the corpus already, or given twice.
+        """
+        vectors = self._embed(self.encoder.embed([body(d) for d in documents]))
         with self._writing:
-            doc_ids, index = self._state
-            grown = faiss.clone_index(index)
-            grown.add(self._embed(vectors))
-            self._state = (doc_ids + [d.id for d in documents], grown)
-            self._version += 1
+            return self._replace(self._index.insert(documents, vectors))
+
+    def remove(self, doc_ids: Sequence[str]) -> int:
+        """Remove documents.
+
+        Raises:
+            DataError: for an id that is not in the corpus, or given twice.
+        """
+        with self._writing:
+            return self._replace(self._index.remove(doc_ids))
+
+    def _replace(self, index: FlatIndex) -> int:
+        self._index = index
+        self._version += 1
         return self._version
 
     @torch.inference_mode()
     def _embed(self, embeddings: np.ndarray) -> np.ndarray:
         return self.model.embed_documents(torch.from_numpy(np.ascontiguousarray(embeddings))).numpy()
-
-    def _index(self, doc_ids: list[str], embeddings: np.ndarray) -> tuple[list[str], faiss.Index]:
-        index = faiss.IndexFlatIP(embeddings.shape[1])
-        index.add(self._embed(embeddings))
-        return doc_ids, index

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -174,6 +174,9 @@ class Retriever(Protocol):
     """Anything that ranks documents for a text query.
 
     ``decoders`` are those a request may choose from, the default first; empty where there is nothing to decode.
+    The documents are one value that ``insert`` and ``remove`` replace as a whole and never alter. So a search under
+    way sees one version of them, and ``copy.copy`` gives a retriever that changes by itself; one that is made of
+    others copies these too (``__copy__``).
     """
 
     name: str
@@ -183,35 +186,80 @@ class Retriever(Protocol):
         """Exactly min(k, N) distinct hits per query, best first. A result does not depend on its batch."""
 
     def insert(self, documents: Sequence[Document]) -> int:
-        """Add documents without training; the new rows_version.
+        """Add documents without training, all or none; the new rows_version.
 
         Raises:
+            DataError: for an id that is in the corpus already, or given twice.
             Unsupported: if this retriever cannot.
         """
 
+    def remove(self, doc_ids: Sequence[str]) -> int:
+        """Remove documents, all or none; the new rows_version. Their ids may be added again.
+
+        Raises:
+            DataError: for an id that is not in the corpus, or given twice.
+        """
+
+
+@dataclass(frozen=True)
+class Admission:
+    """What the default retriever made of added documents: the code of each that has one, by id.
+
+    ``overflow`` counts those that share the last index of a full bucket or leaf, ``collisions`` those whose code
+    another document has too.
+    """
+
+    codes: dict[str, list[int]]
+    overflow: int = 0
+    collisions: int = 0
+
 
 class Searchable(Protocol):
-    """What a retrieval method's ``load(artifact)`` returns: its retrievers, and the denoising trace."""
+    """What a retrieval method's ``load(artifact)`` returns: documents, retrievers over them, the denoising trace.
 
-    retrievers: dict[str, Retriever]
-    default: str
-    levels: int
+    It is one version of them and never changes: ``insert`` and ``remove`` give another one, or raise.
+    """
+
+    @property
+    def documents(self) -> Mapping[str, Document]:
+        """The documents by id."""
+
+    @property
+    def retrievers(self) -> Mapping[str, Retriever]:
+        """The retrievers by name, all over the same documents."""
+
+    @property
+    def default(self) -> str:
+        """The name of the retriever that is meant where none is named."""
+
+    @property
+    def levels(self) -> int:
+        """Code length of the default retriever."""
 
     def trace(self, query: str, options: SearchOptions) -> Iterator[StepEvent | SearchResult]:
         """Denoising steps as they happen, then the result."""
 
     def document(self, doc_id: str) -> dict[str, Any]:
-        """Title and text of a document, for display.
+        """Title and text of a document, and its ``code`` where it has one, for display.
 
         Raises:
             KeyError: if there is none.
         """
 
-    def insert(self, documents: Sequence[Document]) -> int:
-        """Add documents without training to every retriever that can take them; the new rows_version.
-
-        Retrievers that share a table get a document once. After it, ``document`` knows the new ones.
+    def insert(self, documents: Sequence[Document]) -> tuple[Searchable, Admission]:
+        """With documents that every retriever which can takes without training.
 
         Raises:
-            Unsupported: if the default retriever cannot; nothing has changed then.
+            DataError: for an id that is in the corpus already, or given twice.
+            Unsupported: if the default retriever cannot take documents.
         """
+
+    def remove(self, doc_ids: Sequence[str]) -> Searchable:
+        """Without documents.
+
+        Raises:
+            DataError: for an id that is not in the corpus, or given twice.
+        """
+
+    def prepare(self) -> None:
+        """Build what the first searches would otherwise wait for."""

@@ -37,14 +37,18 @@ def guarded(
     statuses: Mapping[type[MobulaError], tuple[int, str]],
     metrics: Metrics,
     lifespan: Callable[[FastAPI], Any],
+    body_bytes: Mapping[str, int] | None = None,
 ) -> FastAPI:
     """A FastAPI application behind :class:`Guard`, whose every error has the one shape.
+
+    ``body_bytes``: limits of paths whose bodies may be of another size than ``args.max_body_bytes``.
 
     Raises:
         ConfigError: if an API key is required and there is none.
     """
     limits = Limits(
         max_body_bytes=args.max_body_bytes,
+        body_bytes=body_bytes or {},
         requests_per_s=args.requests_per_s,
         burst=args.burst,
         keys=load_keys(args.key_required, args.key_file) if args.key_required else (),

@@ -14,8 +14,8 @@ import math
 import stat
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -34,9 +34,13 @@ CLIENTS = 10_000
 
 @dataclass(frozen=True)
 class Limits:
-    """Limits of one app. ``keys``: accepted API keys; empty means that none is asked for (loopback only)."""
+    """Limits of one app. ``keys``: accepted API keys; empty means that none is asked for (loopback only).
+
+    ``body_bytes`` are the limits of paths that differ from ``max_body_bytes``.
+    """
 
     max_body_bytes: int = 262_144
+    body_bytes: Mapping[str, int] = field(default_factory=dict)
     requests_per_s: float = 50.0
     burst: int = 100
     keys: tuple[bytes, ...] = ()
@@ -80,12 +84,14 @@ class Guard:
             await self.app(scope, receive, send)
             return
         headers = Headers(scope=scope)
+        path = scope["path"].removeprefix(scope.get("root_path", ""))
         try:
-            if scope["path"].removeprefix(scope.get("root_path", "")) != HEALTH:
+            if path != HEALTH:
                 _check_origin(headers, keyed=bool(self.limits.keys))
                 client = _authenticated(headers, self.limits.keys) or _peer(scope)
                 self.buckets.take(client)
-            receive = await _bounded(headers, receive, self.limits.max_body_bytes)
+            limit = self.limits.body_bytes.get(path, self.limits.max_body_bytes)
+            receive = await _bounded(headers, receive, limit)
         except RequestRefused as refusal:
             answer = response(refusal.status, refusal.code, str(refusal), refusal.headers)
             await answer(scope, receive, send)

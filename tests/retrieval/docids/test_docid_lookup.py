@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from mobula.data.records import Document
+from mobula.errors import DataError
 from mobula.models.text import StaticEmbedding
 from mobula.retrieval.docids.config import DocidConfig
 from mobula.retrieval.docids.lookup import LookupRetriever
@@ -99,6 +100,14 @@ def test_inserted_documents_are_found(
     results = retriever.search(texts, [SearchOptions(k=20)] * len(texts))
     found = [d.id in {h.doc_id for h in r.hits} for d, r in zip(newcomers[0], results, strict=True)]
     assert np.mean(found) > 0.9
+    gone = [d.id for d in newcomers[0][::2]]
+    assert retriever.remove(gone) == 2
+    results = retriever.search(texts, [SearchOptions(k=20)] * len(texts))
+    assert not {h.doc_id for r in results for h in r.hits} & set(gone)
+    assert retriever.insert(newcomers[0][::2]) == 3
+    with pytest.raises(DataError, match="is not in the corpus"):
+        retriever.remove([corpus[0].id, "nobody"])
+    assert corpus[0].id in retriever.table.rows
 
 
 def test_families_without_a_quantiser_have_no_lookup(

@@ -12,7 +12,7 @@ from mobula.data.records import Document
 from mobula.errors import ArtifactError, ConfigError, DataError
 from mobula.models.text import StaticEmbedding
 from mobula.retrieval.docids.bitset import Bitset
-from mobula.retrieval.docids.config import FAMILIES, DocidConfig
+from mobula.retrieval.docids.config import FAMILIES, DocidConfig, HkConfig
 from mobula.retrieval.docids.space import DocidSpace, fit_space
 from mobula.retrieval.docids.table import ARRAYS, FACTS, DocidSpaceMismatch, DocidTable
 from mobula.retrieval.docids.trie import Trie
@@ -99,9 +99,59 @@ def test_deleted_documents_are_gone_and_their_ids_free(
     with pytest.raises(DataError, match="is not in the corpus"):
         less.delete(gone[:1])
 
+    with pytest.raises(DataError, match="occurs twice"):
+        table.delete([corpus[0].id, corpus[0].id])
+
     again, _ = less.insert(corpus[:1], embeddings[:1])
-    assert again.rows[corpus[0].id] == len(corpus)
+    assert again.doc_ids == [d.id for d in corpus[100:]] + [corpus[0].id]
     np.testing.assert_array_equal(again.codes[-1], table.codes[0])
+    np.testing.assert_array_equal(again.codes[:-1], table.codes[100:])
+
+
+@pytest.mark.parametrize("family", ["rq", "append", "hkmeans", "random", "text.title"])
+def test_codes_of_deleted_documents_are_free_again(
+    family: str, corpus: list[Document], embeddings: np.ndarray, words: StaticEmbedding
+) -> None:
+    """Who leaves and comes back finds the code it had, and nobody else's changes, however often."""
+    collision = "append" if family == "append" else "bucket"
+    config = DocidConfig(family=COARSE.family if family == "append" else family, levels=4, codes=16)
+    space = fit_space(config, corpus, embeddings, seed=0, tokenizer=words)
+    table = DocidTable.build(space, corpus, embeddings, collision)
+    codes = {d.id: code for d, code in zip(corpus, table.codes.tolist(), strict=True)}
+    grown = table
+    for start in (0, 200, 0, 400):
+        leaving = slice(start, start + 200)
+        less = grown.delete([d.id for d in corpus[leaving]])
+        grown, report = less.insert(corpus[leaving], embeddings[leaving])
+        assert {i: grown.codes[row].tolist() for i, row in grown.rows.items()} == codes
+        assert report.overflow == 0
+    assert len(grown) == len(corpus)
+
+
+@pytest.mark.parametrize("collision", ["bucket", "append"])
+def test_shared_codes_of_inserted_documents_are_counted(
+    collision: str, coarse: DocidSpace, corpus: list[Document], embeddings: np.ndarray
+) -> None:
+    table = DocidTable.build(coarse, corpus[:50], embeddings[:50], collision)
+    grown, report = table.insert(corpus[50:120], embeddings[50:120])
+    codes = list(map(tuple, grown.codes.tolist()))
+    counts = Counter(codes)
+    assert report.collisions == sum(counts[code] > 1 for code in codes[50:])
+    repeated = sum(code in codes[: 50 + i] for i, code in enumerate(codes[50:]))
+    assert report.overflow == (repeated if collision == "append" else 0)
+    assert repeated > 0
+
+
+def test_documents_beyond_a_full_leaf_are_counted_as_overflow() -> None:
+    random = np.random.default_rng(0)
+    config = DocidConfig(family="hkmeans", levels=3, hk=HkConfig(branch=2, leaf=3))
+    documents = [Document(f"{i:03}", "", "") for i in range(40)]
+    vectors = random.standard_normal((40, 8)).astype(np.float32)
+    table = DocidTable.build(fit_space(config, documents[:6], vectors[:6], seed=0), documents[:6], vectors[:6])
+    grown, report = table.insert(documents[6:], vectors[6:])
+    # Two leaves of six indices each, for forty documents.
+    assert len(np.unique(grown.codes, axis=0)) == 12
+    assert report.overflow == 40 - 12
 
 
 def test_random_documents_arrive_unreachable_and_unique(corpus: list[Document]) -> None:

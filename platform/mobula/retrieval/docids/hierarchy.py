@@ -2,15 +2,15 @@
 
 A code is branch, ..., branch, leaf index, END, END, ... All levels share one alphabet: 0 is END, 1..B the
 branches, B+1.. the leaf indices. A leaf has twice ``hk.leaf`` indices, so that documents which arrive later
-find room; documents beyond share the last one. Nodes are numbered breadth first, children of a node in a row:
-``first[n]`` is the first child (-1 for a leaf), ``children[n]`` their number, ``centroid[n]`` the centroid that
-draws points to a node.
+find room, and indices of documents that left are given again; documents beyond share the last one. Nodes are
+numbered breadth first, children of a node in a row: ``first[n]`` is the first child (-1 for a leaf),
+``children[n]`` their number, ``centroid[n]`` the centroid that draws points to a node.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Hashable, Mapping, Sequence
 
 import numpy as np
 
@@ -19,6 +19,21 @@ from mobula.retrieval.docids.config import DocidConfig
 from mobula.retrieval.docids.quantised import kmeans, nearest
 
 END = 0
+
+
+class FreeIndices:
+    """Hands out indices 0, 1, ... for each key, leaving out those in ``used``."""
+
+    def __init__(self, used: Mapping[Hashable, set[int]]) -> None:
+        self.used, self._next = used, Counter[Hashable]()
+
+    def take(self, key: Hashable) -> int:
+        """The smallest index of ``key`` that is neither used nor handed out already."""
+        used = self.used.get(key, ())
+        while self._next[key] in used:
+            self._next[key] += 1
+        self._next[key] += 1
+        return self._next[key] - 1
 
 
 def fit(config: DocidConfig, points: np.ndarray, seed: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
@@ -80,15 +95,14 @@ def encode(
     points: np.ndarray,
     taken: np.ndarray | None,
 ) -> np.ndarray:
-    """Codes i32[N, L]; leaf indices go to documents in the order of their ids, after those in ``taken``."""
+    """Codes i32[N, L]; documents get the free leaf indices, those not in ``taken``, in the order of their ids."""
     codes, lengths = paths(arrays, levels, points)
     branch = int(arrays["branch"][0])
-    occupied = Counter() if taken is None else _occupancy(taken, branch)
+    free = FreeIndices({} if taken is None else _occupied(taken, branch))
     last = size - 1 - branch - 1
     for row in sorted(range(len(documents)), key=lambda i: documents[i].id):
         path = tuple(codes[row, : lengths[row]].tolist())
-        codes[row, lengths[row]] = branch + 1 + min(occupied[path], last)
-        occupied[path] += 1
+        codes[row, lengths[row]] = branch + 1 + min(free.take(path), last)
     return codes
 
 
@@ -119,6 +133,10 @@ def _split(
     return groups if len(groups) > 1 else []
 
 
-def _occupancy(taken: np.ndarray, branch: int) -> Counter[tuple[int, ...]]:
-    lengths = ((taken > END) & (taken <= branch)).sum(1)
-    return Counter(tuple(row[:n].tolist()) for row, n in zip(taken, lengths, strict=True))
+def _occupied(taken: np.ndarray, branch: int) -> dict[Hashable, set[int]]:
+    """The leaf indices in use, by path."""
+    lengths = ((taken > END) & (taken <= branch)).sum(1).tolist()
+    used: dict[Hashable, set[int]] = {}
+    for row, n in zip(taken.tolist(), lengths, strict=True):
+        used.setdefault(tuple(row[:n]), set()).add(row[n] - branch - 1)
+    return used

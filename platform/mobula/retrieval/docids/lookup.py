@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 import numpy as np
@@ -29,20 +30,19 @@ class Embedder(Protocol):
         """Unit-norm embeddings f32[N, D]."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Index:
-    """A table with the distinct vectors f64[M, D] its codes stand for, ``vector_of`` i64[N] giving each row's."""
+    """A table and, built when first needed, the vectors that its codes stand for."""
 
     table: DocidTable
-    vectors: np.ndarray
-    norms: np.ndarray
-    vector_of: np.ndarray
 
-    @classmethod
-    def of(cls, table: DocidTable) -> _Index:
-        distinct, vector_of = np.unique(table.codes[:, : table.space.levels], axis=0, return_inverse=True)
-        vectors = table.space.reconstruct(distinct).astype(np.float64)
-        return cls(table, vectors, (vectors**2).sum(1), vector_of.reshape(-1))
+    @cached_property
+    def vectors(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The distinct vectors f64[M, D], their squared norms f64[M], and which of them each row's is, i64[N]."""
+        levels = self.table.space.levels
+        distinct, vector_of = np.unique(self.table.codes[:, :levels], axis=0, return_inverse=True)
+        vectors = self.table.space.reconstruct(distinct).astype(np.float64)
+        return vectors, (vectors**2).sum(1), vector_of.reshape(-1)
 
     def hamming(self, embeddings: np.ndarray) -> np.ndarray:
         """Minus the number of levels that differ, f32[B, N]; a level appended for collisions does not count."""
@@ -55,9 +55,10 @@ class _Index:
     def adc(self, embeddings: np.ndarray) -> np.ndarray:
         """-||e(q) - ê(d)||², f32[B, N], bit-equal for documents of equal code."""
         points = self.table.space.centred(embeddings)
+        vectors, norms, vector_of = self.vectors
         squares = (points**2).sum(1, keepdims=True)
-        distinct = 2.0 * (points @ self.vectors.T) - self.norms - squares
-        return distinct.astype(np.float32)[:, self.vector_of]
+        distinct = 2.0 * (points @ vectors.T) - norms - squares
+        return distinct.astype(np.float32)[:, vector_of]
 
 
 class LookupRetriever:
@@ -80,7 +81,8 @@ class LookupRetriever:
         self.encoder = encoder
         self.text_of = text_of
         self._writing = threading.Lock()
-        self._index = _Index.of(table)
+        table.space.reconstruct(table.codes[:0, : table.space.levels])  # raises where there is no quantiser
+        self._index = _Index(table)
 
     @property
     def table(self) -> DocidTable:
@@ -104,11 +106,26 @@ class LookupRetriever:
         return self._score(self._index, embeddings)
 
     def insert(self, documents: Sequence[Document]) -> int:
-        """Add documents with the frozen encoder and codebooks; the new rows_version."""
+        """Add documents with the frozen encoder and codebooks; the new rows_version.
+
+        Raises:
+            DataError: for an id that is in the corpus already, or given twice.
+        """
         embeddings = self.encoder.embed([self.text_of(document) for document in documents])
         with self._writing:
             table, _ = self.table.insert(documents, embeddings)
-            self._index = _Index.of(table)
+            self._index = _Index(table)
+        return table.rows_version
+
+    def remove(self, doc_ids: Sequence[str]) -> int:
+        """Remove documents; the new rows_version.
+
+        Raises:
+            DataError: for an id that is not in the corpus, or given twice.
+        """
+        with self._writing:
+            table = self.table.delete(doc_ids)
+            self._index = _Index(table)
         return table.rows_version
 
     def _score(self, index: _Index, embeddings: np.ndarray) -> np.ndarray:

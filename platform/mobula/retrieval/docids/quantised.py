@@ -30,15 +30,19 @@ def fit(config: DocidConfig, points: np.ndarray, seed: int) -> tuple[np.ndarray,
     return sizes, _fit_pq(config, points, seed)
 
 
-def encode(arrays: dict[str, np.ndarray], points: np.ndarray) -> np.ndarray:
-    """Codes i32[N, L] of centred points f64[N, D]."""
+def encode(arrays: dict[str, np.ndarray], points: np.ndarray, prefix: np.ndarray | None = None) -> np.ndarray:
+    """Codes i32[N, L] of centred points f64[N, D]; with ``prefix`` i32[N, l], the first l codes are those given."""
     if "rotation" in arrays:
-        return _encode_pq(arrays, points)
+        codes = _encode_pq(arrays, points)
+        if prefix is not None:
+            codes[:, : prefix.shape[1]] = prefix
+        return codes
     residual = np.array(points, np.float64)
     levels = len(arrays["codebook"])
+    given = 0 if prefix is None else prefix.shape[1]
     codes = np.empty((len(points), levels), np.int32)
     for level in range(levels):
-        codes[:, level] = _assign(arrays, level, residual)
+        codes[:, level] = prefix[:, level] if level < given else _assign(arrays, level, residual)  # type: ignore[index]
         residual -= arrays["codebook"][level][codes[:, level]]
     return codes
 

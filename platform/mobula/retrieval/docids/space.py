@@ -107,6 +107,16 @@ class DocidSpace:
             return hierarchy.paths(self.arrays, self.levels, vectors)[0]
         return quantised.encode(self.arrays, vectors)
 
+    def encode_after(self, prefix: np.ndarray, embeddings: np.ndarray) -> np.ndarray:
+        """Codes i32[N, L] that begin with ``prefix`` i32[N, l] and go on as the quantiser would from there.
+
+        Raises:
+            Unsupported: for a family that is not a sum of codewords.
+        """
+        if self.family not in QUANTISED:
+            raise Unsupported(f"docid family {self.family} has no codewords; use one of {', '.join(QUANTISED)}")
+        return quantised.encode(self.arrays, self.centred(embeddings), prefix)
+
     def reconstruct(self, codes: np.ndarray) -> np.ndarray:
         """The vectors f32[N, D] that codes i32[N, L] stand for, in the centred space of :meth:`centred`.
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -18,6 +19,7 @@ from mobula.config import digest
 from mobula.data.records import Document
 from mobula.errors import ArtifactError, ConfigError, DataError
 from mobula.retrieval.docids.config import COLLISIONS, TEXT
+from mobula.retrieval.docids.hierarchy import FreeIndices
 from mobula.retrieval.docids.space import DocidSpace, DocidTokenizer, entropies
 
 ARRAYS = "docids.safetensors"
@@ -33,21 +35,24 @@ class InsertReport:
     """What became of inserted documents.
 
     ``unreachable`` counts those the model cannot know to produce (random codes), ``empty`` those whose text
-    docid has no token of the vocabulary, ``overflow`` those that share the last index of a full bucket.
+    docid has no token of the vocabulary, ``overflow`` those that share the last index of a full bucket or leaf,
+    ``collisions`` those whose code another document has too.
     """
 
     documents: int
     unreachable: int = 0
     empty: int = 0
     overflow: int = 0
+    collisions: int = 0
 
 
 @dataclass(frozen=True, eq=False)
 class DocidTable:
     """Codes of a corpus. Adding or removing documents gives a new table; readers of the old one keep theirs.
 
-    ``codes`` i32[N, L]; ``live`` bool[N] is False for deleted documents, whose rows stay. ``sizes`` i32[L]
-    are those of the space and, with collision ``append``, of one more level: the largest bucket at the build.
+    ``codes`` i32[N, L]; ``live`` bool[N] is False for deleted documents, whose rows stay until more are inserted.
+    ``sizes`` i32[L] are those of the space and, with collision ``append``, of one more level: the largest bucket
+    at the build.
     """
 
     space: DocidSpace
@@ -78,7 +83,7 @@ class DocidTable:
         _require_unique(doc_ids)
         codes, sizes = space.encode(documents, embeddings), space.sizes
         if collision == "append":
-            index = _bucket_index(codes, doc_ids)
+            index = _free_index(codes, doc_ids, {})
             codes = np.column_stack([codes, index])
             sizes = np.append(sizes, index.max(initial=0) + 1).astype(np.int32)
         return cls(space, codes, doc_ids, np.ones(len(doc_ids), bool), sizes, collision)
@@ -117,7 +122,9 @@ class DocidTable:
     def insert(
         self, documents: Sequence[Document], embeddings: np.ndarray | None = None
     ) -> tuple[DocidTable, InsertReport]:
-        """A table with more rows, and what became of them; no old row and nothing of the space changes.
+        """A table with more rows, and what became of them; no other code and nothing of the space changes.
+
+        Rows of deleted documents go; their codes can be given again.
 
         Raises:
             DataError: for an id that is in use or given twice.
@@ -128,25 +135,26 @@ class DocidTable:
         known = next((i for i in doc_ids if i in self.rows), None)
         if known is not None:
             raise DataError(f"document {known!r} is already in the corpus; delete it first to replace it")
-        levels = self.space.levels
-        codes = self.space.encode(documents, embeddings, taken=self.codes[:, :levels])
-        overflow = 0
+        stay = np.flatnonzero(self.live)
+        taken, levels = self.codes[stay], self.space.levels
+        codes = self.space.encode(documents, embeddings, taken=taken[:, :levels])
         if self.collision == "append":
-            index = _bucket_index(codes, doc_ids, self.codes[:, :levels])
-            last = int(self.sizes[-1]) - 1
-            overflow = int((index > last).sum())
-            codes = np.column_stack([codes, np.minimum(index, last)]).astype(np.int32)
+            index = _free_index(codes, doc_ids, _used(taken))
+            codes = np.column_stack([codes, np.minimum(index, self.sizes[-1] - 1)]).astype(np.int32)
+        collisions, repeated = _shared(codes, taken)
         report = InsertReport(
             documents=len(doc_ids),
             unreachable=len(doc_ids) if self.space.family == "random" else 0,
             empty=int((codes[:, :levels] == 0).all(1).sum()) if self.space.family in TEXT else 0,
-            overflow=overflow,
+            # Either hands out indices that differ as long as there are any.
+            overflow=repeated if self.collision == "append" or self.space.family == "hkmeans" else 0,
+            collisions=collisions,
         )
         table = replace(
             self,
-            codes=np.concatenate([self.codes, codes]),
-            doc_ids=self.doc_ids + doc_ids,
-            live=np.concatenate([self.live, np.ones(len(doc_ids), bool)]),
+            codes=np.concatenate([taken, codes]),
+            doc_ids=[self.doc_ids[row] for row in stay.tolist()] + doc_ids,
+            live=np.ones(len(stay) + len(doc_ids), bool),
             rows_version=self.rows_version + 1,
         )
         return table, report
@@ -155,8 +163,9 @@ class DocidTable:
         """A table in which these documents are no longer found; their rows stay, unused.
 
         Raises:
-            DataError: for an id that is not in the corpus.
+            DataError: for an id that is not in the corpus, or given twice.
         """
+        _require_unique(doc_ids)
         unknown = next((i for i in doc_ids if i not in self.rows), None)
         if unknown is not None:
             raise DataError(f"document {unknown!r} is not in the corpus")
@@ -235,17 +244,29 @@ class DocidTable:
         return table
 
 
-def _bucket_index(codes: np.ndarray, doc_ids: Sequence[str], taken: np.ndarray | None = None) -> np.ndarray:
-    """Position i32[N] of each row among the rows of equal code, by document id, after those in ``taken``."""
-    occupied: dict[bytes, int] = {}
-    for row in () if taken is None else np.ascontiguousarray(taken):
-        occupied[row.tobytes()] = occupied.get(row.tobytes(), 0) + 1
+def _free_index(codes: np.ndarray, doc_ids: Sequence[str], used: dict[Hashable, set[int]]) -> np.ndarray:
+    """An index i32[N] that tells each row from the others of equal code, by document id, and from those ``used``."""
+    free = FreeIndices(used)
     index = np.empty(len(codes), np.int32)
     for i in sorted(range(len(codes)), key=lambda i: doc_ids[i]):
-        code = np.ascontiguousarray(codes[i]).tobytes()
-        index[i] = occupied.get(code, 0)
-        occupied[code] = index[i] + 1
+        index[i] = free.take(tuple(codes[i].tolist()))
     return index
+
+
+def _used(taken: np.ndarray) -> dict[Hashable, set[int]]:
+    """The appended indices in use, by the code i32[L] before them."""
+    used: dict[Hashable, set[int]] = {}
+    for *code, index in taken.tolist():
+        used.setdefault(tuple(code), set()).add(index)
+    return used
+
+
+def _shared(codes: np.ndarray, taken: np.ndarray) -> tuple[int, int]:
+    """How many new rows have a code that another row, old or new, has too, and how many a code that came before."""
+    counts = Counter(map(tuple, codes.tolist()))
+    old = counts.keys() & set(map(tuple, taken.tolist()))
+    shared = sum(n for code, n in counts.items() if n > 1 or code in old)
+    return shared, len(codes) - len(counts.keys() - old)
 
 
 def _require_unique(doc_ids: Sequence[str]) -> None:

@@ -1,0 +1,114 @@
+"""How the `retriever` application searches: requests are planned, batched, timed and answered."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from starlette.responses import Response
+
+from mobula.retrieval.search import SearchOptions, SearchResult
+from mobula.serving import errors
+from mobula.serving.batching import Batcher
+from mobula.serving.errors import RequestRefused
+from mobula.serving.metrics import Metrics
+from mobula.serving.streaming import stream
+from serve_apps.retriever_budget import plan
+from serve_apps.retriever_corpus import Corpus, Snapshot
+from serve_apps.retriever_schema import RetrieverArgs, SearchRequest
+
+
+@dataclass
+class State:
+    """What the routes share; ``corpus`` is replaced as a whole when another artifact is swapped in."""
+
+    corpus: Corpus
+
+
+class Searching:
+    """Answers search requests on the corpus of ``state``."""
+
+    def __init__(self, state: State, args: RetrieverArgs, metrics: Metrics) -> None:
+        self.state, self.args, self.metrics = state, args, metrics
+        self.batcher = Batcher(_compute, args.max_batch_size, metrics.batch)
+
+    @asynccontextmanager
+    async def time_limit(self) -> AsyncIterator[None]:
+        """Within, what takes longer than a request may is cancelled and becomes a refusal (408)."""
+        try:
+            async with asyncio.timeout(self.args.time_limit_s):
+                yield
+        except TimeoutError:
+            raise RequestRefused(408, "timeout", f"not finished within {self.args.time_limit_s:g} s") from None
+
+    async def search(self, request: SearchRequest) -> Response:
+        """Hits as JSON."""
+        start = time.perf_counter()
+        # If another artifact is swapped in meanwhile, this request still gets all of its answer from this one.
+        corpus = self.state.corpus
+        retriever, options, budget = plan(request, corpus.searchable, corpus.calibration)
+        group = (corpus, retriever, options.decoder, options.steps, options.threshold, options.remask)
+        async with self.time_limit():
+            await corpus.reach(request.version)
+            result, snapshot = await self.batcher.submit(group, (request.query, options))
+        ms = 1000 * (time.perf_counter() - start)
+        self.metrics.search(retriever, result.decoder, ms)
+        return to_json(_found(result, snapshot, retriever, budget, ms))
+
+    async def trace(self, request: SearchRequest) -> Response:
+        """Denoising steps and hits as events."""
+        corpus = self.state.corpus
+        retriever, options, budget = plan(request, corpus.searchable, corpus.calibration)
+        if retriever != corpus.searchable.default:
+            raise RequestRefused(422, "bad_search", f"only {corpus.searchable.default} has denoising steps to trace")
+        async with self.time_limit():
+            await corpus.reach(request.version)
+        corpus.follow()
+        return stream(self._steps(request.query, options, corpus.snapshot, budget))
+
+    async def _steps(
+        self, query: str, options: SearchOptions, snapshot: Snapshot, budget: dict[str, Any]
+    ) -> AsyncIterator[tuple[str, Any]]:
+        start = time.perf_counter()
+        deadline = time.monotonic() + self.args.time_limit_s
+        steps = self.batcher.iterate(lambda: snapshot.searchable.trace(query, options))
+        try:
+            while True:
+                async with asyncio.timeout(deadline - time.monotonic()):
+                    item = await anext(steps)
+                if isinstance(item, SearchResult):
+                    ms = 1000 * (time.perf_counter() - start)
+                    retriever = snapshot.searchable.default
+                    self.metrics.search(retriever, options.decoder, ms)
+                    yield "result", _found(item, snapshot, retriever, budget, ms)
+                    return
+                yield "step", vars(item)
+        finally:
+            await steps.aclose()  # type: ignore[attr-defined]
+
+
+def _compute(group: tuple, requests: list[tuple[str, SearchOptions]]) -> list[tuple[SearchResult, Snapshot]]:
+    """Results of a batch, and the one version that they are of."""
+    corpus, retriever, *_ = group
+    corpus.follow()
+    snapshot = corpus.snapshot
+    return [(result, snapshot) for result in snapshot.search(retriever, requests)]
+
+
+def _found(
+    result: SearchResult, snapshot: Snapshot, retriever: str, budget: dict[str, Any], ms: float
+) -> dict[str, Any]:
+    names = ("decoder", "constraint", "scored_by", "nfe", "rows", "steps_used", "filled", "raw_code", "raw_valid")
+    hits = [snapshot.show(hit.doc_id, float(hit.score)) for hit in result.hits]
+    facts = {name: getattr(result, name) for name in names}
+    answer = {"hits": hits, "version": snapshot.version, "retriever": retriever, **facts}
+    return {**answer, "ms": round(ms, 3), "budget": budget}
+
+
+def to_json(value: Any) -> Response:
+    """JSON written once. FastAPI would check and encode what we made ourselves a second time."""
+    return Response(errors.dumps(value), media_type="application/json")
