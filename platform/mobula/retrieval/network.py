@@ -277,7 +277,7 @@ class TokenCodes(nn.Module):
 
     def score(self, hidden: Tensor, levels: slice) -> Tensor:
         """As :meth:`LearnedCodes.score`."""
-        return hidden @ self.project_out(self.table).T * hidden.shape[-1] ** -0.5
+        return (hidden * hidden.shape[-1] ** -0.5) @ self.project_out(self.table).T
 
 
 class CodewordPrior(nn.Module):
@@ -336,6 +336,7 @@ class DocidModel(nn.Module, ABC):
         self.register_buffer("sizes", sizes, persistent=False)
         self.register_buffer("impossible", torch.arange(self.width) >= sizes[:, None], persistent=False)
         self.register_buffer("index", torch.arange(self.levels), persistent=False)
+        self.uneven = len(set(shape.sizes)) > 1
 
     def forward(self, query: dict[str, Tensor], z: Tensor) -> Tensor:
         """Logits f32[B, L, K] for queries and codes z i64[B, L] (training)."""
@@ -409,12 +410,15 @@ class DocidTransformer(DocidModel):
         """As :meth:`DocidModel.logits`."""
         grouped = z.dim() == 3
         codes = z if grouped else z.unsqueeze(1)
-        hidden = self._docid_states(memory, self._docid_inputs(memory, codes))
-        scores = self.codes.score(self.norm(hidden).flatten(0, 1), slice(None))
+        scores = self.codes.score(self.hidden(memory, codes).flatten(0, 1), slice(None))
         if self.prior is not None:
             scores = scores + self.prior.score(self._residuals(memory, codes), slice(None))
-        scores = scores.masked_fill(self.impossible, float("-inf")).unflatten(0, codes.shape[:2])
+        scores = self._possible(scores, slice(None)).unflatten(0, codes.shape[:2])
         return scores if grouped else scores.squeeze(1)
+
+    def hidden(self, memory: Memory, codes: Tensor) -> Tensor:
+        """What ``self.codes`` scores, [B, G, L, d], for codes i64[B, G, L]."""
+        return self.norm(self._docid_states(memory, self._docid_inputs(memory, codes)))
 
     def start(self, memory: Memory, width: int = 1) -> Cache:
         """State of ``width`` empty hypotheses for each query (autoregressive).
@@ -446,9 +450,12 @@ class DocidTransformer(DocidModel):
         scores = self.codes.score(self.norm(x).flatten(0, 1), here)
         if self.prior is not None:
             scores = scores + self.prior.score(required(residual).reshape(-1, 1, self.prior.codewords.shape[-1]), here)
-        scores = scores.masked_fill(self.impossible[here], float("-inf")).squeeze(1)
-        scores = scores.unflatten(0, (memory.size, cache.width))
+        scores = self._possible(scores, here).squeeze(1).unflatten(0, (memory.size, cache.width))
         return scores, Cache(kept, level + 1, cache.width, residual)
+
+    def _possible(self, scores: Tensor, levels: slice) -> Tensor:
+        """Scores with -inf for codes outside a level, which there are only where levels differ in size."""
+        return scores.masked_fill(self.impossible[levels], float("-inf")) if self.uneven else scores
 
     def _remember(self, x: Tensor, mask: Tensor, pooled: Tensor, vector: Tensor | None) -> Memory:
         if self.shape.query_sees_docid and self.paradigm == "diffusion":

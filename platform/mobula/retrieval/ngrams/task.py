@@ -1,0 +1,234 @@
+"""Training the language model of n-gram retrieval: query -> span of a relevant document.
+
+:func:`write_ngrams` prepares a folder of the initial documents and their training queries; an :class:`NgramTask`
+reads it, wherever it is trained.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mobula.artifacts import sha256, write_text
+from mobula.config import digest
+from mobula.data.records import Document, Query, RetrievalData
+from mobula.errors import DataError
+from mobula.retrieval.build import ModelConfig
+from mobula.retrieval.config import ViewsConfig
+from mobula.retrieval.inputs import StoredFeatures
+from mobula.retrieval.network import DocidTransformer
+from mobula.retrieval.ngrams.config import NgramConfig
+from mobula.retrieval.ngrams.generate import NONE
+from mobula.retrieval.ngrams.index import Postings
+from mobula.retrieval.ngrams.language import MARKS_IN_TITLE, MarkedInputs, build_network, network_shape
+from mobula.retrieval.ngrams.retriever import Corpus, NgramRetriever
+from mobula.retrieval.ngrams.stream import FIRST, TITLE, Streams
+from mobula.retrieval.prepare import sample, training_examples
+from mobula.retrieval.tasks import check_collapse, dev_measures
+from mobula.threads import one_thread
+
+TOP = 10
+DONE = "prepared.txt"
+
+
+@dataclass
+class NgramTask:
+    """Train the language model on (query, span) pairs by the cross-entropy of every code that is no padding.
+
+    ``guarded``: a collapsed model ends the training, see :class:`mobula.retrieval.tasks.DocidTask`.
+    """
+
+    directory: Path
+    guarded: bool = True
+
+    @cached_property
+    def opened(self) -> _Opened:
+        """The prepared folder."""
+        return _Opened(self.directory)
+
+    @property
+    def examples(self) -> int:
+        """Number of training examples."""
+        return len(self.opened.targets)
+
+    def identity(self) -> str:
+        """Hash of everything the task reads."""
+        files = sorted(p for p in self.directory.rglob("*") if p.is_file())
+        return digest({str(p.relative_to(self.directory)): sha256(p) for p in files})
+
+    def build(self) -> DocidTransformer:
+        """A freshly initialised language model."""
+        corpus = self.opened.corpus
+        return build_network(self.opened.shape, corpus.vocabulary, corpus.tokenizer)
+
+    def batch(self, indices: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+        """Token ids i64[B, n] of queries and spans i64[B, L], padded with -1."""
+        rows = indices.numpy()
+        spans = np.array(self.opened.targets[rows], np.int64)
+        return {**self.opened.queries.rows(self.opened.query_of[rows]), "spans": torch.from_numpy(spans)}
+
+    def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor | float]]:
+        """Mean cross-entropy of the codes in nats; only positions with a code are scored."""
+        if not isinstance(model, DocidTransformer):
+            raise TypeError(f"an n-gram language model is a DocidTransformer, found {type(model).__name__}")
+        spans = batch["spans"]
+        longest = int((spans != NONE).sum(1).max())
+        hidden = model.hidden(model.memory({"ids": batch["ids"]}), spans.clamp(min=0)[:, None]).squeeze(1)
+        codes = spans != NONE
+        logits = model.codes.score(hidden[codes].unsqueeze(1), slice(None)).squeeze(1)
+        return F.cross_entropy(logits.float(), spans[codes]), {"span": float(longest)}
+
+    def evaluate(self, model: DocidTransformer) -> dict[str, float]:
+        """Dev Hit@1, Hit@10, MRR@10 and the share of distinct top-1 documents, by searching the initial documents."""
+        retriever = NgramRetriever("ngram", model, self.opened.corpus)
+        device = next(model.parameters()).device
+        features = {
+            view: {name: values.to(device) for name, values in stored.all().items()}
+            for view, stored in self.opened.dev.items()
+        }
+        with one_thread():
+            results = retriever.search_features(features, [TOP] * len(self.opened.dev_gold))
+        return dev_measures([[hit.doc_id for hit in result.hits] for result in results], self.opened.dev_gold)
+
+    def check(self, metrics: dict[str, float], step: int, steps: int) -> None:
+        """See :func:`mobula.retrieval.tasks.check_collapse`."""
+        gold = self.opened.dev_gold
+        check_collapse("ngram", metrics["distinct_top1"], gold, step, steps, fatal=self.guarded)
+
+    def __getstate__(self) -> dict[str, object]:
+        return {"directory": self.directory, "guarded": self.guarded}
+
+
+class _Opened:
+    """Arrays of a prepared folder."""
+
+    def __init__(self, directory: Path) -> None:
+        self.corpus, self.shape = Corpus.load(directory)
+        self.targets = np.load(directory / "targets.npy", mmap_mode="r", allow_pickle=False)
+        self.query_of = np.load(directory / "query_of.npy", allow_pickle=False)
+        self.queries = StoredFeatures(directory / "queries")
+        self.dev = {view: StoredFeatures(directory / "dev" / view) for view in self.corpus.config.views}
+        gold = (directory / "dev_gold.txt").read_text(encoding="utf-8")
+        self.dev_gold = [set(line.split("\t")) for line in gold.split("\n")]
+
+
+def write_ngrams(
+    directory: Path,
+    documents: Sequence[Document],
+    train_queries: Sequence[Query],
+    dev_queries: Sequence[Query],
+    *,
+    config: NgramConfig,
+    views: ViewsConfig,
+    model: ModelConfig,
+    seed: int,
+) -> NgramTask:
+    """Prepare ``directory``, unless that is done, and return the task that reads it.
+
+    Everything is fitted on ``documents``: those that are there from the beginning. ``views`` says which pseudo-queries
+    stand beside the training queries; none of them is a near-duplicate of a dev query of the same document.
+
+    Raises:
+        DataError: if there is nothing to train on.
+        ConfigError: for a backbone that n-grams cannot be generated with.
+    """
+    if not (directory / DONE).is_file():
+        corpus = Corpus.fit(documents, config, seed)
+        shape = network_shape(model, corpus.vocabulary, config.max_len, corpus.tokenizer.dim)
+        corpus.save(directory, shape)
+        inputs = MarkedInputs(corpus.tokenizer, model.query_len)
+        asked = {"train": list(train_queries), "dev": list(dev_queries)}
+        data = RetrievalData("ngrams", "", "", list(documents), asked)
+        _write_examples(directory, corpus, *training_examples(views, data, seed), inputs, seed)
+        _write_dev(directory, sample(asked["dev"], config.dev_queries, seed), inputs, config.views)
+        write_text(directory / DONE, corpus.fitted_on)
+    return NgramTask(directory)
+
+
+def _write_examples(
+    directory: Path, corpus: Corpus, texts: list[str], pairs: np.ndarray, inputs: MarkedInputs, seed: int
+) -> None:
+    """Targets of every (query, document) pair in every view, and the features of the queries."""
+    (directory / "queries").mkdir(parents=True, exist_ok=True)
+    codes = [corpus.vocabulary.codes(ids) for ids in inputs.embedding.encode(texts)]
+    parts: list[np.ndarray] = []
+    owners: list[np.ndarray] = []
+    features: list[np.ndarray] = []
+    for number, view in enumerate(corpus.config.views):
+        targets = SpanTargets(corpus.streams[view], corpus.config, view, np.random.default_rng([seed, number]))
+        for query, document in pairs.tolist():
+            drawn = targets.draw(codes[query], document)
+            parts.append(drawn)
+            owners.append(np.full(len(drawn), number * len(texts) + query))
+        features.append(inputs.features(texts, view)["ids"].numpy())
+    spans = np.concatenate(parts)
+    if not len(spans):
+        raise DataError("nothing to train on: the documents of the training queries have no token")
+    np.save(directory / "targets.npy", spans, allow_pickle=False)
+    np.save(directory / "query_of.npy", np.concatenate(owners), allow_pickle=False)
+    np.save(directory / "queries" / "ids.npy", np.concatenate(features), allow_pickle=False)
+
+
+def _write_dev(directory: Path, queries: list[Query], inputs: MarkedInputs, views: Sequence[str]) -> None:
+    for view in views:
+        (directory / "dev" / view).mkdir(parents=True, exist_ok=True)
+        ids = inputs.features([query.text for query in queries], view)["ids"].numpy()
+        np.save(directory / "dev" / view / "ids.npy", ids, allow_pickle=False)
+    write_text(directory / "dev_gold.txt", "\n".join("\t".join(query.gold) for query in queries))
+
+
+class SpanTargets:
+    """Draws what a query of a document is trained to generate in a view.
+
+    Windows of ``max_len`` tokens (of a shorter text, all of it) are drawn with probability proportional to
+    exp(sharpness * overlap), the overlap being the idf of the window's tokens that the query holds. Documents with a
+    title are also asked for it.
+    """
+
+    def __init__(self, streams: Streams, config: NgramConfig, view: str, random: np.random.Generator) -> None:
+        self.streams, self.config, self.random = streams, config, random
+        self.length = config.max_len + MARKS_IN_TITLE
+        self.windows = {"title": 0, "query": config.query_spans}.get(view, config.spans)
+        self.titles = config.titles if view in ("text", "title") else 0
+        postings = Postings.of(streams)
+        self.idf = np.log(len(streams) / np.maximum(1, np.bincount(postings.code)))
+        positions = np.arange(len(streams.codes))
+        marks = np.flatnonzero(streams.codes < FIRST)
+        # Where the text that a position belongs to ends, and where windows may begin.
+        self.end = marks[np.searchsorted(marks, positions)]
+        begins = np.ones(len(positions), bool)
+        begins[1:] = streams.codes[:-1] < FIRST
+        self.begins = (streams.codes >= FIRST) & (begins | (self.end - positions >= config.max_len))
+
+    def draw(self, query: np.ndarray, document: int) -> np.ndarray:
+        """Targets i32[m, L], padded with -1, of a query with ``query`` codes."""
+        low, high = self.streams.starts[document : document + 2]
+        codes = self.streams.codes[low:high]
+        targets = []
+        if self.titles and codes[0] == TITLE:
+            title = self._padded(np.array([low]), np.array([self.end[low + 1] + 1]))
+            targets.append(np.repeat(title, self.titles, axis=0))
+        begins = low + np.flatnonzero(self.begins[low:high])
+        if self.windows and len(begins):
+            ends = np.minimum(begins + self.config.max_len, self.end[begins])
+            gain = np.zeros(len(self.idf))
+            gain[query[query < len(gain)]] = self.idf[query[query < len(gain)]]
+            sums = np.concatenate([[0.0], np.cumsum(gain[codes])])
+            overlap = sums[ends - low] - sums[begins - low]
+            chance = np.cumsum(np.exp(self.config.sharpness * (overlap - overlap.max())))
+            drawn = np.searchsorted(chance, self.random.random(self.windows) * chance[-1], side="right")
+            targets.append(self._padded(begins[drawn], ends[drawn]))
+        return np.concatenate([np.zeros((0, self.length), np.int32), *targets])
+
+    def _padded(self, begins: np.ndarray, ends: np.ndarray) -> np.ndarray:
+        """The codes from ``begins`` to ``ends`` i64[m], i32[m, L] padded with -1."""
+        places = begins[:, None] + np.arange(self.length)
+        codes = self.streams.codes[np.minimum(places, len(self.streams.codes) - 1)]
+        return np.where(places < ends[:, None], codes, np.int32(NONE))
