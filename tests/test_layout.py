@@ -92,8 +92,9 @@ def test_no_key_of_a_config_is_without_effect(method: str) -> None:
     source = "\n".join(path.read_text() for path in (ROOT / "platform").rglob("*.py"))
     used = set(re.findall(r"\.(\w+)", source)) | set(re.findall(r"getattr\(\w+(?:\.\w+)*, \"(\w+)\"", source))
     leaves = {name for name, _, _ in describe(methods.get(method).Config)} - FOR_READERS
-    # Read by the name of a paradigm: getattr(config.learning_rates, arm.paradigm).
-    by_name = {f"learning_rates.{paradigm}" for paradigm in ("diffusion", "autoregressive", "classifier")}
+    # Read by the name of a paradigm or of a kind of system: getattr(config.learning_rates, arm.paradigm).
+    kinds = ("diffusion", "autoregressive", "classifier", "numeric", "text")
+    by_name = {f"learning_rates.{kind}" for kind in kinds}
     assert sorted(name for name in leaves - by_name if name.rsplit(".", 1)[-1] not in used) == []
 
 

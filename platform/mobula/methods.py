@@ -29,6 +29,11 @@ METHODS = {
         "mobula.retrieval.diffugr",
         "generative document retrieval: a masked diffusion model denoises document identifiers",
     ),
+    "dynamic_retrieval": Entry(
+        "retrieval",
+        "mobula.retrieval.dynamic.method",
+        "generative retrieval over corpora that grow: docid families, and several docids per document",
+    ),
 }
 
 

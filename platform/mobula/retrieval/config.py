@@ -140,6 +140,10 @@ class Config(ExperimentConfig):
                 return [f"decode does not go with {name}: {problems[0]}"]
         return []
 
+    def docid_of(self, family: str) -> DocidConfig:
+        """The docid settings of a family."""
+        return replace(self.docid, family=family)
+
     @property
     def code_length(self) -> int:
         """Positions of the main arm's codes."""

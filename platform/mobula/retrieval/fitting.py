@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from mobula.cluster.connect import connect
 from mobula.cluster.spec import ClusterSpec
 from mobula.retrieval.arms import Arm
-from mobula.retrieval.build import load_weights
-from mobula.retrieval.config import Config
+from mobula.retrieval.build import ModelConfig, load_weights
+from mobula.retrieval.config import Config, LossConfig
 from mobula.retrieval.network import DocidModel
 from mobula.retrieval.tasks import DocidTask, DualEncoder, DualTask, Prepared
 from mobula.training import FitResult, Training, TrainingConfig, fit_all
@@ -38,10 +38,51 @@ class Fitted:
         return [r for found in self.arms.values() for r in found] + ([self.dual] if self.dual else [])
 
 
+@dataclass(frozen=True)
+class Plan:
+    """A model to train: with which rates to choose from, in which directory, with how many seeds."""
+
+    name: str
+    task: DocidTask | DualTask
+    rates: list[float]
+    directory: Path
+    seeds: int
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How plans are trained: the training section, the share of it that a trial of a rate gets, the first seed."""
+
+    training: TrainingConfig
+    share: float
+    seed: int
+
+
 def fit_arms(config: Config, prepared: Prepared, directory: Path, cluster: Spec) -> Fitted:
     """Train every arm with every seed, and the dual encoder; finished trainings are taken as they are."""
-    with _ray(config.training, cluster):
-        return _fit_all(config, prepared, directory, cluster)
+    plans = list(_plans(config, prepared, directory))
+    found, rates = fit_plans(plans, Schedule(config.training, config.learning_rates.share, config.seed), cluster)
+    *by_arm, (dual,) = found
+    return Fitted(dict(zip(config.parsed_arms, by_arm, strict=True)), dual, rates)
+
+
+def fit_plans(
+    plans: Sequence[Plan], schedule: Schedule, cluster: Spec
+) -> tuple[list[list[FitResult]], list[list[Any]]]:
+    """The trainings of each plan, one a seed, and a row [name, rate, dev value of its trial, chosen] for each rate.
+
+    Where a plan has several rates, each trains for a share of the steps and dev chooses. Finished trainings are
+    taken as they are.
+    """
+    with _ray(schedule.training, cluster):
+        rates, tried = _choose_rates(plans, schedule, cluster)
+        finals = [
+            _training(plan, settings_for(schedule.training, rate), f"seed-{seed}", schedule.seed + seed)
+            for plan, rate in zip(plans, rates, strict=True)
+            for seed in range(plan.seeds)
+        ]
+        results = iter(_fit(finals, cluster))
+        return [[next(results) for _ in range(plan.seeds)] for plan in plans], tried
 
 
 def _ray(training: TrainingConfig, cluster: Spec) -> contextlib.AbstractContextManager[None]:
@@ -51,43 +92,23 @@ def _ray(training: TrainingConfig, cluster: Spec) -> contextlib.AbstractContextM
     return connect() if workers else contextlib.nullcontext()
 
 
-def _fit_all(config: Config, prepared: Prepared, directory: Path, cluster: Spec) -> Fitted:
-    plans = list(_plans(config, prepared, directory))
-    fitted = Fitted()
-    rates = _choose_rates(config, plans, cluster, fitted)
-    finals = [
-        _training(plan, settings_for(config.training, rate), f"seed-{seed}", config.seed + seed)
-        for plan, rate in zip(plans, rates, strict=True)
-        for seed in range(plan.seeds)
-    ]
-    results = iter(_fit(finals, cluster))
-    found = [[next(results) for _ in range(plan.seeds)] for plan in plans]
-    *by_arm, (fitted.dual,) = found
-    fitted.arms = dict(zip(config.parsed_arms, by_arm, strict=True))
-    return fitted
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """A model to train: with which rates to choose from, in which directory, how many times."""
-
-    name: str
-    task: DocidTask | DualTask
-    rates: list[float]
-    directory: Path
-    seeds: int
-
-
-def _plans(config: Config, prepared: Prepared, directory: Path) -> Iterator[_Plan]:
+def _plans(config: Config, prepared: Prepared, directory: Path) -> Iterator[Plan]:
     """Every arm, then the dual encoder."""
     for arm in config.parsed_arms:
         rates = getattr(config.learning_rates, arm.paradigm)
         task = docid_task(config, prepared, arm)
-        yield _Plan(str(arm), task, rates, directory / arm.directory, config.evaluation.seeds)
-    yield _Plan("dual", DualTask(prepared), config.learning_rates.dual, directory / "dual", 1)
+        yield Plan(str(arm), task, rates, directory / arm.directory, config.evaluation.seeds)
+    yield Plan("dual", DualTask(prepared), config.learning_rates.dual, directory / "dual", 1)
 
 
-def docid_task(config: Config, prepared: Prepared, arm: Arm) -> DocidTask:
+class Trained(Protocol):
+    """What of a method's config decides a docid model."""
+
+    model: ModelConfig
+    loss: LossConfig
+
+
+def docid_task(config: Trained, prepared: Prepared, arm: Arm) -> DocidTask:
     """The training task of an arm."""
     return DocidTask(prepared, arm, config.model, config.loss.weight)
 
@@ -118,12 +139,12 @@ def settings_for(training: TrainingConfig, lr: float, share: float = 1.0) -> Tra
     )
 
 
-def _choose_rates(config: Config, plans: list[_Plan], cluster: Spec, fitted: Fitted) -> list[float]:
+def _choose_rates(plans: Sequence[Plan], schedule: Schedule, cluster: Spec) -> tuple[list[float], list[list[Any]]]:
     """The rate of each plan that is best on dev after a share of the training; a single rate needs no trial."""
     trials = [(plan, rate) for plan in plans if len(plan.rates) > 1 for rate in plan.rates]
-    settings = {rate: settings_for(config.training, rate, config.learning_rates.share) for _, rate in trials}
+    settings = {rate: settings_for(schedule.training, rate, schedule.share) for _, rate in trials}
     tried = [
-        _training(replace(plan, task=replace(plan.task, guarded=False)), settings[rate], f"lr-{rate:g}", config.seed)
+        _training(replace(plan, task=replace(plan.task, guarded=False)), settings[rate], f"lr-{rate:g}", schedule.seed)
         for plan, rate in trials
     ]
     results = _fit(tried, cluster)
@@ -131,15 +152,16 @@ def _choose_rates(config: Config, plans: list[_Plan], cluster: Spec, fitted: Fit
         (plan.name, rate): result.best[settings[rate].monitor]
         for (plan, rate), result in zip(trials, results, strict=True)
     }
-    chosen = []
+    chosen: list[float] = []
+    rows: list[list[Any]] = []
     for plan in plans:
         best = max(plan.rates, key=lambda rate: on_dev.get((plan.name, rate), 0.0))
-        fitted.rates.extend([plan.name, rate, on_dev.get((plan.name, rate)), rate == best] for rate in plan.rates)
+        rows.extend([plan.name, rate, on_dev.get((plan.name, rate)), rate == best] for rate in plan.rates)
         chosen.append(best)
-    return chosen
+    return chosen, rows
 
 
-def _training(plan: _Plan, settings: TrainingConfig, folder: str, seed: int) -> Training:
+def _training(plan: Plan, settings: TrainingConfig, folder: str, seed: int) -> Training:
     return Training(plan.task, settings, plan.directory / folder, seed, plan.name, _Progress(f"{plan.name} {folder}"))
 
 

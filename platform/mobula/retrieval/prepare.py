@@ -5,8 +5,9 @@ from __future__ import annotations
 import fcntl
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -20,7 +21,7 @@ from mobula.models.pretrained import Pretrained
 from mobula.models.text import load_static
 from mobula.retrieval.arms import Arm
 from mobula.retrieval.build import LANGUAGE_MODELS, PARADIGMS, ModelConfig, base_hash
-from mobula.retrieval.config import Config, ViewsConfig
+from mobula.retrieval.config import ViewsConfig
 from mobula.retrieval.docids.config import CONTROLS, EMBEDDED, TEXT, DocidConfig
 from mobula.retrieval.docids.leak import require_no_leak
 from mobula.retrieval.docids.space import DocidSpace, fit_space
@@ -42,6 +43,21 @@ TITLE_LEAK = 0.5  # share of queries that may hold their docid by chance; querie
 WINDOWS_PER_DOCUMENT = 5  # that codebooks are fitted on with docid.fit_on=windows
 
 
+class Preparable(Protocol):
+    """What preparing reads of a method's config; ``docid`` names the encoder, :meth:`docid_of` a family's settings."""
+
+    seed: int
+    docid: DocidConfig
+    model: ModelConfig
+    views: ViewsConfig
+    evaluation: Any  # of which dev_queries is read
+
+    @property
+    def parsed_arms(self) -> list[Arm]: ...
+
+    def docid_of(self, family: str) -> DocidConfig: ...
+
+
 @dataclass
 class Material:
     """What a run works on: its data, the document encoder with the documents' embeddings, and prepared files.
@@ -56,7 +72,7 @@ class Material:
     prepared: Prepared
 
 
-def prepare(config: Config, data: RetrievalData, directory: Path) -> Material:
+def prepare(config: Preparable, data: RetrievalData, directory: Path) -> Material:
     """Make (or find, after an interruption) the prepared folder of a run."""
     directory.mkdir(parents=True, exist_ok=True)
     # Concurrent trials of a sweep share a folder; one of them fills it.
@@ -65,7 +81,7 @@ def prepare(config: Config, data: RetrievalData, directory: Path) -> Material:
         return _prepare(config, data, directory)
 
 
-def _prepare(config: Config, data: RetrievalData, directory: Path) -> Material:
+def _prepare(config: Preparable, data: RetrievalData, directory: Path) -> Material:
     encoder = load_encoder(config.docid.encoder)
     embeddings = _embed_documents(encoder, data, directory)
     inputs = make_inputs(config.model, config.parsed_arms, corpus_mean(embeddings))
@@ -114,10 +130,10 @@ def title_leaks(material: Material, arms: Sequence[Arm]) -> dict[str, float]:
 
 
 def fit_family(
-    config: DocidConfig, family: str, data: RetrievalData, embeddings: np.ndarray, encoder: TextEncoder, seed: int
+    config: DocidConfig, data: RetrievalData, embeddings: np.ndarray, encoder: TextEncoder, seed: int
 ) -> DocidTable:
     """Fit a docid family on the corpus and encode it."""
-    settings = replace(config, family=family)
+    family = config.family
     tokenizer = load_static("wordllama") if family in TEXT else None
     vectors = embeddings if family in EMBEDDED else None
     windows = None
@@ -125,7 +141,7 @@ def fit_family(
         views = make_views(data.documents, "window", WINDOWS_PER_DOCUMENT, seed)
         windows = encoder.embed([view.text for view in views])
     space: DocidSpace = fit_space(
-        settings, data.documents, vectors, seed=seed, encoder_hash=encoder.hash, tokenizer=tokenizer, windows=windows
+        config, data.documents, vectors, seed=seed, encoder_hash=encoder.hash, tokenizer=tokenizer, windows=windows
     )
     collision = "bucket" if family in CONTROLS else config.collision
     return DocidTable.build(space, data.documents, vectors, collision)
@@ -143,16 +159,16 @@ def _embed_documents(encoder: TextEncoder, data: RetrievalData, directory: Path)
 
 
 def _write_tables(
-    config: Config, data: RetrievalData, embeddings: np.ndarray, encoder: TextEncoder, directory: Path
+    config: Preparable, data: RetrievalData, embeddings: np.ndarray, encoder: TextEncoder, directory: Path
 ) -> None:
     for family in sorted({arm.family for arm in config.parsed_arms}):
         log.info("fitting docids: %s", family)
-        table = fit_family(config.docid, family, data, embeddings, encoder, config.seed)
+        table = fit_family(config.docid_of(family), data, embeddings, encoder, config.seed)
         table.save(directory / "docids" / family)
 
 
 def _write_views(
-    config: Config, data: RetrievalData, encoder: TextEncoder, inputs: dict[str, QueryInputs], directory: Path
+    config: Preparable, data: RetrievalData, encoder: TextEncoder, inputs: dict[str, QueryInputs], directory: Path
 ) -> None:
     texts, examples = training_examples(config.views, data, config.seed)
     log.info("writing %d training views, %d examples", len(texts), len(examples))
@@ -212,7 +228,7 @@ def _pairs(queries: list[Query], data: RetrievalData, offset: int) -> list[tuple
 
 
 def _write_dev(
-    config: Config, data: RetrievalData, encoder: TextEncoder, inputs: dict[str, QueryInputs], directory: Path
+    config: Preparable, data: RetrievalData, encoder: TextEncoder, inputs: dict[str, QueryInputs], directory: Path
 ) -> None:
     queries = sample(data.queries["dev"], config.evaluation.dev_queries, config.seed)
     texts = [query.text for query in queries]

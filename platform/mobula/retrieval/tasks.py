@@ -193,15 +193,25 @@ class DualEncoder(nn.Module):
 
 @dataclass
 class DualTask:
-    """Train the dual-encoder baseline with in-batch negatives on the same examples as the docid models."""
+    """Train the dual-encoder baseline with in-batch negatives on the same examples as the docid models.
+
+    ``negatives`` names an array i64[M] in the prepared folder: for each example the row of a document that looks
+    right and is not, one more column for every query of the batch (DPR, Karpukhin et al. 2020). Empty: none.
+    """
 
     prepared: Prepared
     guarded: bool = True
+    negatives: str = ""
 
     @property
     def examples(self) -> int:
         """Number of training examples."""
         return len(self.prepared.examples)
+
+    @cached_property
+    def hard(self) -> np.ndarray | None:
+        """Rows i64[M] of hard negatives."""
+        return np.load(self.prepared.directory / self.negatives, allow_pickle=False) if self.negatives else None
 
     @cached_property
     def documents(self) -> Tensor:
@@ -225,24 +235,26 @@ class DualTask:
 
     def identity(self) -> str:
         """What decides the result besides training configuration and seed."""
-        return digest([self.prepared.identity(), "dual"])
+        return digest([self.prepared.identity(), "dual", self.negatives])
 
     def build(self) -> DualEncoder:
         """A dual encoder that starts as the frozen encoder."""
         return DualEncoder(self.documents.shape[1])
 
     def batch(self, indices: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
-        """Query vectors and document vectors f32[B, D], and the document row i64[B] of each example."""
+        """Query vectors f32[B, D], document vectors f32[B', D] and their rows i64[B'], each query's own first."""
         pairs = self.prepared.examples[indices.numpy()]
         queries = torch.from_numpy(np.asarray(self.view_vectors[pairs[:, 0]], dtype=np.float32))
-        return {"queries": queries, "documents": self.documents[pairs[:, 1]], "rows": torch.from_numpy(pairs[:, 1])}
+        rows = pairs[:, 1] if self.hard is None else np.concatenate([pairs[:, 1], self.hard[indices.numpy()]])
+        return {"queries": queries, "documents": self.documents[rows], "rows": torch.from_numpy(rows)}
 
     def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor | float]]:
         """InfoNCE; the same document standing twice in a batch is not its own negative."""
         similarity = model(batch["queries"], batch["documents"])
         rows = batch["rows"]
-        same = (rows[:, None] == rows) & ~torch.eye(len(rows), dtype=torch.bool, device=rows.device)
-        own = torch.arange(len(rows), device=rows.device)
+        own = torch.arange(len(similarity), device=rows.device)
+        same = rows[: len(own), None] == rows
+        same[own, own] = False
         return F.cross_entropy(similarity.masked_fill(same, float("-inf")), own), {}
 
     def check(self, metrics: dict[str, float], step: int, steps: int) -> None:

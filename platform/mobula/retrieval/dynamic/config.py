@@ -1,0 +1,150 @@
+"""The config of a `dynamic_retrieval` experiment."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from mobula.config import key, nearest, section
+from mobula.data.config import DataConfig
+from mobula.data.sessions import SessionsConfig
+from mobula.errors import MobulaError
+from mobula.evaluation.ranking import MEASURES
+from mobula.experiment import ExperimentConfig
+from mobula.retrieval import arms as arm_names
+from mobula.retrieval.arms import Arm
+from mobula.retrieval.build import LANGUAGE_MODELS, ModelConfig
+from mobula.retrieval.config import LossConfig, ViewsConfig
+from mobula.retrieval.docids.config import QUANTISED, TEXT, DocidConfig
+from mobula.retrieval.dynamic.chunks import ChunksConfig, Expansion
+from mobula.retrieval.dynamic.hybrid import FusionConfig
+from mobula.retrieval.dynamic.multi import MultiConfig
+from mobula.retrieval.ngrams.config import NgramConfig
+from mobula.training import TrainingConfig
+
+BASELINES = ("bm25", "dense", "dual", "dual_hn", "adc")
+MULTI = "multi_chunk"
+NGRAMS = ("ngram", "multiview")
+HYBRID = "hybrid"
+
+
+@dataclass
+class LearningRates:
+    """Learning rates. Of several, the first system of the kind tries each on dev, and the others take its choice."""
+
+    numeric: list[float] = key([3e-3], "docid models with numeric codes", gt=0)
+    text: list[float] = key([3e-3], "docid models with text codes, n-gram language models", gt=0)
+    dual: list[float] = key([1e-3], "dual encoders", gt=0)
+    share: float = key(0.2, "share of the examples that a trial of one rate gets", gt=0, le=1)
+
+
+@dataclass
+class EvaluationConfig:
+    """What is measured, on every session at every state of the corpus."""
+
+    seeds: int = key(1, "training seeds per system: seed, seed + 1, ...", ge=1, le=20)
+    primary: str = key("Hit@10", "measure that claims use", choices=MEASURES)
+    depth: int = key(100, "documents per ranked list", ge=1, le=1000)
+    beam: int = key(100, "beam width of autoregressive docid models", ge=1, le=256)
+    variants: list[str] = key(
+        [], "further ways to search a trained multi_chunk model, such as expand=free,aggregate=max"
+    )
+    chunk_counts: list[int] = key([], "further values of chunks.per_document, each with a model of its own", ge=1)
+    max_rows: int | None = key(None, "rows per session; null: all", ge=1)
+    dev_queries: int = key(200, "dev queries scored while training", ge=1)
+    latency_queries: int = key(30, "queries timed one by one at the last state", ge=1)
+    resamples: int = key(10_000, "bootstrap resamples", ge=100)
+    decisive: bool = key(True, "false: too small to decide; every claim is undecided (smoke)")
+
+
+def _numeric() -> DocidConfig:
+    return DocidConfig(levels=4, codes=32, fit_on="windows")
+
+
+def _text() -> DocidConfig:
+    return DocidConfig(family="text.title", levels=8)
+
+
+@dataclass
+class Config(ExperimentConfig):
+    """Which systems are followed through the sessions. ``paradigm/family`` systems and n-gram systems are trained."""
+
+    systems: list[str] = key(
+        ["bm25", "dense", "adc", "autoregressive/rq", "autoregressive/random", "autoregressive/multi_chunk", "ngram"],
+        "bm25, dense, dual, dual_hn, adc, paradigm/family, paradigm/multi_chunk, ngram, multiview, hybrid",
+    )
+    data: DataConfig = section(DataConfig)
+    sessions: SessionsConfig = section(SessionsConfig)
+    docid: DocidConfig = section(_numeric)  # type: ignore[arg-type]
+    text: DocidConfig = section(_text)  # type: ignore[arg-type]
+    chunks: ChunksConfig = section(ChunksConfig)
+    multi: MultiConfig = section(MultiConfig)
+    ngram: NgramConfig = section(NgramConfig)
+    fusion: FusionConfig = section(FusionConfig)
+    model: ModelConfig = section(ModelConfig)
+    views: ViewsConfig = section(ViewsConfig)
+    loss: LossConfig = section(LossConfig)
+    learning_rates: LearningRates = section(LearningRates)
+    training: TrainingConfig = section(TrainingConfig)
+    evaluation: EvaluationConfig = section(EvaluationConfig)
+
+    def problems(self) -> list[str]:
+        """Contradictions across sections."""
+        found = list(self._bad_systems())
+        if self.model.backbone in LANGUAGE_MODELS:
+            found.append(f"model.backbone={self.model.backbone}: dynamic_retrieval trains small and encoder only")
+        for text in self.evaluation.variants:
+            found.extend(self._bad_variant(text))
+        if HYBRID in self.systems and not (self.parsed_arms and "ngram" in self.systems):
+            found.append("systems: hybrid fuses a numeric system with ngram; name both")
+        return found
+
+    @property
+    def parsed_arms(self) -> list[Arm]:
+        """The trained docid systems of one docid per document."""
+        return [arm_names.parse(name) for name in self.systems if "/" in name and not name.endswith(f"/{MULTI}")]
+
+    @property
+    def multi_paradigms(self) -> list[str]:
+        """Paradigms of the multi_chunk systems."""
+        return [name.partition("/")[0] for name in self.systems if name.endswith(f"/{MULTI}")]
+
+    @property
+    def grams(self) -> list[str]:
+        """The n-gram systems."""
+        return [name for name in NGRAMS if name in self.systems]
+
+    def docid_of(self, family: str) -> DocidConfig:
+        """The docid settings of a family."""
+        return replace(self.text if family in TEXT else self.docid, family=family)
+
+    def variant(self, text: str) -> MultiConfig:
+        """``multi`` with changes such as ``expand=free,tie=residual``."""
+        return replace(self.multi, **dict(part.split("=", 1) for part in text.split(",")))
+
+    def _bad_systems(self) -> Iterator[str]:
+        known = (*BASELINES, *NGRAMS, HYBRID)
+        for name in self.systems:
+            if name in known:
+                continue
+            paradigm, _, family = name.partition("/")
+            if family == MULTI:
+                if paradigm not in ("autoregressive", "diffusion"):
+                    yield f"systems: {name}: multi_chunk is trained autoregressive or by diffusion"
+                elif self.docid.family not in QUANTISED:
+                    yield f"systems: {name} needs docid.family to be one of {', '.join(QUANTISED)}"
+                continue
+            try:
+                arm_names.parse(name)
+            except ValueError as error:
+                yield f"systems: {error}" if family else f"systems: unknown {name!r}{nearest(name, known)}"
+        if not any("/" in name and not name.endswith(f"/{MULTI}") for name in self.systems):
+            yield "systems: name at least one paradigm/family system; the first is served by default"
+
+    def _bad_variant(self, text: str) -> Iterator[str]:
+        try:
+            Expansion.parse(self.variant(text).expand, self.docid.levels)
+        except (TypeError, ValueError):
+            yield f"evaluation.variants: {text!r}; write key=value of the section multi, separated by commas"
+        except MobulaError as error:
+            yield f"evaluation.variants: {error}"

@@ -1,0 +1,126 @@
+"""Training every system of a `dynamic_retrieval` run on the initial documents."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from mobula.cluster.spec import ClusterSpec
+from mobula.retrieval.arms import Arm
+from mobula.retrieval.docids.config import TEXT
+from mobula.retrieval.dynamic.config import MULTI, Config
+from mobula.retrieval.dynamic.prepare import NEGATIVES, Sessions, prepare_chunks, prepare_documents, write_negatives
+from mobula.retrieval.fitting import Plan, Schedule, fit_plans
+from mobula.retrieval.ngrams.config import MULTIVIEW
+from mobula.retrieval.ngrams.task import NgramTask, write_ngrams
+from mobula.retrieval.prepare import Material, training_examples
+from mobula.retrieval.tasks import DocidTask, DualTask
+from mobula.training import FitResult
+
+KINDS = ("numeric", "text", "dual")
+
+
+@dataclass
+class Trained:
+    """The trainings of every system by seed, the tasks they were, and what they were prepared from."""
+
+    documents: Material
+    chunks: dict[int, Material]
+    ngrams: dict[str, NgramTask]
+    tasks: dict[str, Any]
+    results: dict[str, list[FitResult]]
+    rates: list[list[Any]]
+
+
+def multi_name(config: Config, paradigm: str, per_document: int) -> str:
+    """The name of a multi_chunk system; those with another number of chunks say so."""
+    name = f"{paradigm}/{MULTI}"
+    return name if per_document == config.chunks.per_document else f"{name} m={per_document}"
+
+
+def fit_systems(config: Config, sessions: Sessions, directory: Path, cluster: ClusterSpec | None) -> Trained:
+    """Prepare and train what a run needs; finished trainings are taken as they are."""
+    prepared, models = directory / "prepared", directory / "models"
+    documents = prepare_documents(config, sessions, prepared)
+    if "dual_hn" in config.systems:
+        texts, _ = training_examples(config.views, sessions.initial, config.seed)
+        write_negatives(documents, texts)
+    counts = dict.fromkeys([config.chunks.per_document, *config.evaluation.chunk_counts])
+    chunks = {m: prepare_chunks(config, sessions, prepared, m) for m in counts} if config.multi_paradigms else {}
+    ngrams = {name: _prepare_ngrams(config, sessions, prepared / name, name) for name in config.grams}
+    trained = Trained(documents, chunks, ngrams, {}, {}, [])
+    for kind in KINDS:
+        plans = list(_plans(config, trained, models, kind))
+        if not plans:
+            continue
+        # The first of a kind chooses the rate for all: sweeping every one would cost more than training it.
+        rates = getattr(config.learning_rates, kind)
+        schedule = Schedule(config.training, config.learning_rates.share, config.seed)
+        rows = _fit(trained, [_with(plans[0], rates)], schedule, cluster)
+        chosen = next(rate for _, rate, _, is_best in rows if is_best)
+        _fit(trained, [_with(plan, [chosen]) for plan in plans[1:]], schedule, cluster)
+    return trained
+
+
+def _prepare_ngrams(config: Config, sessions: Sessions, directory: Path, name: str) -> NgramTask:
+    settings = replace(config.ngram, views=list(MULTIVIEW)) if name == "multiview" else config.ngram
+    data = sessions.initial
+    return write_ngrams(
+        directory,
+        data.documents,
+        data.queries["train"],
+        data.queries["dev"],
+        config=settings,
+        views=config.views,
+        model=config.model,
+        seed=config.seed,
+    )
+
+
+def _fit(trained: Trained, plans: list[Plan], schedule: Schedule, cluster: ClusterSpec | None) -> list[list[Any]]:
+    results, rows = fit_plans(plans, schedule, cluster)
+    for plan, found in zip(plans, results, strict=True):
+        trained.tasks[plan.name], trained.results[plan.name] = plan.task, found
+    trained.rates.extend(rows)
+    return rows
+
+
+def _with(plan: Plan, rates: list[float]) -> Plan:
+    return Plan(plan.name, plan.task, rates, plan.directory, plan.seeds)
+
+
+def _plans(config: Config, trained: Trained, models: Path, kind: str) -> Iterator[Plan]:
+    """The trainings of one kind, without their rates."""
+    seeds = config.evaluation.seeds
+    tasks = {"numeric": _numeric, "text": _text, "dual": _dual}[kind](config, trained)
+    for name, task in tasks:
+        folder = name.replace("/", "-").replace(" ", "-")
+        yield Plan(name, task, [], models / folder, 1 if kind == "dual" else seeds)
+
+
+def _numeric(config: Config, trained: Trained) -> Iterator[tuple[str, Any]]:
+    for arm in config.parsed_arms:
+        if arm.family not in TEXT:
+            yield str(arm), DocidTask(trained.documents.prepared, arm, config.model, config.loss.weight)
+    for paradigm in config.multi_paradigms:
+        for count, material in trained.chunks.items():
+            arm = Arm(paradigm, config.docid.family)
+            task = DocidTask(material.prepared, arm, config.model, config.loss.weight)
+            yield multi_name(config, paradigm, count), task
+
+
+def _text(config: Config, trained: Trained) -> Iterator[tuple[str, Any]]:
+    # n-gram models first: their rate is the one the spec has the text systems inherit.
+    yield from trained.ngrams.items()
+    for arm in config.parsed_arms:
+        if arm.family in TEXT:
+            yield str(arm), DocidTask(trained.documents.prepared, arm, config.model, config.loss.weight)
+
+
+def _dual(config: Config, trained: Trained) -> Iterator[tuple[str, Any]]:
+    if "dual" in config.systems:
+        yield "dual", DualTask(trained.documents.prepared)
+    if "dual_hn" in config.systems:
+        yield "dual_hn", DualTask(trained.documents.prepared, negatives=NEGATIVES)

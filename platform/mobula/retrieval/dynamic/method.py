@@ -1,0 +1,66 @@
+"""Generative retrieval over dynamic corpora (SIGIR 2025, arXiv 2504.17519; reconstruction).
+
+Systems are trained once, on an initial set of documents; further sets arrive and are indexed without training. ``run``
+follows every system through the sessions; ``load`` opens the artifact, grown to the last session, for serving.
+"""
+
+from __future__ import annotations
+
+import logging
+
+from mobula.data import load_retrieval
+from mobula.experiment import DataFacts, Report, Run
+from mobula.retrieval.dynamic import library
+from mobula.retrieval.dynamic.config import Config
+from mobula.retrieval.dynamic.fitting import Trained, fit_systems
+from mobula.retrieval.dynamic.follow import Followed, Protocol, follow, measure_latency
+from mobula.retrieval.dynamic.prepare import Sessions, divide
+from mobula.retrieval.dynamic.report import Findings, fill
+from mobula.retrieval.dynamic.systems import systems
+from mobula.retrieval.dynamic.trial import train_trial
+from mobula.threads import one_thread
+
+__all__ = ["Config", "load", "run", "train_trial"]
+log = logging.getLogger(__name__)
+load = library.load
+
+
+def run(run: Run) -> Report:
+    """Train on the initial documents, follow every system through the sessions, report."""
+    config: Config = run.config  # type: ignore[assignment]
+    data = load_retrieval(config.data)
+    run.bind("data", data.sha256)
+    sessions = divide(config, data, run.directory)
+    run.bind("sessions", sessions.plan.hash)
+    trained = fit_systems(config, sessions, run.directory, run.cluster)
+    run.bind("encoder", trained.documents.encoder.hash)
+    report = run.report()
+    report.data.append(DataFacts(data.name, data.source, data.sha256, data.records))
+    report.notes.extend(f"{name}: {value}" for name, value in {**data.notes, **sessions.plan.notes}.items())
+    findings = _follow_all(config, sessions, trained, run)
+    fill(report, findings, trained.rates)
+    library.write(config, sessions, trained, run.artifact_directory)
+    results = [result for found in trained.results.values() for result in found]
+    report.cost["train_steps"] = sum(result.steps for result in results)
+    report.cost["train_examples"] = sum(result.examples for result in results)
+    report.cost["train_s"] = sum(result.seconds for result in results)
+    return report
+
+
+def _follow_all(config: Config, sessions: Sessions, trained: Trained, run: Run) -> Findings:
+    evaluation = config.evaluation
+    protocol = Protocol.of(
+        sessions,
+        evaluation.depth,
+        evaluation.max_rows,
+        evaluation.latency_queries,
+        config.seed,
+        run.directory / "runs",
+    )
+    followed: dict[str, Followed] = {}
+    with one_thread():
+        every = systems(config, trained)
+        for system in every:
+            followed[system.name] = follow(system, protocol, evaluation.seeds)
+        measure_latency(followed, {system.name: system.options for system in every}, protocol)
+    return Findings(config, protocol, followed)

@@ -1,0 +1,101 @@
+"""A sweep's trial: the multi-docid design on a simulated arrival within the initial documents.
+
+Nothing of the sessions that arrive may choose anything. The newest fifth of the initial documents is held out as a set
+that arrives; the initial documents' own training and dev queries that ask for it are what a trial is measured on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mobula.config import digest
+from mobula.data import load_retrieval
+from mobula.data.records import RetrievalData
+from mobula.data.sessions import SessionsConfig, plan_sessions
+from mobula.errors import DataError
+from mobula.evaluation.ranking import per_query
+from mobula.retrieval.dynamic.config import HYBRID, MULTI, Config
+from mobula.retrieval.dynamic.fitting import Trained, fit_systems
+from mobula.retrieval.dynamic.prepare import Sessions
+from mobula.retrieval.dynamic.systems import System, systems
+from mobula.retrieval.outcomes import System as Timed
+from mobula.retrieval.outcomes import search_all, time_systems
+from mobula.retrieval.prepare import sample
+from mobula.threads import one_thread
+
+HELD_OUT = 0.2
+DEPTH = 10
+
+
+def train_trial(config: Config, directory: Path, report: Callable[[dict[str, Any]], None]) -> None:
+    """Train what the point needs, let the held-out documents arrive, report hit@10, mrr@10 and ms per query.
+
+    The first multi_chunk system is measured; with ``hybrid`` among the systems, its fusion with ngram. Models that
+    several trials need are trained once, in a folder beside theirs.
+    """
+    sessions = simulated(config)
+    name = next((name for name in config.systems if name.endswith(f"/{MULTI}")), None)
+    if name is None:
+        raise DataError("systems: a trial of the multi-docid design needs a paradigm/multi_chunk system")
+    shared = directory.parent / "prepared"
+    trained = _trained(config, sessions, shared, [name])
+    if HYBRID in config.systems:
+        grams = _trained(config, sessions, shared, ["ngram"])
+        trained = replace(trained, ngrams=grams.ngrams, results=trained.results | grams.results)
+    wanted = [name, "ngram", HYBRID] if HYBRID in config.systems else [name]
+    every = systems(replace(config, systems=wanted, evaluation=_alone(config)), trained)
+    report({"step": config.training.total_steps, **measure_arrival(every[-1], sessions, config)})
+
+
+def simulated(config: Config) -> Sessions:
+    """The initial documents of a config, divided once more.
+
+    Raises:
+        DataError: if none of their training and dev queries asks for a held-out one.
+    """
+    data = load_retrieval(config.data, quiet=True)
+    initial = Sessions.of(data, plan_sessions(data, config.sessions)).initial
+    queries = {"train": initial.queries["train"], "dev": initial.queries["dev"], "test": []}
+    within = RetrievalData(data.name, data.source, initial.sha256, initial.documents, queries)
+    split = replace(config.sessions, sessions=1, initial=1 - HELD_OUT, queries=SessionsConfig.queries)
+    found = Sessions.of(within, plan_sessions(within, split))
+    if not found.plan.rows(1):
+        raise DataError(f"{data.name}: no training query asks for a held-out document; tune on a set that has some")
+    return found
+
+
+def measure_arrival(system: System, sessions: Sessions, config: Config) -> dict[str, float]:
+    """Quality on the held-out documents' queries once these have arrived, and the median ms of one query."""
+    retriever = system.make(0)
+    retriever.insert(sessions.documents(1))
+    queries = sample([row.query for row in sessions.plan.rows(1)], config.evaluation.dev_queries, config.seed)
+    texts = [query.text for query in queries]
+    with one_thread():
+        results = search_all(retriever.search, texts, system.options)
+        timed = texts[: config.evaluation.latency_queries]
+        ms = time_systems([Timed("trial", retriever.search, system.options)], timed)["trial"]
+    hits = [result.hits for result in results]
+    found = per_query(hits, queries, documents=len(sessions.data.documents), measures=["Hit@10", "MRR@10"])
+    return {
+        "hit@10": float(found["Hit@10"].mean()),
+        "mrr@10": float(found["MRR@10"].mean()),
+        "ms": float(np.median(ms)),
+    }
+
+
+def _alone(config: Config) -> Any:
+    return replace(config.evaluation, seeds=1, chunk_counts=[], variants=[])
+
+
+def _trained(config: Config, sessions: Sessions, shared: Path, names: list[str]) -> Trained:
+    """One system's training, in a folder named by all that decides it."""
+    alone = replace(config, systems=names, evaluation=_alone(config))
+    parts: list[Any] = [alone.docid, alone.model, alone.views, alone.loss, alone.learning_rates, alone.training]
+    parts += [alone.chunks] if names[0].endswith(MULTI) else [alone.ngram]
+    decides = [sessions.initial.sha256, names, alone.seed, *(asdict(part) for part in parts)]
+    return fit_systems(alone, sessions, shared / digest(decides)[:16], None)

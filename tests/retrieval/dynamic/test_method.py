@@ -1,0 +1,317 @@
+"""A whole run on real documents: trained on the first, followed while the others arrive, opened for serving."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from scipy.stats import binom
+
+from mobula import artifacts, methods
+from mobula.artifacts import write_json
+from mobula.config import build
+from mobula.data import DataConfig, load_retrieval
+from mobula.data.records import Document, Query
+from mobula.data.sessions import SessionRow, plan_sessions
+from mobula.errors import ConfigError, DataError, ModelError
+from mobula.retrieval.dynamic.chunks import owner
+from mobula.retrieval.dynamic.config import Config
+from mobula.retrieval.dynamic.fitting import Trained, fit_systems
+from mobula.retrieval.dynamic.follow import (
+    Protocol,
+    WeightsChanged,
+    _counted,
+    _values,
+    follow,
+    restricted,
+    sample_rows,
+)
+from mobula.retrieval.dynamic.prepare import FITTED, FutureLeak, Sessions, fit_hash, require_fitted_on
+from mobula.retrieval.dynamic.systems import System, systems
+from mobula.retrieval.search import Hit, SearchOptions
+from mobula.running import run_experiment
+
+CONFIG: dict[str, Any] = {
+    "method": "dynamic_retrieval",
+    "name": "tiny",
+    "systems": [
+        "bm25", "dense", "dual_hn", "adc", "autoregressive/rq", "diffusion/hkmeans", "autoregressive/random",
+        "autoregressive/atomic", "diffusion/multi_chunk", "ngram", "hybrid",
+    ],
+    "data": {"name": "functions", "max_documents": 160, "keep": "relevant"},
+    "sessions": {"split": "source", "sessions": 2},
+    "docid": {"levels": 3, "codes": 8, "min_entropy": 0.0},
+    "chunks": {"size": 24, "per_document": 2},
+    "ngram": {"max_len": 3, "beam": 5, "spans": 3, "dev_queries": 10},
+    "model": {"width": 32, "layers": 1, "query_len": 16},
+    "views": {"per_document": 6},
+    "learning_rates": {"numeric": [1e-2], "text": [1e-2], "dual": [1e-3]},
+    "training": {"steps": 40, "batch": 64, "workers": 0},
+    "evaluation": {"beam": 10, "max_rows": 25, "latency_queries": 2, "resamples": 200, "dev_queries": 20,
+                   "variants": ["expand=free", "aggregate=sumexp,tie=residual"], "decisive": False},
+}  # fmt: skip
+NUMERIC = "autoregressive/rq"
+MULTI = "diffusion/multi_chunk"
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of a finished run."""
+    folder = tmp_path_factory.mktemp("dynamic")
+    path = folder / "tiny.yaml"
+    path.write_text(yaml.safe_dump(CONFIG))
+    try:
+        run_experiment(path, [], folder / "run")
+    except (DataError, ModelError) as error:
+        pytest.skip(str(error))
+    return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def config() -> Config:
+    return build(Config, CONFIG)
+
+
+@pytest.fixture(scope="module")
+def sessions(config: Config) -> Sessions:
+    data = load_retrieval(config.data, quiet=True)
+    return Sessions.of(data, plan_sessions(data, config.sessions))
+
+
+@pytest.fixture(scope="module")
+def trained(directory: Path, config: Config, sessions: Sessions) -> Trained:
+    """The run's trainings, found again where it left them."""
+    return fit_systems(config, sessions, directory, None)
+
+
+@pytest.fixture(scope="module")
+def report(directory: Path) -> dict[str, Any]:
+    return json.loads((directory / "report.json").read_text())
+
+
+def _system(config: Config, trained: Trained, name: str) -> System:
+    return next(system for system in systems(config, trained) if system.name == name)
+
+
+def _protocol(sessions: Sessions, folder: Path | None = None) -> Protocol:
+    rows = [sample_rows(sessions.plan.rows(i), 10, 0) for i in range(sessions.count)]
+    return Protocol(sessions, rows, 20, 2, folder)
+
+
+def test_every_cell_of_every_system_is_measured(report: dict[str, Any]) -> None:
+    names = {name.split("/P[")[0] for name in report["measures"] if "/P[1,0]" in name}
+    assert {"bm25", "adc/rq", NUMERIC, MULTI, f"{MULTI} expand=free", "ngram", "hybrid"} <= names
+    for system in names:
+        cells = [f"{system}/P[{t},{i}]/Hit@10" for t in range(3) for i in range(t + 1)]
+        assert all(0 <= report["measures"][cell]["value"] <= 1 for cell in cells)
+        assert f"{system}/GA/Hit@1" in report["measures"]
+
+
+def test_run_files_are_written_for_every_cell(directory: Path) -> None:
+    assert {p.name for p in (directory / "runs" / "bm25-s0").iterdir()} == {
+        f"run_{t}_{i}.txt" for t in range(3) for i in range(t + 1)
+    }
+
+
+def test_random_and_atomic_docids_find_no_new_document(report: dict[str, Any]) -> None:
+    for system in ("autoregressive/random", "autoregressive/atomic"):
+        for t in (1, 2):
+            cell = report["measures"][f"{system}/P[{t},{t}]/Hit@10"]
+            # Chance: ten of at least 80 documents.
+            assert cell["value"] * cell["n"] <= binom.ppf(0.975, cell["n"], 10 / 80)
+
+
+def test_existing_leaf_adds_no_code_and_free_does(report: dict[str, Any]) -> None:
+    rows = {row[0]: row for row in report["tables"]["Docids at the last session"][1:]}
+    assert rows[MULTI][5] == 0
+    assert rows[f"{MULTI} expand=free"][5] > 0
+    assert rows["autoregressive/atomic"][6] > 0  # documents that it could not admit
+
+
+def test_a_second_run_is_identical(directory: Path, tmp_path: Path, report: dict[str, Any]) -> None:
+    path = tmp_path / "tiny.yaml"
+    path.write_text(yaml.safe_dump(CONFIG))
+    run_experiment(path, [], tmp_path / "again")
+    again = json.loads((tmp_path / "again" / "report.json").read_text())
+    assert again["measures"] == report["measures"]
+
+
+def test_admission_changes_no_weight_codebook_or_old_code(config: Config, trained: Trained, sessions: Sessions) -> None:
+    for name in (NUMERIC, "diffusion/hkmeans", MULTI):
+        system = _system(config, trained, name)
+        retriever: Any = system.make(0)
+        before = {id: code.tolist() for id, code in zip(retriever.table.doc_ids, retriever.table.codes, strict=True)}
+        follow(system, _protocol(sessions), 1)  # would raise WeightsChanged
+        retriever.insert(sessions.documents(1))
+        after = {id: code.tolist() for id, code in zip(retriever.table.doc_ids, retriever.table.codes, strict=True)}
+        assert before.items() <= after.items()
+        assert len(after) > len(before)
+
+
+def test_training_on_admission_is_caught(config: Config, trained: Trained, sessions: Sessions) -> None:
+    system = _system(config, trained, NUMERIC)
+
+    def make(seed: int) -> Any:
+        retriever: Any = system.make(seed)
+        insert = retriever.insert
+
+        def cheat(documents: Sequence[Document]) -> int:
+            with torch.no_grad():
+                next(retriever.model.parameters()).add_(0.1)
+            return insert(documents)
+
+        retriever.insert = cheat
+        return retriever
+
+    with pytest.raises(WeightsChanged, match="changed weights"):
+        follow(replace(system, make=make), _protocol(sessions), 1)
+
+
+def test_what_was_fitted_on_other_documents_is_refused(directory: Path, sessions: Sessions, tmp_path: Path) -> None:
+    ids = [document.id for document in sessions.initial.documents]
+    require_fitted_on(directory / "prepared" / "documents", ids)
+    require_fitted_on(directory / "prepared" / "chunks-2", ids)
+    every = [document.id for document in sessions.data.documents]
+    write_json(tmp_path / FITTED, {"documents": fit_hash(every)})
+    with pytest.raises(FutureLeak, match="fitted on other documents"):
+        require_fitted_on(tmp_path, ids)
+
+
+def test_nothing_prepared_knows_a_later_document(trained: Trained, sessions: Sessions) -> None:
+    later = {document.id for t in (1, 2) for document in sessions.documents(t)}
+    for material in (trained.documents, *trained.chunks.values()):
+        assert not later & {owner(d.id) or d.id for d in material.data.documents}
+        assert not later & {gold for query in material.data.queries["train"] for gold in query.gold}
+        assert not later & set().union(*material.prepared.dev_gold)
+
+
+def test_test_queries_decide_nothing(config: Config, trained: Trained, sessions: Sessions, tmp_path: Path) -> None:
+    blind = Sessions.of(sessions.data, replace(sessions.plan, test=[]))
+    alone = replace(config, systems=[NUMERIC])
+    again = fit_systems(alone, blind, tmp_path, None)
+    ours, theirs = trained.results[NUMERIC][0], again.results[NUMERIC][0]
+    assert ours.best == theirs.best
+    assert ours.weights.read_bytes() == theirs.weights.read_bytes()
+
+
+def test_a_new_process_admits_the_same_way(
+    directory: Path, config: Config, trained: Trained, sessions: Sessions
+) -> None:
+    opened: Any = methods.get("dynamic_retrieval").load(artifacts.open_artifact(directory / "artifact"))
+    assert set(opened.documents) == {document.id for document in sessions.data.documents}
+    queries = [row.query.text for row in sessions.plan.rows(2)][:8]
+    for name in (NUMERIC, "diffusion/hkmeans", MULTI, "ngram", "bm25", "dense"):
+        system = _system(config, trained, name)
+        retriever = system.make(0)
+        for t in (1, 2):
+            retriever.insert(sessions.documents(t))
+        ours = retriever.search(queries, [system.options] * len(queries))
+        theirs = opened.retrievers[name].search(queries, [system.options] * len(queries))
+        assert [r.hits for r in ours] == [r.hits for r in theirs], name
+
+
+def test_documents_leave_every_retriever(directory: Path, sessions: Sessions) -> None:
+    opened: Any = methods.get("dynamic_retrieval").load(artifacts.open_artifact(directory / "artifact"))
+    gone = [sessions.documents(0)[3].id, sessions.documents(2)[5].id]
+    fewer = opened.remove(gone)
+    query = sessions.plan.rows(1)[0].query.text
+    for name, retriever in fewer.retrievers.items():
+        decoder = (*retriever.decoders, "match_rerank")[0]
+        options = SearchOptions(k=200, decoder=decoder)
+        found = {hit.doc_id for hit in retriever.search([query], [options])[0].hits}
+        assert not found & set(gone), name
+        before = {hit.doc_id for hit in opened.retrievers[name].search([query], [options])[0].hits}
+        assert before & set(gone), name
+
+
+def test_restricted_decoding_finds_nothing_else(config: Config, trained: Trained, sessions: Sessions) -> None:
+    ids = [document.id for document in sessions.documents(1)]
+    query = sessions.plan.rows(1)[0].query.text
+    for name in (NUMERIC, MULTI, "ngram"):
+        system = _system(config, trained, name)
+        retriever = system.make(0)
+        retriever.insert(sessions.documents(1))
+        view: Any = restricted(copy.copy(retriever), ids)
+        hits = view.search([query], [replace(system.options, k=10)])[0].hits
+        assert len(hits) == 10
+        assert {hit.doc_id for hit in hits} <= set(ids)
+
+
+def test_lists_are_full(config: Config, trained: Trained, sessions: Sessions) -> None:
+    query = sessions.plan.rows(0)[0].query.text
+    total = len(sessions.initial.documents)
+    for system in systems(config, trained):
+        for k in (7, total + 50):
+            (found,) = system.make(0).search([query], [replace(system.options, k=k)])
+            assert len({hit.doc_id for hit in found.hits}) == len(found.hits) == min(k, total), system.name
+            assert all(a.score >= b.score for a, b in zip(found.hits, found.hits[1:], strict=False)), system.name
+
+
+def test_neutral_documents_are_neither_hits_nor_distractors() -> None:
+    row = SessionRow(Query("q", "?", ("gold",)), 1, frozenset({"other", "source"}))
+    hits = [Hit(name, -float(i)) for i, name in enumerate(["other", "source", "gold", "x"])]
+    counted = _counted(hits, row, 3)
+    assert [hit.doc_id for hit in counted] == ["gold", "x"]
+    assert _values([counted], [row], 2, None)["Hit@1"] == [1.0]
+
+
+def test_hits_are_documents_not_codes() -> None:
+    """Forty documents of one code tie; the gold one of them is not among the first ten."""
+    row = SessionRow(Query("q", "?", ("7",)), 0, frozenset())
+    hits = [Hit(str(i), -1.0) for i in range(40)]
+    assert _values([hits], [row], 40, None)["Hit@10"] == [0.0]
+
+
+def test_a_planted_distractor_counts_against_earlier_sessions(
+    config: Config, trained: Trained, sessions: Sessions
+) -> None:
+    """P[t, 0] searches the initial documents among all that have arrived."""
+    protocol = _protocol(sessions)
+    planted = [
+        Document(f"planted-{i}-{copy_}", row.query.text, row.query.text)
+        for i, row in enumerate(protocol.rows[0])
+        for copy_ in range(20)
+    ]
+    data = replace(sessions.data, documents=[*sessions.data.documents, *planted])
+    plan = replace(sessions.plan, session_of={**sessions.plan.session_of, **dict.fromkeys([d.id for d in planted], 1)})
+    spoiled = replace(protocol, sessions=Sessions(data, plan, sessions.initial))
+    bm25 = _system(config, trained, "bm25")
+    clean = follow(bm25, protocol, 1).cells.values["Hit@10"][0][0]
+    worse = follow(bm25, spoiled, 1).cells.values["Hit@10"][0][0]
+    assert worse[0].mean() == clean[0].mean() > 0.5
+    assert worse[1].mean() < clean[1].mean() / 2
+    assert np.isnan(follow(bm25, protocol, 1).cells.values["Hit@10"][2][0][1]).all()  # session 2 has not arrived
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"systems": ["bm25", "autoregresive/rq"]}, "autoregresive"),
+        ({"systems": ["bm25"]}, "at least one paradigm/family"),
+        ({"systems": [NUMERIC, "classifier/multi_chunk"]}, "autoregressive or by diffusion"),
+        ({"systems": [NUMERIC, "hybrid"]}, "name both"),
+        ({"evaluation": {"variants": ["expand=best"]}}, "expand='best'"),
+        ({"evaluation": {"variants": ["colour=red"]}}, "write key=value"),
+    ],
+)
+def test_contradictions_are_named(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        build(Config, {"method": "dynamic_retrieval", **change})
+
+
+def test_data_of_a_session_without_queries_is_refused(sessions: Sessions, tmp_path: Path) -> None:
+    plan = replace(sessions.plan, test=[row for row in sessions.plan.test if row.session != 1])
+    with pytest.raises(Exception, match="session 1 has no test query"):
+        Protocol.of(Sessions(sessions.data, plan, sessions.initial), 10, None, 2, 0, tmp_path)
+
+
+def test_default_data_needs_no_folder() -> None:
+    assert build(Config, {"method": "dynamic_retrieval"}).data == DataConfig()
