@@ -100,10 +100,11 @@ def test_ranges_lead_to_the_occurrences(network) -> None:
     ngrams = list(as_dict(found))
     assert found.ranges.counts.tolist() == index.count(ngrams).tolist()
     row, position = index.positions(found.ranges)
+    document = np.searchsorted(streams.starts, position, "right") - 1
+    offset = position - streams.starts[document]
     for i, ngram in enumerate(ngrams):
-        starts = streams.starts
-        places = [(d, p - starts[d]) for d, p in ((np.searchsorted(starts, p, "right") - 1, p) for p in position[row == i])]
-        assert places == index.locate(ngram, 1000)
+        mine = row == i
+        assert list(zip(document[mine], offset[mine], strict=True)) == index.locate(ngram, 1000)
 
 
 def callback_beam(network, streams: Streams, query: int, width: int) -> dict[tuple[int, ...], float]:

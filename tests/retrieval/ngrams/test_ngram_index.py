@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import defaultdict
 
 import numpy as np
@@ -26,8 +27,7 @@ def corpus(documents: int, codes: int, seed: int = 0, longest: int = 30) -> Stre
 
 
 def parts(streams: Streams, sizes: list[int]) -> list[Streams]:
-    bounds = np.cumsum([0, *sizes])
-    return [streams.select(range(a, b)) for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
+    return [streams.select(range(a, b)) for a, b in itertools.pairwise(np.cumsum([0, *sizes]))]
 
 
 def brute(streams: Streams) -> dict[tuple[int, ...], list[tuple[int, int]]]:

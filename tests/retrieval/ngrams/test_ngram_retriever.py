@@ -136,7 +136,8 @@ def test_unseen_tokens_get_the_mean_row_where_rows_are_trained(functions: Retrie
     retriever.insert([Document("new", "", "Zyzzyva weevil")])
     outputs = retriever.speaker.rows[1]
     initial = retriever.vocabulary.initial
-    assert torch.allclose(outputs[initial:], outputs[FIRST:initial].mean(0).expand(len(outputs) - initial, -1), atol=1e-4)
+    mean = outputs[FIRST:initial].mean(0)
+    assert torch.allclose(outputs[initial:], mean.expand(len(outputs) - initial, -1), atol=1e-4)
 
 
 def test_known_ids_are_refused_and_nothing_changes(retriever: NgramRetriever, functions: RetrievalData) -> None:
