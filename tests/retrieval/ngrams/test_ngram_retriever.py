@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import untrained
+from small_ngrams import untrained
 
 from mobula.data import RetrievalData
 from mobula.data.records import Document

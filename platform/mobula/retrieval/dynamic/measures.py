@@ -130,7 +130,8 @@ def diagonal_means(values: Sequence[np.ndarray]) -> np.ndarray:
 
 def interval(value: float, resampled: np.ndarray, rows: int) -> Measure:
     """A statistic with its 95 % percentile interval."""
-    low, high = np.nanquantile(resampled, QUANTILES)
+    known = resampled[np.isfinite(resampled)]
+    low, high = np.quantile(known, QUANTILES) if len(known) else (np.nan, np.nan)
     return Measure(float(value), float(low), float(high), rows)
 
 

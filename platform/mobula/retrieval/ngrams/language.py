@@ -18,7 +18,7 @@ from mobula.errors import ConfigError
 from mobula.models.text import StaticEmbedding
 from mobula.retrieval.build import ModelConfig, token_table
 from mobula.retrieval.inputs import EmptyQuery
-from mobula.retrieval.network import DocidTransformer, NetworkShape, TokenCodes
+from mobula.retrieval.network import DocidTransformer, NetworkShape, TokenCodes, TokenTower
 from mobula.retrieval.ngrams.config import MARKERS
 from mobula.retrieval.ngrams.stream import FIRST, Vocabulary
 
@@ -104,13 +104,12 @@ def build_network(shape: NetworkShape, vocabulary: Vocabulary, embedding: Static
     """A freshly initialised language model over the codes of the fit."""
     first = vocabulary.tokens[: vocabulary.initial - FIRST]
     model = DocidTransformer(shape, table=token_table(shape), code_table=vectors(embedding, first, marks=True))
-    import os
-    if os.environ.get("TIE"):
-        assert isinstance(model.codes, TokenCodes)
-        model.codes.project_out.load_state_dict(model.tower.project.state_dict())
-        model.codes.project_in.load_state_dict(model.tower.project.state_dict())
     if shape.token_embed == "random":
         model.codes = TrainedCodes(vocabulary.initial, shape.input_dim, shape.width)
+    elif isinstance(model.tower, TokenTower) and isinstance(model.codes, TokenCodes):
+        # Query and codes begin in one space (ours): copying from the query then is learned far sooner.
+        for projection in (model.codes.project_in, model.codes.project_out):
+            projection.load_state_dict(model.tower.project.state_dict())
     return model
 
 

@@ -79,11 +79,10 @@ class NgramTask:
         if not isinstance(model, DocidTransformer):
             raise TypeError(f"an n-gram language model is a DocidTransformer, found {type(model).__name__}")
         spans = batch["spans"]
-        longest = int((spans != NONE).sum(1).max())
+        given = spans != NONE
         hidden = model.hidden(model.memory({"ids": batch["ids"]}), spans.clamp(min=0)[:, None]).squeeze(1)
-        codes = spans != NONE
-        logits = model.codes.score(hidden[codes].unsqueeze(1), slice(None)).squeeze(1)
-        return F.cross_entropy(logits.float(), spans[codes]), {"span": float(longest)}
+        logits = model.codes.score(hidden[given].unsqueeze(1), slice(None)).squeeze(1)
+        return F.cross_entropy(logits.float(), spans[given]), {}
 
     def evaluate(self, model: DocidTransformer) -> dict[str, float]:
         """Dev Hit@1, Hit@10, MRR@10 and the share of distinct top-1 documents, by searching the initial documents."""

@@ -1,0 +1,188 @@
+"""Training the language model on real documents, from the prepared folder to a search over later ones."""
+
+from __future__ import annotations
+
+import pickle
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from small_ngrams import MODEL
+
+from mobula.data import RetrievalData
+from mobula.data.records import Document, Query
+from mobula.errors import ConfigError, DataError
+from mobula.retrieval.build import ModelConfig
+from mobula.retrieval.config import ViewsConfig
+from mobula.retrieval.fitting import settings_for
+from mobula.retrieval.ngrams.config import MULTIVIEW, NgramConfig
+from mobula.retrieval.ngrams.generate import NONE
+from mobula.retrieval.ngrams.index import NgramIndex
+from mobula.retrieval.ngrams.retriever import load
+from mobula.retrieval.ngrams.stream import BREAK, FIRST, TITLE, TITLE_END, Streams
+from mobula.retrieval.ngrams.task import NgramTask, SpanTargets, write_ngrams
+from mobula.retrieval.search import SearchOptions
+from mobula.retrieval.tasks import ModelCollapsed
+from mobula.training import TrainingConfig, fit
+
+VIEWS = ViewsConfig(per_document=6, queries=0.3)
+INITIAL = 110
+
+
+def prepared(
+    directory: Path, data: RetrievalData, *, model: ModelConfig = MODEL, seed: int = 0, **options
+) -> NgramTask:
+    """The first documents and their queries."""
+    documents = data.documents[:INITIAL]
+    known = {document.id for document in documents}
+    train, dev = ([q for q in data.queries[split] if set(q.gold) <= known] for split in ("train", "dev"))
+    config = NgramConfig(**{"max_len": 4, "unigrams": 200, "dev_queries": 20, "spans": 3, **options})
+    return write_ngrams(directory, documents, train, dev, config=config, views=VIEWS, model=model, seed=seed)
+
+
+@pytest.fixture(scope="module", params=["plain", "multiview"])
+def task(
+    request: pytest.FixtureRequest, functions: RetrievalData, tmp_path_factory: pytest.TempPathFactory
+) -> NgramTask:
+    views = {"views": list(MULTIVIEW)} if request.param == "multiview" else {}
+    return prepared(tmp_path_factory.mktemp(request.param), functions, **views)
+
+
+def test_targets_are_ngrams_of_the_initial_documents(task: NgramTask) -> None:
+    batch = task.batch(torch.arange(0, task.examples, 7), torch.Generator())
+    corpus = task.opened.corpus
+    indexes = {view: NgramIndex.build(streams, 6) for view, streams in corpus.streams.items()}
+    spans = [tuple(code for code in row if code != NONE) for row in batch["spans"].tolist()]
+    assert batch["spans"].shape[1] == 6
+    counts = np.stack([index.count(spans) for index in indexes.values()])
+    assert (counts.max(0) > 0).all()
+    assert any(span[0] == TITLE for span in spans)
+    assert {len(span) for span in spans if span[0] != TITLE} >= {4}
+    assert max(len(span) for span in spans if span[0] != TITLE) == 4
+
+
+def test_padding_is_not_trained(task: NgramTask) -> None:
+    """The loss is the mean over the codes of the spans, all levels of the network's own logits."""
+    batch = task.batch(torch.arange(0, task.examples, task.examples // 32), torch.Generator())
+    model = task.build().eval()
+    spans = batch["spans"]
+    loss, _ = task.loss(model, batch)
+    with torch.no_grad():
+        log_probs = torch.log_softmax(model({"ids": batch["ids"]}, spans.clamp(min=0)), -1)
+    chosen = log_probs.gather(-1, spans.clamp(min=0)[..., None]).squeeze(-1)
+    assert (spans == NONE).any()
+    assert loss.item() == pytest.approx(-chosen[spans != NONE].mean().item(), abs=1e-4)
+
+
+def test_windows_that_share_rare_tokens_with_the_query_are_preferred() -> None:
+    text = [*range(FIRST, FIRST + 40), BREAK]
+    common = [np.array([FIRST, FIRST + 1, BREAK], np.int32)] * 9
+    streams = Streams.of([np.array(text, np.int32), *common])
+    query = np.array([FIRST, FIRST + 20])
+
+    def drawn(sharpness: float) -> np.ndarray:
+        config = NgramConfig(max_len=4, spans=1000, sharpness=sharpness)
+        return SpanTargets(streams, config, "text", np.random.default_rng(0)).draw(query, 0)[:, :4]
+
+    share = [(drawn(sharpness) == FIRST + 20).any(1).mean() for sharpness in (0.0, 1.0, 3.0)]
+    assert share[0] == pytest.approx(4 / 37, abs=0.04)
+    assert share[0] + 0.2 < share[1] < share[2]
+    assert ((drawn(0.0)[:, 1:] - drawn(0.0)[:, :-1]) == 1).all()
+    # A token of every document earns nothing.
+    assert (drawn(1.0) == FIRST).any(1).mean() < 0.1
+
+
+def test_targets_stay_inside_a_part_of_the_document() -> None:
+    title, text = [TITLE, 5, 6, TITLE_END], [7, 8, 9, BREAK, 10, BREAK]
+    streams = Streams.of([np.array([*title, *text], np.int32), np.array([BREAK], np.int32)])
+    config = NgramConfig(max_len=2, spans=200, titles=2)
+    drawn = SpanTargets(streams, config, "text", np.random.default_rng(0)).draw(np.array([7]), 0)
+    spans = {tuple(code for code in row if code != NONE) for row in drawn.tolist()}
+    assert spans == {tuple(title), (5, 6), (7, 8), (8, 9), (10,)}
+    assert (drawn[:, 0] == TITLE).sum() == 2
+    assert len(SpanTargets(streams, config, "text", np.random.default_rng(0)).draw(np.array([7]), 1)) == 0
+    only = SpanTargets(streams, config, "title", np.random.default_rng(0)).draw(np.array([7]), 0)
+    assert {tuple(row) for row in only.tolist()} == {tuple(title)}
+
+
+def test_identity_changes_with_what_decides_the_result(
+    functions: RetrievalData, task: NgramTask, tmp_path: Path
+) -> None:
+    options = {"views": task.opened.corpus.config.views}
+    same = prepared(tmp_path / "same", functions, **options)
+    assert same.identity() == task.identity()
+    assert (
+        prepared(tmp_path / "same", functions, seed=5, **options).identity() == task.identity()
+    )  # it was done already
+    for name, changes in {
+        "seed": {"seed": 1},
+        "beam": {"beam": 3},
+        "model": {"model": replace(MODEL, width=64)},
+    }.items():
+        assert prepared(tmp_path / name, functions, **{**options, **changes}).identity() != task.identity()
+
+
+def test_a_task_travels_without_its_arrays(task: NgramTask) -> None:
+    assert task.opened.targets is not None
+    assert len(pickle.dumps(task)) < 1000
+    again = pickle.loads(pickle.dumps(task))
+    assert again.identity() == task.identity()
+    rows = torch.arange(5)
+    found, expected = again.batch(rows, torch.Generator()), task.batch(rows, torch.Generator())
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_later_documents_and_test_queries_change_nothing(functions: RetrievalData, tmp_path: Path) -> None:
+    """Trap 7: what is prepared knows the initial documents alone."""
+    before = prepared(tmp_path / "a", functions).identity()
+    changed = replace(
+        functions,
+        documents=[*functions.documents[:INITIAL], Document("x", "Zyzzyva", "zyzzyva")],
+        queries={**functions.queries, "test": []},
+    )
+    assert prepared(tmp_path / "b", changed).identity() == before
+
+
+def test_nothing_to_train_on_and_other_networks_are_refused(functions: RetrievalData, tmp_path: Path) -> None:
+    empty = [Document("a", "", "")]
+    query = [Query("q", "insulin", ("a",))]
+    options = {"config": NgramConfig(), "views": ViewsConfig(per_document=0), "seed": 0}
+    with pytest.raises(DataError, match="nothing to train on"):
+        write_ngrams(tmp_path / "a", empty, query, query, model=MODEL, **options)
+    with pytest.raises(ConfigError, match="backbone=encoder: n-grams are generated by backbone=small alone"):
+        prepared(tmp_path / "b", functions, model=replace(MODEL, backbone="encoder"))
+    assert NgramConfig(views=["text", "title"]).problems()
+    assert NgramConfig(views=[]).problems()
+    assert not NgramConfig(views=["title", "body"]).problems()
+
+
+def test_a_collapsed_model_ends_the_training(task: NgramTask) -> None:
+    collapsed = {"distinct_top1": 1 / 1000}
+    task.check(collapsed, 4, 10)
+    with pytest.raises(ModelCollapsed):
+        task.check(collapsed, 6, 10)
+    replace(task, guarded=False).check(collapsed, 6, 10)
+
+
+def hit(retriever, queries: list[Query]) -> float:
+    results = retriever.search([q.text for q in queries], [SearchOptions(k=10)] * len(queries))
+    return float(np.mean([any(h.doc_id in q.gold for h in r.hits) for q, r in zip(queries, results, strict=True)]))
+
+
+def test_training_finds_documents_that_came_later(functions: RetrievalData, tmp_path: Path) -> None:
+    """End to end: dev Hit@10 far above chance on the documents of the training and on those added after it."""
+    task = prepared(tmp_path / "prepared", functions)
+    assert {g for gold in task.opened.dev_gold for g in gold} <= {d.id for d in functions.documents[:INITIAL]}
+    settings = replace(settings_for(TrainingConfig(steps=60, batch=96, workers=0), 8e-3), eval_every=30)
+    found = fit(task, settings, tmp_path / "training", seed=0, name="ngram")
+    chance = 10 / INITIAL
+    assert found.best["hit@10"] > 5 * chance
+    retriever = load(tmp_path / "prepared", found.weights)
+    added = functions.documents[INITIAL:]
+    assert retriever.insert(added) == 1
+    ids = {document.id for document in added}
+    later = [q for found in functions.queries.values() for q in found if set(q.gold) <= ids]
+    assert len(later) > 50
+    assert hit(retriever, later) > 3 * 10 / len(functions.documents)
