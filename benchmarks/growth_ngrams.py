@@ -26,11 +26,12 @@ from mobula.data import DataConfig, load_retrieval
 from mobula.retrieval.build import ModelConfig
 from mobula.retrieval.config import ViewsConfig
 from mobula.retrieval.decoding.calls import encode
-from mobula.retrieval.network import DocidTransformer, Memory
+from mobula.retrieval.network import Memory
 from mobula.retrieval.ngrams.config import NgramConfig
 from mobula.retrieval.ngrams.generate import NONE, generate
 from mobula.retrieval.ngrams.index import NgramIndex, is_key
-from mobula.retrieval.ngrams.retriever import TOGETHER, NgramRetriever, load
+from mobula.retrieval.ngrams.language import Speaker
+from mobula.retrieval.ngrams.retriever import NgramRetriever, load
 from mobula.retrieval.ngrams.stream import FIRST, TITLE, TITLE_END
 from mobula.retrieval.ngrams.task import write_ngrams
 from mobula.retrieval.search import SearchOptions
@@ -64,15 +65,16 @@ def run(documents: int = 1000, queries: int = 160) -> dict[str, Any]:
 
 
 def _measure(retriever: NgramRetriever, texts: list[str]) -> dict[str, Any]:
-    index, network = retriever.indexes["text"], retriever.speaker.network
+    index, speaker = retriever.indexes["text"], retriever.speaker
     times: dict[str, list[float]] = {"batched": [], "callback": [], "search": []}
     agreed = 0
-    groups = [texts[start : start + TOGETHER] for start in range(0, len(texts) - TOGETHER + 1, TOGETHER)]
+    size = retriever.config.together
+    groups = [texts[start : start + size] for start in range(0, len(texts) - size + 1, size)]
     for number, group in enumerate([groups[0], *groups]):
-        memory = encode(network, retriever.inputs.features(group, "text"))
+        memory = encode(speaker.network, retriever.inputs.features(group, "text"))
         arms: dict[str, Callable[[], Any]] = {
-            "batched": lambda m=memory: _batched(network, m, index, retriever.config),
-            "callback": lambda m=memory: _with_callback(network, m, index, retriever.config),
+            "batched": lambda m=memory: _batched(speaker, m, index, retriever.config),
+            "callback": lambda m=memory: _with_callback(speaker, m, index, retriever.config),
             "search": lambda g=group: retriever.search(g, [SearchOptions(k=10)] * len(g)),
         }
         keys = {}
@@ -85,7 +87,7 @@ def _measure(retriever: NgramRetriever, texts: list[str]) -> dict[str, Any]:
     return {
         "ratios": {"callback_over_batched": ratio(times["callback"], times["batched"])},
         "ms_per_query": {arm: round(float(np.median(values)), 3) for arm, values in times.items()},
-        "queries_with_equal_keys": round(agreed / (len(groups) * TOGETHER), 4),
+        "queries_with_equal_keys": round(agreed / (len(groups) * size), 4),
     }
 
 
@@ -96,7 +98,7 @@ def _conditions(retriever: NgramRetriever, queries: int) -> dict[str, Any]:
         "tokens": index.tokens,
         "codes": retriever.vocabulary.size,
         "queries": queries,
-        "queries_in_a_group": TOGETHER,
+        "queries_in_a_group": retriever.config.together,
         "beam": retriever.config.beam,
         "max_len": retriever.config.max_len,
         "width": retriever.model.shape.width,
@@ -105,12 +107,12 @@ def _conditions(retriever: NgramRetriever, queries: int) -> dict[str, Any]:
     }
 
 
-def _batched(network: DocidTransformer, memory: Memory, index: NgramIndex, config: NgramConfig) -> list[set[Key]]:
-    found = generate(network, memory, index, width=config.beam, max_len=config.max_len, titles_only=False)
+def _batched(speaker: Speaker, memory: Memory, index: NgramIndex, config: NgramConfig) -> list[set[Key]]:
+    found = generate(speaker, memory, index, width=config.beam, max_len=config.max_len, together=config.together)
     return [{tuple(code for code in row if code != NONE) for row in one.codes.tolist()} for one in found]
 
 
-def _with_callback(network: DocidTransformer, memory: Memory, index: NgramIndex, config: NgramConfig) -> list[set[Key]]:
+def _with_callback(speaker: Speaker, memory: Memory, index: NgramIndex, config: NgramConfig) -> list[set[Key]]:
     first = {TITLE, *range(FIRST, len(index.frequencies))}
 
     def allowed(prefix: Key) -> set[int]:
@@ -123,32 +125,33 @@ def _with_callback(network: DocidTransformer, memory: Memory, index: NgramIndex,
         ranges = index.find(np.array([prefix], np.int32))
         return set(index.successors(ranges, np.array([title]))[1].tolist())
 
-    return [_one_query(network, memory.rows(torch.tensor([i])), config.beam, allowed) for i in range(memory.size)]
+    return [_one_query(speaker, memory.rows(torch.tensor([i])), config.beam, allowed) for i in range(memory.size)]
 
 
 @torch.inference_mode()
-def _one_query(network: DocidTransformer, memory: Memory, width: int, allowed: Callable[[Key], set[int]]) -> set[Key]:
+def _one_query(speaker: Speaker, memory: Memory, width: int, allowed: Callable[[Key], set[int]]) -> set[Key]:
     """A beam whose every hypothesis is masked by what the callback allows."""
+    network, codes = speaker.network, speaker.vocabulary.size
     cache, previous = network.start(memory, 1), None
     hypotheses: list[Key] = [()]
     scores = torch.zeros(1)
     keys: set[Key] = set()
     for _ in range(network.levels):
-        logits, cache = network.step(memory, cache, previous)
-        log_probs = torch.log_softmax(logits[0].float(), -1)
+        hidden, cache = network.step(memory, cache, previous)
+        log_probs = speaker.log_probs(hidden[0])
         mask = torch.full_like(log_probs, float("-inf"))
         for row, hypothesis in enumerate(hypotheses):
             if scores[row] > -torch.inf:
                 mask[row, list(allowed(hypothesis))] = 0.0
         best = (log_probs + mask + scores[:, None]).flatten().topk(width)
-        parents, codes = best.indices // network.width, best.indices % network.width
+        parents, following = best.indices // codes, best.indices % codes
         scores = best.values
-        hypotheses = [(*hypotheses[p], c) for p, c in zip(parents.tolist(), codes.tolist(), strict=True)]
+        hypotheses = [(*hypotheses[p], c) for p, c in zip(parents.tolist(), following.tolist(), strict=True)]
         alive = [h for h, score in zip(hypotheses, scores.tolist(), strict=True) if score > -torch.inf]
         if not alive:
             break
         keys.update(h for h in alive if len(h) > 1 and is_key(h))
-        cache, previous = cache.reorder(parents[None]), codes[None]
+        cache, previous = cache.reorder(parents[None]), following[None]
     return keys
 
 

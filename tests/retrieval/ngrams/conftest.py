@@ -9,7 +9,7 @@ from mobula.errors import DataError, ModelError
 
 
 @pytest.fixture(scope="session")
-def functions() -> RetrievalData:
+def data() -> RetrievalData:
     try:
         return load_retrieval(DataConfig(name="functions", max_documents=150), quiet=True)
     except (DataError, ModelError) as error:

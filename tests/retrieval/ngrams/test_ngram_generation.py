@@ -6,30 +6,42 @@ import numpy as np
 import pytest
 import torch
 
+from mobula.models.text import load_static
 from mobula.retrieval.decoding.calls import encode
 from mobula.retrieval.network import DocidTransformer, NetworkShape
 from mobula.retrieval.ngrams.generate import NONE, Generated, generate
 from mobula.retrieval.ngrams.index import NgramIndex, is_key
-from mobula.retrieval.ngrams.language import MARKS_IN_TITLE, FixedCodes, _with_codes
-from mobula.retrieval.ngrams.stream import BREAK, FIRST, TITLE, TITLE_END, Streams
+from mobula.retrieval.ngrams.language import MARKS_IN_TITLE, Speaker
+from mobula.retrieval.ngrams.stream import BREAK, FIRST, TITLE, TITLE_END, Streams, Vocabulary
 
 CODES, MAX_LEN, QUERY = 15, 3, 6
 
 
 @pytest.fixture(scope="module")
-def network() -> DocidTransformer:
+def model() -> DocidTransformer:
     torch.manual_seed(0)
     levels = MAX_LEN + MARKS_IN_TITLE
     shape = NetworkShape("autoregressive", (CODES,) * levels, 32, 2, 2, 0.0, "tokens", QUERY, 24)
-    model = DocidTransformer(shape, table=torch.randn(50, 24), code_table=torch.randn(CODES, 24)).eval()
-    return _with_codes(model, FixedCodes(torch.randn(CODES, 32), 0.5 * torch.randn(CODES, 32)))
+    network = DocidTransformer(shape, table=torch.randn(50, 24), code_table=2 * torch.randn(CODES, 24)).eval()
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.mul_(2.0)  # an untrained model has hardly a preference
+    return network
+
+
+@pytest.fixture(scope="module")
+def speaker(model: DocidTransformer) -> Speaker:
+    return Speaker(model, Vocabulary(np.arange(CODES - FIRST), CODES, False, 50), load_static())
 
 
 def corpus(seed: int = 0, documents: int = 12) -> Streams:
+    """Every second document has a title, every fourth one whose end is cut off."""
     random = np.random.default_rng(seed)
     rows = []
     for i in range(documents):
         title = [TITLE, *random.integers(FIRST, CODES, random.integers(1, MAX_LEN + 1)), TITLE_END] if i % 2 else []
+        if i % 4 == 3:
+            title += [int(random.integers(FIRST, CODES)), TITLE_END]
         rows.append(np.array([*title, *random.integers(FIRST, CODES, random.integers(0, 15)), BREAK], np.int32))
     return Streams.of(rows)
 
@@ -46,10 +58,10 @@ def queries(count: int) -> dict[str, torch.Tensor]:
     return {"ids": torch.from_numpy(np.random.default_rng(1).integers(1, 50, (count, QUERY)))}
 
 
-def run(network, streams: Streams, count: int, width: int, *, segments: int = 1, titles_only=False) -> list[Generated]:
-    memory = encode(network, queries(count))
+def run(speaker, streams: Streams, count: int, width: int, *, segments: int = 1, titles_only=False) -> list[Generated]:
+    memory = encode(speaker.network, queries(count))
     index = index_of(streams, segments)
-    return generate(network, memory, index, width=width, max_len=MAX_LEN, titles_only=titles_only)
+    return generate(speaker, memory, index, width=width, max_len=MAX_LEN, together=4, titles_only=titles_only)
 
 
 def as_dict(found: Generated) -> dict[tuple[int, ...], float]:
@@ -59,11 +71,11 @@ def as_dict(found: Generated) -> dict[tuple[int, ...], float]:
 
 
 @torch.no_grad()
-def log_p(network, query: int, ngram: tuple[int, ...]) -> float:
+def log_p(model, query: int, ngram: tuple[int, ...]) -> float:
     """Teacher-forced, over the whole vocabulary."""
-    memory = encode(network, {"ids": queries(query + 1)["ids"][query:]})
-    z = torch.tensor([[*ngram, *[0] * (network.levels - len(ngram))]])
-    logits = torch.log_softmax(network.logits(memory, z), -1)[0]
+    memory = encode(model, {"ids": queries(query + 1)["ids"][query:]})
+    z = torch.tensor([[*ngram, *[0] * (model.levels - len(ngram))]])
+    logits = torch.log_softmax(model.logits(memory, z), -1)[0]
     return float(sum(logits[i, code] for i, code in enumerate(ngram)))
 
 
@@ -81,22 +93,22 @@ def all_keys(streams: Streams) -> set[tuple[int, ...]]:
     return keys
 
 
-def test_a_beam_wide_enough_finds_every_key(network) -> None:
+def test_a_beam_wide_enough_finds_every_key(speaker, model) -> None:
     """With the model's own probabilities: what the constraint left out of the vocabulary keeps its share."""
     streams = corpus()
     expected = all_keys(streams)
-    for i, found in enumerate(run(network, streams, 3, width=200)):
+    for i, found in enumerate(run(speaker, streams, 3, width=200)):
         keys = as_dict(found)
         assert keys.keys() == expected
         for ngram in list(keys)[::9]:
-            assert keys[ngram] == pytest.approx(log_p(network, i, ngram), abs=1e-4)
+            assert keys[ngram] == pytest.approx(log_p(model, i, ngram), abs=1e-4)
     assert any(ngram[0] == TITLE for ngram in expected)
 
 
-def test_ranges_lead_to_the_occurrences(network) -> None:
+def test_ranges_lead_to_the_occurrences(speaker) -> None:
     streams = corpus()
     index = index_of(streams, 3)
-    (found,) = run(network, streams, 1, width=6, segments=3)
+    (found,) = run(speaker, streams, 1, width=6, segments=3)
     ngrams = list(as_dict(found))
     assert found.ranges.counts.tolist() == index.count(ngrams).tolist()
     row, position = index.positions(found.ranges)
@@ -107,7 +119,7 @@ def test_ranges_lead_to_the_occurrences(network) -> None:
         assert list(zip(document[mine], offset[mine], strict=True)) == index.locate(ngram, 1000)
 
 
-def callback_beam(network, streams: Streams, query: int, width: int) -> dict[tuple[int, ...], float]:
+def callback_beam(model, streams: Streams, query: int, width: int) -> dict[tuple[int, ...], float]:
     """The beam by its definition: a Python set of allowed codes for every hypothesis."""
     text = [streams.row(d).tolist() for d in range(len(streams))]
 
@@ -124,47 +136,47 @@ def callback_beam(network, streams: Streams, query: int, width: int) -> dict[tup
         return {code for code in after if code >= FIRST or code in marks}
 
     beam, keys = {(): 0.0}, {}
-    for _ in range(network.levels):
-        grown = {(*p, c): log_p(network, query, (*p, c)) for p in beam for c in sorted(allowed(p))}
+    for _ in range(model.levels):
+        grown = {(*p, c): log_p(model, query, (*p, c)) for p in beam for c in sorted(allowed(p))}
         beam = dict(sorted(grown.items(), key=lambda item: -item[1])[:width])
         keys |= {n: value for n, value in beam.items() if len(n) > 1 and is_key(n)}
     return keys
 
 
 @pytest.mark.parametrize("segments", [1, 4])
-def test_beam_equals_one_with_python_sets(network, segments: int) -> None:
+def test_beam_equals_one_with_python_sets(speaker, model, segments: int) -> None:
     streams = corpus(3)
-    for i, found in enumerate(run(network, streams, 3, width=4, segments=segments)):
-        keys, expected = as_dict(found), callback_beam(network, streams, i, 4)
+    for i, found in enumerate(run(speaker, streams, 3, width=4, segments=segments)):
+        keys, expected = as_dict(found), callback_beam(model, streams, i, 4)
         assert keys.keys() == expected.keys()
         assert all(keys[n] == pytest.approx(expected[n], abs=1e-4) for n in keys)
 
 
-def test_titles_only(network) -> None:
+def test_titles_only(speaker) -> None:
     streams = corpus()
     titles = {ngram for ngram in all_keys(streams) if ngram[0] == TITLE}
-    found = run(network, streams, 2, width=50, titles_only=True)
+    found = run(speaker, streams, 2, width=50, titles_only=True)
     assert all(as_dict(one).keys() == titles for one in found)
     bare = Streams.of([row for row in map(streams.row, range(len(streams))) if row[0] != TITLE])
-    for one in run(network, bare, 2, width=5, titles_only=True):
+    for one in run(speaker, bare, 2, width=5, titles_only=True):
         assert not len(one.codes)
         assert not len(one.log_p)
 
 
-def test_the_first_codes_are_a_distribution(network) -> None:
-    for found in run(network, corpus(), 3, width=2):
+def test_the_first_codes_are_a_distribution(speaker) -> None:
+    for found in run(speaker, corpus(), 3, width=2):
         assert np.exp(found.first).sum() == pytest.approx(1.0, abs=1e-5)
 
 
-def test_generation_does_not_depend_on_the_batch(network) -> None:
+def test_generation_does_not_depend_on_the_batch(speaker) -> None:
     """To the last bit: hypotheses of a query share matrix products with a fixed number of others."""
     streams = corpus(2, documents=30)
     index = index_of(streams, 2)
-    query = queries(7)
-    options = {"width": 6, "max_len": MAX_LEN, "titles_only": False}
-    together = generate(network, encode(network, query), index, **options)
-    for i in range(7):
-        (alone,) = generate(network, encode(network, {"ids": query["ids"][i : i + 1]}), index, **options)
+    query = queries(11)
+    options = {"width": 6, "max_len": MAX_LEN, "together": 4}
+    together = generate(speaker, encode(speaker.network, query), index, **options)
+    for i in range(11):
+        (alone,) = generate(speaker, encode(speaker.network, {"ids": query["ids"][i : i + 1]}), index, **options)
         for name in ("codes", "log_p", "first"):
             assert np.array_equal(getattr(alone, name), getattr(together[i], name))
         assert np.array_equal(alone.ranges.low, together[i].ranges.low)

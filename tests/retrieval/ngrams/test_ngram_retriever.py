@@ -34,15 +34,15 @@ def texts_of(data: RetrievalData, count: int) -> list[str]:
 
 
 @pytest.fixture(scope="module", params=VIEWS)
-def retriever(request: pytest.FixtureRequest, functions: RetrievalData) -> NgramRetriever:
-    return untrained(functions.documents[:60], views=VIEWS[request.param])
+def retriever(request: pytest.FixtureRequest, data: RetrievalData) -> NgramRetriever:
+    return untrained(data.documents[:60], views=VIEWS[request.param])
 
 
-def test_lists_are_full_and_distinct(retriever: NgramRetriever, functions: RetrievalData) -> None:
+def test_lists_are_full_and_distinct(retriever: NgramRetriever, data: RetrievalData) -> None:
     """Trap 17: never shorter than min(k, corpus), scores fall, the filled share is known."""
     known = set(retriever.doc_ids)
     for k in (1, 10, 60, 1000):
-        for result in search(retriever, texts_of(functions, 4), k):
+        for result in search(retriever, texts_of(data, 4), k):
             ids = [hit.doc_id for hit in result.hits]
             assert len(ids) == len(set(ids)) == min(k, 60)
             assert set(ids) <= known
@@ -51,10 +51,10 @@ def test_lists_are_full_and_distinct(retriever: NgramRetriever, functions: Retri
             assert result.filled == sum(score < 0 for score in scores)
 
 
-def test_documents_without_a_key_fill_the_list_in_corpus_order(functions: RetrievalData) -> None:
+def test_documents_without_a_key_fill_the_list_in_corpus_order(data: RetrievalData) -> None:
     """Trap 17: one document holds every n-gram there is; the others hold nothing."""
     documents = [Document(str(i), "", "") for i in range(5)]
-    documents[3] = replace(functions.documents[0], id="3")
+    documents[3] = replace(data.documents[0], id="3")
     (result,) = search(untrained(documents), ["insulin"], 10)
     assert [hit.doc_id for hit in result.hits] == ["3", "0", "1", "2", "4"]
     assert result.filled == 4
@@ -63,37 +63,38 @@ def test_documents_without_a_key_fill_the_list_in_corpus_order(functions: Retrie
     assert nothing.filled == 2
 
 
-def test_results_do_not_depend_on_the_batch(retriever: NgramRetriever, functions: RetrievalData) -> None:
-    texts = texts_of(functions, 19)
+def test_results_do_not_depend_on_the_batch(retriever: NgramRetriever, data: RetrievalData) -> None:
+    texts = texts_of(data, 19)
     together = search(retriever, texts)
     assert [search(retriever, [text])[0] for text in texts[:6]] == together[:6]
     assert search(retriever, texts[15:] + texts[:2]) == together[15:] + together[:2]
 
 
-def test_no_weight_changes_on_insert(functions: RetrievalData) -> None:
+def test_no_weight_changes_on_insert(data: RetrievalData) -> None:
     """Trap 1: weights, and the rows of the codes that were there."""
-    retriever = untrained(functions.documents[:40])
+    retriever = untrained(data.documents[:40])
     weights = {name: value.clone() for name, value in retriever.model.state_dict().items()}
-    rows = [row.clone() for row in retriever.speaker.rows]
+    rows = [row.clone() for row in (retriever.speaker.inputs, retriever.speaker.outputs)]
     streams = retriever.indexes["text"].codes.copy()
     tokens = retriever.vocabulary.tokens.copy()
-    assert retriever.insert(functions.documents[40:50]) == 1
-    assert retriever.insert(functions.documents[50:60]) == 2
+    assert retriever.insert(data.documents[40:50]) == 1
+    assert retriever.insert(data.documents[50:60]) == 2
     after = retriever.model.state_dict()
     assert after.keys() == weights.keys()
     assert all(torch.equal(after[name], value) for name, value in weights.items())
     assert len(retriever.vocabulary.tokens) > len(tokens)
     assert np.array_equal(retriever.vocabulary.tokens[: len(tokens)], tokens)
-    assert all(torch.equal(new[: len(old)], old) for new, old in zip(retriever.speaker.rows, rows, strict=True))
+    present = retriever.speaker.inputs, retriever.speaker.outputs
+    assert all(torch.equal(new[: len(old)], old) for new, old in zip(present, rows, strict=True))
     assert np.array_equal(retriever.indexes["text"].codes[: len(streams)], streams)
-    assert retriever.doc_ids == [d.id for d in functions.documents[:60]]
+    assert retriever.doc_ids == [d.id for d in data.documents[:60]]
 
 
-def test_inserted_documents_are_found_as_if_they_had_been_there(functions: RetrievalData) -> None:
+def test_inserted_documents_are_found_as_if_they_had_been_there(data: RetrievalData) -> None:
     """Trap 9: counts of every n-gram at t are those of an index built on D0..Dt, and so are results."""
-    grown = untrained(functions.documents[:40], views=list(MULTIVIEW))
+    grown = untrained(data.documents[:40], views=list(MULTIVIEW))
     for begin in range(40, 60, 5):
-        grown.insert(functions.documents[begin : begin + 5])
+        grown.insert(data.documents[begin : begin + 5])
     again = grown.restricted(grown.doc_ids)
     for view, index in grown.indexes.items():
         fresh = again.indexes[view]
@@ -101,70 +102,70 @@ def test_inserted_documents_are_found_as_if_they_had_been_there(functions: Retri
         assert len(fresh.segments) == 1
         assert np.array_equal(index.codes, fresh.codes)
         assert index.tokens == fresh.tokens
-    texts = texts_of(functions, 6)
+    texts = texts_of(data, 6)
     assert search(grown, texts) == search(again, texts)
 
 
 @pytest.mark.parametrize("embed", ["wordllama", "random"])
-def test_new_token_admission(functions: RetrievalData, embed: str) -> None:
+def test_new_token_admission(data: RetrievalData, embed: str) -> None:
     """Trap 22: a token that no document of the fit holds can be generated once a document holds it."""
-    retriever = untrained(functions.documents[:40], embed=embed)
+    retriever = untrained(data.documents[:40], embed=embed)
     added = Document("new", "Zyzzyva weevil", "Zyzzyva zyzzyva weevil weevil snout")
     before = retriever.vocabulary.size
     retriever.insert([added])
     fresh = np.arange(before, retriever.vocabulary.size)
     assert len(fresh) > 0
-    network = retriever.speaker.network
-    memory = encode(network, retriever.inputs.features(["an insect"], "text"))
-    with torch.no_grad():
-        logits, _ = network.step(memory, network.start(memory, 1), None)
-    probabilities = torch.softmax(logits[0, 0], -1)
+    speaker = retriever.speaker
+    memory = encode(speaker.network, retriever.inputs.features(["an insect"], "text"))
+    with torch.inference_mode():
+        hidden, _ = speaker.network.step(memory, speaker.network.start(memory, 1), None)
+        probabilities = speaker.log_probs(hidden[0])[0].exp()
     assert len(probabilities) == retriever.vocabulary.size
     assert (probabilities[fresh] > 1e-9).all()
     index = retriever.indexes["text"]
     assert (index.frequencies[fresh] > 0).all()
     alone = retriever.restricted(["new"]).indexes["text"]
-    (found,) = generate(network, memory, alone, width=50, max_len=3, titles_only=False)
+    (found,) = generate(speaker, memory, alone, width=50, max_len=3, together=1)
     of_fresh = np.isin(found.codes, fresh).any(1)
     assert of_fresh.any()
     assert np.isfinite(found.log_p[of_fresh]).all()
     assert (index.count([[c for c in row if c >= 0] for row in found.codes[of_fresh].tolist()]) > 0).all()
 
 
-def test_unseen_tokens_get_the_mean_row_where_rows_are_trained(functions: RetrievalData) -> None:
-    retriever = untrained(functions.documents[:40], embed="random")
+def test_unseen_tokens_get_the_mean_row_where_rows_are_trained(data: RetrievalData) -> None:
+    retriever = untrained(data.documents[:40], embed="random")
     retriever.insert([Document("new", "", "Zyzzyva weevil")])
-    outputs = retriever.speaker.rows[1]
+    outputs = retriever.speaker.outputs
     initial = retriever.vocabulary.initial
     mean = outputs[FIRST:initial].mean(0)
     assert torch.allclose(outputs[initial:], mean.expand(len(outputs) - initial, -1), atol=1e-4)
 
 
-def test_known_ids_are_refused_and_nothing_changes(retriever: NgramRetriever, functions: RetrievalData) -> None:
+def test_known_ids_are_refused_and_nothing_changes(retriever: NgramRetriever, data: RetrievalData) -> None:
     before = retriever.doc_ids
-    added = functions.documents[60:62]
-    for wrong in ([*added, functions.documents[0]], [added[0], added[0]]):
+    added = data.documents[60:62]
+    for wrong in ([*added, data.documents[0]], [added[0], added[0]]):
         with pytest.raises(DataError, match="is already in the corpus"):
             retriever.insert(wrong)
     assert retriever.doc_ids == before
 
 
-def test_restricted_finds_only_its_documents(retriever: NgramRetriever, functions: RetrievalData) -> None:
+def test_restricted_finds_only_its_documents(retriever: NgramRetriever, data: RetrievalData) -> None:
     chosen = retriever.doc_ids[7:20]
     part = retriever.restricted(chosen)
     assert part.doc_ids == chosen
     assert part.bytes < retriever.bytes
-    for result in search(part, texts_of(functions, 3), 50):
+    for result in search(part, texts_of(data, 3), 50):
         assert {hit.doc_id for hit in result.hits} == set(chosen)
     with pytest.raises(DataError, match="'nowhere' is not in the corpus"):
         retriever.restricted(["nowhere"])
 
 
-def test_concurrent_add_and_search(functions: RetrievalData) -> None:
+def test_concurrent_add_and_search(data: RetrievalData) -> None:
     """Trap 21: every response is that of exactly one version."""
-    documents = functions.documents
+    documents = data.documents
     retriever = untrained(documents[:30])
-    query = texts_of(functions, 1)
+    query = texts_of(data, 1)
     expected = [search(retriever, query, 100)]
     alone = untrained(documents[:30])
     for i in range(30, 42):
@@ -179,15 +180,15 @@ def test_concurrent_add_and_search(functions: RetrievalData) -> None:
 
 
 @pytest.mark.parametrize("embed", ["wordllama", "random"])
-def test_saved_and_loaded(functions: RetrievalData, tmp_path, embed: str) -> None:
-    retriever = untrained(functions.documents[:40], views=list(MULTIVIEW), embed=embed, most_frequent=None)
-    retriever.insert([*functions.documents[40:45], Document("new", "Zyzzyva weevil", "Zyzzyva snout")])
+def test_saved_and_loaded(data: RetrievalData, tmp_path, embed: str) -> None:
+    retriever = untrained(data.documents[:40], views=list(MULTIVIEW), embed=embed, most_frequent=None)
+    retriever.insert([*data.documents[40:45], Document("new", "Zyzzyva weevil", "Zyzzyva snout")])
     retriever.save(tmp_path)
     again = load(tmp_path, name="multiview")
     assert again.name == "multiview"
-    texts = texts_of(functions, 5)
+    texts = texts_of(data, 5)
     assert search(again, texts) == search(retriever, texts)
-    more = [Document("newer", "Weevil", "a zyzzyva's snout"), functions.documents[50]]
+    more = [Document("newer", "Weevil", "a zyzzyva's snout"), data.documents[50]]
     retriever.insert(more)
     again.insert(more)
     assert search(again, texts) == search(retriever, texts)
@@ -200,21 +201,21 @@ def test_saved_and_loaded(functions: RetrievalData, tmp_path, embed: str) -> Non
         load(tmp_path)
 
 
-def test_only_the_most_frequent_tokens_are_keys(functions: RetrievalData) -> None:
-    retriever = untrained(functions.documents[:40], most_frequent=50)
-    every = untrained(functions.documents[:40])
+def test_only_the_most_frequent_tokens_are_keys(data: RetrievalData) -> None:
+    retriever = untrained(data.documents[:40], most_frequent=50)
+    every = untrained(data.documents[:40])
     assert retriever.vocabulary.size == FIRST + 50
     codes, frequencies = every.vocabulary.tokens, every.indexes["text"].frequencies[FIRST:]
     counts = dict(zip(codes.tolist(), frequencies.tolist(), strict=True))
     least = min(counts[token] for token in retriever.vocabulary.tokens.tolist())
     assert sum(count > least for count in counts.values()) <= 50
     before = retriever.vocabulary
-    retriever.insert(functions.documents[40:45])
+    retriever.insert(data.documents[40:45])
     assert retriever.vocabulary.size == before.size
     assert (retriever.indexes["text"].codes < before.size).all()
 
 
-def test_streams_hold_marks_where_parts_end(functions: RetrievalData) -> None:
+def test_streams_hold_marks_where_parts_end(data: RetrievalData) -> None:
     tokenizer = load_static()
     document = Document("a", "Insulin resistance", "Cells respond less")
     (title, text) = tokenizer.encode([document.title, document.text])
@@ -229,14 +230,14 @@ def test_streams_hold_marks_where_parts_end(functions: RetrievalData) -> None:
     assert untitled == [*text, BREAK]
 
 
-def test_pseudo_queries_of_a_later_document_use_what_was_fitted(functions: RetrievalData) -> None:
-    retriever = untrained(functions.documents[:40], views=list(MULTIVIEW), pseudo_queries=3)
+def test_pseudo_queries_of_a_later_document_use_what_was_fitted(data: RetrievalData) -> None:
+    retriever = untrained(data.documents[:40], views=list(MULTIVIEW), pseudo_queries=3)
     fitted = retriever._version.corpus.queries
-    retriever.insert(functions.documents[40:60])
+    retriever.insert(data.documents[40:60])
     assert retriever._version.corpus.queries is fitted
     stream = retriever.indexes["query"].streams.row(45)
     assert (stream == BREAK).sum() == 3
-    assert fitted(functions.documents[45]) == fitted(functions.documents[45])
+    assert fitted(data.documents[45]) == fitted(data.documents[45])
 
 
 def test_vocabulary_grows_behind_the_known_codes() -> None:

@@ -43,11 +43,9 @@ def prepared(
 
 
 @pytest.fixture(scope="module", params=["plain", "multiview"])
-def task(
-    request: pytest.FixtureRequest, functions: RetrievalData, tmp_path_factory: pytest.TempPathFactory
-) -> NgramTask:
+def task(request: pytest.FixtureRequest, data: RetrievalData, tmp_path_factory: pytest.TempPathFactory) -> NgramTask:
     views = {"views": list(MULTIVIEW)} if request.param == "multiview" else {}
-    return prepared(tmp_path_factory.mktemp(request.param), functions, **views)
+    return prepared(tmp_path_factory.mktemp(request.param), data, **views)
 
 
 def test_targets_are_ngrams_of_the_initial_documents(task: NgramTask) -> None:
@@ -76,6 +74,11 @@ def test_padding_is_not_trained(task: NgramTask) -> None:
     assert loss.item() == pytest.approx(-chosen[spans != NONE].mean().item(), abs=1e-4)
 
 
+def targets_of(streams: Streams, config: NgramConfig, query: np.ndarray, document: int = 0, view="text") -> np.ndarray:
+    targets = SpanTargets(streams, config, view, np.random.default_rng(0))
+    return targets.codes(targets.draw(query, document))
+
+
 def test_windows_that_share_rare_tokens_with_the_query_are_preferred() -> None:
     text = [*range(FIRST, FIRST + 40), BREAK]
     common = [np.array([FIRST, FIRST + 1, BREAK], np.int32)] * 9
@@ -84,7 +87,7 @@ def test_windows_that_share_rare_tokens_with_the_query_are_preferred() -> None:
 
     def drawn(sharpness: float) -> np.ndarray:
         config = NgramConfig(max_len=4, spans=1000, sharpness=sharpness)
-        return SpanTargets(streams, config, "text", np.random.default_rng(0)).draw(query, 0)[:, :4]
+        return targets_of(streams, config, query)[:, :4]
 
     share = [(drawn(sharpness) == FIRST + 20).any(1).mean() for sharpness in (0.0, 1.0, 3.0)]
     assert share[0] == pytest.approx(4 / 37, abs=0.04)
@@ -98,30 +101,26 @@ def test_targets_stay_inside_a_part_of_the_document() -> None:
     title, text = [TITLE, 5, 6, TITLE_END], [7, 8, 9, BREAK, 10, BREAK]
     streams = Streams.of([np.array([*title, *text], np.int32), np.array([BREAK], np.int32)])
     config = NgramConfig(max_len=2, spans=200, titles=2)
-    drawn = SpanTargets(streams, config, "text", np.random.default_rng(0)).draw(np.array([7]), 0)
+    drawn = targets_of(streams, config, np.array([7]))
     spans = {tuple(code for code in row if code != NONE) for row in drawn.tolist()}
     assert spans == {tuple(title), (5, 6), (7, 8), (8, 9), (10,)}
     assert (drawn[:, 0] == TITLE).sum() == 2
-    assert len(SpanTargets(streams, config, "text", np.random.default_rng(0)).draw(np.array([7]), 1)) == 0
-    only = SpanTargets(streams, config, "title", np.random.default_rng(0)).draw(np.array([7]), 0)
+    assert len(targets_of(streams, config, np.array([7]), document=1)) == 0
+    only = targets_of(streams, config, np.array([7]), view="title")
     assert {tuple(row) for row in only.tolist()} == {tuple(title)}
 
 
-def test_identity_changes_with_what_decides_the_result(
-    functions: RetrievalData, task: NgramTask, tmp_path: Path
-) -> None:
+def test_identity_changes_with_what_decides_the_result(data: RetrievalData, task: NgramTask, tmp_path: Path) -> None:
     options = {"views": task.opened.corpus.config.views}
-    same = prepared(tmp_path / "same", functions, **options)
+    same = prepared(tmp_path / "same", data, **options)
     assert same.identity() == task.identity()
-    assert (
-        prepared(tmp_path / "same", functions, seed=5, **options).identity() == task.identity()
-    )  # it was done already
+    assert prepared(tmp_path / "same", data, seed=5, **options).identity() == task.identity()  # it was done already
     for name, changes in {
         "seed": {"seed": 1},
         "beam": {"beam": 3},
         "model": {"model": replace(MODEL, width=64)},
     }.items():
-        assert prepared(tmp_path / name, functions, **{**options, **changes}).identity() != task.identity()
+        assert prepared(tmp_path / name, data, **{**options, **changes}).identity() != task.identity()
 
 
 def test_a_task_travels_without_its_arrays(task: NgramTask) -> None:
@@ -134,25 +133,25 @@ def test_a_task_travels_without_its_arrays(task: NgramTask) -> None:
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
-def test_later_documents_and_test_queries_change_nothing(functions: RetrievalData, tmp_path: Path) -> None:
+def test_later_documents_and_test_queries_change_nothing(data: RetrievalData, tmp_path: Path) -> None:
     """Trap 7: what is prepared knows the initial documents alone."""
-    before = prepared(tmp_path / "a", functions).identity()
+    before = prepared(tmp_path / "a", data).identity()
     changed = replace(
-        functions,
-        documents=[*functions.documents[:INITIAL], Document("x", "Zyzzyva", "zyzzyva")],
-        queries={**functions.queries, "test": []},
+        data,
+        documents=[*data.documents[:INITIAL], Document("x", "Zyzzyva", "zyzzyva")],
+        queries={**data.queries, "test": []},
     )
     assert prepared(tmp_path / "b", changed).identity() == before
 
 
-def test_nothing_to_train_on_and_other_networks_are_refused(functions: RetrievalData, tmp_path: Path) -> None:
+def test_nothing_to_train_on_and_other_networks_are_refused(data: RetrievalData, tmp_path: Path) -> None:
     empty = [Document("a", "", "")]
     query = [Query("q", "insulin", ("a",))]
     options = {"config": NgramConfig(), "views": ViewsConfig(per_document=0), "seed": 0}
     with pytest.raises(DataError, match="nothing to train on"):
         write_ngrams(tmp_path / "a", empty, query, query, model=MODEL, **options)
     with pytest.raises(ConfigError, match="backbone=encoder: n-grams are generated by backbone=small alone"):
-        prepared(tmp_path / "b", functions, model=replace(MODEL, backbone="encoder"))
+        prepared(tmp_path / "b", data, model=replace(MODEL, backbone="encoder"))
     assert NgramConfig(views=["text", "title"]).problems()
     assert NgramConfig(views=[]).problems()
     assert not NgramConfig(views=["title", "body"]).problems()
@@ -171,18 +170,18 @@ def hit(retriever, queries: list[Query]) -> float:
     return float(np.mean([any(h.doc_id in q.gold for h in r.hits) for q, r in zip(queries, results, strict=True)]))
 
 
-def test_training_finds_documents_that_came_later(functions: RetrievalData, tmp_path: Path) -> None:
+def test_training_finds_documents_that_came_later(data: RetrievalData, tmp_path: Path) -> None:
     """End to end: dev Hit@10 far above chance on the documents of the training and on those added after it."""
-    task = prepared(tmp_path / "prepared", functions)
-    assert {g for gold in task.opened.dev_gold for g in gold} <= {d.id for d in functions.documents[:INITIAL]}
+    task = prepared(tmp_path / "prepared", data)
+    assert {g for gold in task.opened.dev_gold for g in gold} <= {d.id for d in data.documents[:INITIAL]}
     settings = replace(settings_for(TrainingConfig(steps=60, batch=96, workers=0), 8e-3), eval_every=30)
     found = fit(task, settings, tmp_path / "training", seed=0, name="ngram")
     chance = 10 / INITIAL
     assert found.best["hit@10"] > 5 * chance
     retriever = load(tmp_path / "prepared", found.weights)
-    added = functions.documents[INITIAL:]
+    added = data.documents[INITIAL:]
     assert retriever.insert(added) == 1
     ids = {document.id for document in added}
-    later = [q for found in functions.queries.values() for q in found if set(q.gold) <= ids]
+    later = [q for found in data.queries.values() for q in found if set(q.gold) <= ids]
     assert len(later) > 50
-    assert hit(retriever, later) > 3 * 10 / len(functions.documents)
+    assert hit(retriever, later) > 3 * 10 / len(data.documents)

@@ -10,12 +10,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from mobula.cancellation import raise_if_cancelled
-from mobula.retrieval.decoding.calls import device_of, tiles
-from mobula.retrieval.network import Cache, DocidTransformer, Memory
+from mobula.retrieval.network import Memory
 from mobula.retrieval.ngrams.index import NgramIndex, Ranges
+from mobula.retrieval.ngrams.language import Speaker
 from mobula.retrieval.ngrams.stream import BREAK, FIRST, TITLE, TITLE_END
 
 NONE = -1  # pads keys to one length
@@ -48,34 +47,48 @@ class _Found:
 
 
 def generate(
-    network: DocidTransformer, memory: Memory, index: NgramIndex, *, width: int, max_len: int, titles_only: bool
+    speaker: Speaker,
+    memory: Memory,
+    index: NgramIndex,
+    *,
+    width: int,
+    max_len: int,
+    together: int,
+    titles_only: bool = False,
 ) -> list[Generated]:
     """The n-grams that survive a step of a beam of ``width``, for every query of ``memory``.
 
     Hypotheses are extended by codes that follow them somewhere in the corpus; their probabilities are those of the
     unconstrained model, so no constraint has to be undone. Keys of tokens have at most ``max_len``; titles have their
     two marks besides. With ``titles_only`` whole titles are the only keys.
+
+    A call of the layers always serves ``together`` queries, missing ones padded, so that the bits of a query's result
+    depend on the query alone. It costs little more for many queries than for one. Scoring all codes costs its share
+    of every hypothesis, so that is done query by query, for the hypotheses that can go on.
     """
-    beam = _Beam(network, memory, index, width, max_len)
-    beam.begin(titles_only)
-    found = [step for _ in range(1, network.levels) if (step := beam.advance()) is not None]
-    return list(_by_query(found, beam))
+    results: list[Generated] = []
+    for start in range(0, memory.size, together):
+        part = torch.arange(start, min(start + together, memory.size), device=memory.mask.device)
+        beam = _Beam(_Steps(speaker, memory.rows(part), width, together), index, width, max_len)
+        beam.begin(titles_only)
+        found = [step for _ in range(1, beam.longest) if (step := beam.advance()) is not None]
+        results.extend(_by_query(found, beam))
+    return results
 
 
 class _Beam:
-    """All queries' hypotheses, one code longer with each :meth:`advance`; dead ones have an empty range."""
+    """The hypotheses of some queries, one code longer with each :meth:`advance`; dead ones have an empty range."""
 
-    def __init__(self, network: DocidTransformer, memory: Memory, index: NgramIndex, width: int, max_len: int) -> None:
-        self.network, self.index, self.width, self.max_len = network, index, width, max_len
-        self.queries = memory.size
-        self.tiles = list(_tiles(network, memory, width))
+    def __init__(self, steps: _Steps, index: NgramIndex, width: int, max_len: int) -> None:
+        self.network, self.index, self.width, self.max_len = steps, index, width, max_len
+        self.longest = steps.speaker.network.levels
+        self.queries = steps.queries
         self.steps = np.ones(self.queries, np.int64)
         self.rows = np.ones(self.queries, np.int64)
 
     def begin(self, titles_only: bool) -> None:
         """The best first codes."""
-        logits = np.concatenate([tile.start() for tile in self.tiles])[: self.queries]
-        self.first = logits.astype(np.float64)
+        self.first = self.network.start()
         present = np.zeros(self.first.shape[1], bool)
         present[: len(self.index.frequencies)] = self.index.frequencies > 0
         present[[BREAK, TITLE_END]] = False
@@ -100,7 +113,7 @@ class _Beam:
         if not len(row):
             return None
         raise_if_cancelled()
-        totals = self.log_p[row] + self._log_p(row, code)
+        totals = self.log_p[row] + self.network.step(self.parents, self.codes[:, -1], row, code)
         asked = np.bincount(np.unique(row) // self.width, minlength=self.queries)
         self.steps += asked > 0
         self.rows += asked
@@ -123,20 +136,6 @@ class _Beam:
             return self.ranges
         return self.ranges.rows(np.arange(len(self.titles)), self.titles)
 
-    def _log_p(self, row: np.ndarray, code: np.ndarray) -> np.ndarray:
-        """Log-probability f64[C] of each code i32[C] behind its hypothesis i64[C] (sorted)."""
-        parts = []
-        size = self.tiles[0].queries
-        bounds = np.searchsorted(row, np.arange(len(self.tiles) + 1) * size * self.width)
-        for i, tile in enumerate(self.tiles):
-            part = slice(bounds[i], bounds[i + 1])
-            if part.start == part.stop:
-                continue  # its hypotheses are dead and stay so
-            parents = self.parents[i * size : (i + 1) * size]
-            previous = self.codes[i * size * self.width : (i + 1) * size * self.width, -1]
-            parts.append(tile.step(parents, previous, row[part] - i * size * self.width, code[part]))
-        return np.concatenate(parts)
-
     def _best(self, query: np.ndarray, totals: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """For each query the ``width`` largest of its ``totals`` f64[C], best first: places i64[H], and bool[H] which
         of them there are. Of equals the first wins."""
@@ -151,54 +150,45 @@ class _Beam:
         return chosen.ravel(), alive.ravel()
 
 
-class _Tile:
-    """A fixed number of queries that share network calls, so that the bits of a result depend on the query alone."""
+class _Steps:
+    """The language model's part of a beam: log-probabilities step by step, for at most ``together`` queries."""
 
-    def __init__(self, network: DocidTransformer, memory: Memory, width: int) -> None:
-        self.network, self.memory, self.width, self.queries = network, memory, width, memory.size
-        self.cache: Cache | None = None
+    def __init__(self, speaker: Speaker, memory: Memory, width: int, together: int) -> None:
+        self.speaker, self.width, self.queries = speaker, width, memory.size
+        # Repeating the last query fills the call.
+        self._filled = np.minimum(np.arange(together), memory.size - 1)
+        with torch.inference_mode():
+            self._memory = memory.rows(torch.from_numpy(self._filled).to(memory.mask.device))
+            self._cache = speaker.network.start(self._memory, 1)
 
     @torch.inference_mode()
     def start(self) -> np.ndarray:
-        """Log-probabilities f32[queries, V] of the first code."""
-        logits, self.cache = self.network.step(self.memory, self.network.start(self.memory, 1), None)
-        return torch.log_softmax(logits.float(), -1)[:, 0].cpu().numpy()
+        """Log-probabilities f64[Q, V] of the first code."""
+        hidden, self._cache = self.speaker.network.step(self._memory, self._cache, None)
+        # Copied, since the bits of a product can depend on where in memory its factors begin.
+        found = torch.cat([self.speaker.log_probs(one.clone()) for one in hidden[: self.queries]])
+        return found.double().cpu().numpy()
 
     @torch.inference_mode()
     def step(self, parents: np.ndarray, previous: np.ndarray, row: np.ndarray, code: np.ndarray) -> np.ndarray:
-        """Log-probabilities f64[C] of ``code`` behind hypothesis ``row``, whose last code is ``previous``.
+        """Log-probabilities f64[C] of ``code`` behind hypothesis ``row`` (sorted), whose last code is ``previous``.
 
-        ``parents`` i64[q, G] are the hypotheses of the step before that the present ones continue, for the q queries
-        of the tile that are not padding.
+        ``parents`` i64[Q, G] are the hypotheses of the step before that the present ones i64[H] continue.
         """
-        if self.cache is None:
-            raise ValueError("the tile was not started")
-        device = self.memory.mask.device
-        whole = self._padded(parents).to(device)
-        logits, self.cache = self.network.step(
-            self.memory, self.cache.reorder(whole), self._padded(previous.reshape(-1, self.width)).to(device)
-        )
-        flat = logits.float().flatten(0, 1)
-        norm = torch.logsumexp(flat, -1)
-        rows, codes = torch.from_numpy(row).to(device), torch.from_numpy(code).to(device)
-        return (flat[rows, codes] - norm[rows]).double().cpu().numpy()
-
-    def _padded(self, values: np.ndarray) -> Tensor:
-        return torch.from_numpy(values[np.minimum(np.arange(self.queries), len(values) - 1)])
-
-
-def _tiles(network: DocidTransformer, memory: Memory, width: int) -> Iterator[_Tile]:
-    """The queries in tiles, whose size depends on the width alone; the last one is padded.
-
-    Two queries of 15 hypotheses share a call on a CPU: a third less time for each than alone, and a lone query waits a
-    third longer. With four it would be half and twice.
-    """
-    device = device_of(network)
-    size = max(1, 2 * tiles(device)[1] // width)
-    for start in range(0, memory.size, size):
-        index = torch.arange(start, start + size, device=device).clamp(max=memory.size - 1)
-        with torch.inference_mode():
-            yield _Tile(network, memory.rows(index), width)
+        device = self._memory.mask.device
+        cache = self._cache.reorder(torch.from_numpy(parents[self._filled]).to(device))
+        last = torch.from_numpy(previous.reshape(-1, self.width)[self._filled]).to(device)
+        hidden, self._cache = self.speaker.network.step(self._memory, cache, last)
+        alive, place = np.unique(row, return_inverse=True)
+        of_query = np.searchsorted(alive, np.arange(self.queries + 1) * self.width)
+        bounds = np.searchsorted(place, of_query)
+        rows, places, codes = (torch.from_numpy(array).to(device) for array in (alive, place, code))
+        found = []
+        for query in np.flatnonzero(np.diff(bounds)).tolist():
+            mine, part = (slice(*ends[query : query + 2]) for ends in (of_query, bounds))
+            log_probs = self.speaker.log_probs(hidden.flatten(0, 1)[rows[mine]])
+            found.append(log_probs[places[part] - mine.start, codes[part]])
+        return torch.cat(found).double().cpu().numpy()
 
 
 def _largest(values: np.ndarray, count: int) -> np.ndarray:
@@ -212,7 +202,7 @@ def _largest(values: np.ndarray, count: int) -> np.ndarray:
 
 def _by_query(found: list[_Found], beam: _Beam) -> Iterator[Generated]:
     """The keys of every query, shorter ones first."""
-    longest = beam.network.levels
+    longest = beam.longest
     segments = len(beam.index.segments)
     query = np.concatenate([np.zeros(0, np.int64), *(step.query for step in found)])
     padded = (np.pad(s.codes, ((0, 0), (0, longest - s.codes.shape[1])), constant_values=NONE) for s in found)

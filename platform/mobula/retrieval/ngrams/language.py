@@ -35,22 +35,20 @@ class TrainedCodes(TokenCodes):
 
 
 class FixedCodes(nn.Module):
-    """Codes with their rows computed: ``inputs`` and ``outputs`` f32[V, d]."""
+    """Codes whose input rows f32[V, d] are computed, in a network that returns hidden states in place of logits."""
 
-    def __init__(self, inputs: Tensor, outputs: Tensor) -> None:
+    def __init__(self, inputs: Tensor) -> None:
         super().__init__()
         self.inputs: Tensor
-        self.outputs: Tensor
         self.register_buffer("inputs", inputs, persistent=False)
-        self.register_buffer("outputs", outputs, persistent=False)
 
     def embed(self, z: Tensor, levels: Tensor) -> Tensor:
         """As :meth:`.TokenCodes.embed`."""
         return self.inputs[z]
 
     def score(self, hidden: Tensor, levels: slice) -> Tensor:
-        """As :meth:`.TokenCodes.score`."""
-        return hidden @ self.outputs.T
+        """The hidden states; :meth:`Speaker.log_probs` scores them."""
+        return hidden
 
 
 @dataclass
@@ -126,7 +124,8 @@ def vectors(embedding: StaticEmbedding, tokens: np.ndarray, *, marks: bool = Fal
 class Speaker:
     """A language model ready for decoding, over a vocabulary that may have grown since its fit.
 
-    ``network`` shares all weights of the trained model; its codes' rows are computed once.
+    ``network`` shares all weights of the trained model; its ``step`` returns hidden states [B, G, d], which
+    :meth:`log_probs` turns into log-probabilities. ``inputs`` and ``outputs`` f32[V, d] are the codes' rows.
     """
 
     def __init__(self, model: DocidTransformer, vocabulary: Vocabulary, embedding: StaticEmbedding) -> None:
@@ -134,27 +133,30 @@ class Speaker:
         if not isinstance(codes, TokenCodes):
             raise TypeError("the model's codes are not tokens")
         self.codes, self.embedding, self.vocabulary = codes, embedding, vocabulary
-        initial, size = vocabulary.initial, vocabulary.size
-        with torch.no_grad():
-            rows = [_rows(codes, codes.table)]
-            if size > initial:
-                rows.append(_rows(codes, self._unseen(vocabulary.tokens[initial - FIRST :])))
-            self.rows = tuple(torch.cat(parts) for parts in zip(*rows, strict=True))
-        self.network = _with_codes(model, FixedCodes(*self.rows))
+        self.inputs, self.outputs = _rows(codes, codes.table)
+        self.network = model
+        self._add(vocabulary.tokens[vocabulary.initial - FIRST :])
 
     def grown(self, vocabulary: Vocabulary) -> Speaker:
         """The same over a vocabulary that has further tokens; no weight and no old row changes."""
-        fresh = vocabulary.tokens[self.vocabulary.size - FIRST :]
-        if not len(fresh):
-            return self
         speaker = copy.copy(self)
-        with torch.no_grad():
-            added = _rows(self.codes, self._unseen(fresh))
         speaker.vocabulary = vocabulary
-        speaker.rows = tuple(torch.cat([old, new]) for old, new in zip(self.rows, added, strict=True))
-        speaker.network = _with_codes(self.network, FixedCodes(*speaker.rows))
+        speaker._add(vocabulary.tokens[self.vocabulary.size - FIRST :])
         return speaker
 
+    @torch.inference_mode()
+    def log_probs(self, hidden: Tensor) -> Tensor:
+        """Log-probabilities f32[G, V] of every next code, for hidden states [G, d]."""
+        return torch.log_softmax(hidden.float() @ self._columns, -1)
+
+    def _add(self, tokens: np.ndarray) -> None:
+        if len(tokens):
+            inputs, outputs = _rows(self.codes, self._unseen(tokens))
+            self.inputs, self.outputs = torch.cat([self.inputs, inputs]), torch.cat([self.outputs, outputs])
+        self._columns = self.outputs.T.contiguous()
+        self.network = _with_codes(self.network, FixedCodes(self.inputs))
+
+    @torch.no_grad()
     def _unseen(self, tokens: np.ndarray) -> Tensor:
         """Vectors of tokens that training has not seen: their own, or the mean where all are trained."""
         table = self.codes.table
@@ -163,6 +165,7 @@ class Speaker:
         return vectors(self.embedding, tokens).to(table.device)
 
 
+@torch.no_grad()
 def _rows(codes: TokenCodes, table: Tensor) -> tuple[Tensor, Tensor]:
     """Input and output rows f32[m, d] of vectors f32[m, D], the latter scaled as :meth:`.TokenCodes.score` does it."""
     outputs = codes.project_out(table)
@@ -172,9 +175,5 @@ def _rows(codes: TokenCodes, table: Tensor) -> tuple[Tensor, Tensor]:
 def _with_codes(model: DocidTransformer, codes: FixedCodes) -> DocidTransformer:
     """The model with other codes; everything else is shared with it."""
     network = copy.copy(model)
-    network._modules, network._buffers = dict(model._modules), dict(model._buffers)
-    network.codes = codes  # type: ignore[assignment]
-    network.width = len(codes.outputs)
-    network.impossible = torch.zeros(model.levels, network.width, dtype=torch.bool, device=codes.outputs.device)
-    network.sizes = torch.full_like(model.sizes, network.width)
+    network._modules = {**model._modules, "codes": codes}
     return network.eval()

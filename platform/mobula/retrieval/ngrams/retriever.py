@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import threading
 from collections.abc import Sequence
@@ -35,7 +36,6 @@ from mobula.training.checkpoints import export_weights
 ARRAYS = "ngrams.safetensors"
 FACTS = "ngrams.json"
 WEIGHTS = "model.safetensors"
-TOGETHER = 16  # queries whose hypotheses are extended in step
 
 
 @dataclass(frozen=True, eq=False)
@@ -180,6 +180,11 @@ class NgramRetriever:
         return self._version.speaker
 
     @property
+    def fitted_on(self) -> str:
+        """Hash of the ids of the documents that everything was fitted on."""
+        return self._version.corpus.fitted_on
+
+    @property
     def bytes(self) -> int:
         """Size of the indexes; weights are not counted."""
         return sum(index.bytes for index in self._version.indexes.values())
@@ -193,13 +198,14 @@ class NgramRetriever:
         """Rank documents for Q queries whose features are given by view; ``ks`` hits for each."""
         version = self._version
         scorers = {view: Scorer(index, self.config) for view, index in version.indexes.items()}
+        size = self.config.together
         results: list[SearchResult] = []
-        for start in range(0, len(ks), TOGETHER):
+        for start in range(0, len(ks), size):
             part = {
-                view: {name: values[start : start + TOGETHER] for name, values in query.items()}
+                view: {name: values[start : start + size] for name, values in query.items()}
                 for view, query in features.items()
             }
-            results.extend(self._group(version, scorers, part, ks[start : start + TOGETHER]))
+            results.extend(self._group(version, scorers, part, ks[start : start + size]))
         return results
 
     def insert(self, documents: Sequence[Document]) -> int:
@@ -247,6 +253,13 @@ class NgramRetriever:
         streams = {view: index.streams.select(chosen) for view, index in indexes.items()}
         return NgramRetriever(self.name, self.model, replace(corpus, doc_ids=list(doc_ids), streams=streams))
 
+    def sharing(self, queries: int) -> NgramRetriever:
+        """The present version with another number of queries to a network call: 1 answers a lone query soonest."""
+        other = copy.copy(self)
+        other.config = replace(self.config, together=queries)
+        other._writing = threading.Lock()
+        return other
+
     def save(self, directory: Path) -> None:
         """Write the present documents and the weights; :func:`load` reads them."""
         version = self._version
@@ -265,13 +278,13 @@ class NgramRetriever:
         steps, rows = np.zeros(len(ks), np.int64), np.zeros(len(ks), np.int64)
         for view, index in version.indexes.items():
             titles_only = view == "title"
-            network = version.speaker.network
             generated = generate(
-                network,
-                encode(network, features[view]),
+                version.speaker,
+                encode(version.speaker.network, features[view]),
                 index,
                 width=self.config.beam,
                 max_len=self.config.max_len,
+                together=self.config.together,
                 titles_only=titles_only,
             )
             for i, found in enumerate(generated):

@@ -157,20 +157,18 @@ def _write_examples(
     """Targets of every (query, document) pair in every view, and the features of the queries."""
     (directory / "queries").mkdir(parents=True, exist_ok=True)
     codes = [corpus.vocabulary.codes(ids) for ids in inputs.embedding.encode(texts)]
-    parts: list[np.ndarray] = []
+    spans: list[np.ndarray] = []
     owners: list[np.ndarray] = []
     features: list[np.ndarray] = []
     for number, view in enumerate(corpus.config.views):
         targets = SpanTargets(corpus.streams[view], corpus.config, view, np.random.default_rng([seed, number]))
-        for query, document in pairs.tolist():
-            drawn = targets.draw(codes[query], document)
-            parts.append(drawn)
-            owners.append(np.full(len(drawn), number * len(texts) + query))
+        drawn = [targets.draw(codes[query], document) for query, document in pairs.tolist()]
+        spans.append(targets.codes(np.concatenate(drawn)))
+        owners.append(number * len(texts) + np.repeat(pairs[:, 0], [len(places) for places in drawn]))
         features.append(inputs.features(texts, view)["ids"].numpy())
-    spans = np.concatenate(parts)
-    if not len(spans):
+    if not any(map(len, spans)):
         raise DataError("nothing to train on: the documents of the training queries have no token")
-    np.save(directory / "targets.npy", spans, allow_pickle=False)
+    np.save(directory / "targets.npy", np.concatenate(spans), allow_pickle=False)
     np.save(directory / "query_of.npy", np.concatenate(owners), allow_pickle=False)
     np.save(directory / "queries" / "ids.npy", np.concatenate(features), allow_pickle=False)
 
@@ -193,7 +191,6 @@ class SpanTargets:
 
     def __init__(self, streams: Streams, config: NgramConfig, view: str, random: np.random.Generator) -> None:
         self.streams, self.config, self.random = streams, config, random
-        self.length = config.max_len + MARKS_IN_TITLE
         self.windows = {"title": 0, "query": config.query_spans}.get(view, config.spans)
         self.titles = config.titles if view in ("text", "title") else 0
         postings = Postings.of(streams)
@@ -207,27 +204,27 @@ class SpanTargets:
         self.begins = (streams.codes >= FIRST) & (begins | (self.end - positions >= config.max_len))
 
     def draw(self, query: np.ndarray, document: int) -> np.ndarray:
-        """Targets i32[m, L], padded with -1, of a query with ``query`` codes."""
+        """Begin and end i64[m, 2], in the streams, of the targets of a query with ``query`` codes."""
         low, high = self.streams.starts[document : document + 2]
         codes = self.streams.codes[low:high]
-        targets = []
-        if self.titles and codes[0] == TITLE:
-            title = self._padded(np.array([low]), np.array([self.end[low + 1] + 1]))
-            targets.append(np.repeat(title, self.titles, axis=0))
+        titles = self.titles if codes[0] == TITLE else 0
+        title = np.tile([low, self.end[min(low + 1, high - 1)] + 1], (titles, 1))
         begins = low + np.flatnonzero(self.begins[low:high])
-        if self.windows and len(begins):
-            ends = np.minimum(begins + self.config.max_len, self.end[begins])
-            gain = np.zeros(len(self.idf))
-            gain[query[query < len(gain)]] = self.idf[query[query < len(gain)]]
-            sums = np.concatenate([[0.0], np.cumsum(gain[codes])])
-            overlap = sums[ends - low] - sums[begins - low]
-            chance = np.cumsum(np.exp(self.config.sharpness * (overlap - overlap.max())))
-            drawn = np.searchsorted(chance, self.random.random(self.windows) * chance[-1], side="right")
-            targets.append(self._padded(begins[drawn], ends[drawn]))
-        return np.concatenate([np.zeros((0, self.length), np.int32), *targets])
+        if not (self.windows and len(begins)):
+            return title
+        ends = np.minimum(begins + self.config.max_len, self.end[begins])
+        known = query[query < len(self.idf)]
+        gain = np.zeros(len(self.idf))
+        gain[known] = self.idf[known]
+        sums = np.concatenate([[0.0], np.cumsum(gain[codes])])
+        overlap = sums[ends - low] - sums[begins - low]
+        chance = np.cumsum(np.exp(self.config.sharpness * (overlap - overlap.max())))
+        drawn = np.searchsorted(chance, self.random.random(self.windows) * chance[-1], side="right")
+        drawn = np.minimum(drawn, len(begins) - 1)  # the largest random number, rounded up, is behind the last window
+        return np.concatenate([title, np.column_stack([begins[drawn], ends[drawn]])])
 
-    def _padded(self, begins: np.ndarray, ends: np.ndarray) -> np.ndarray:
-        """The codes from ``begins`` to ``ends`` i64[m], i32[m, L] padded with -1."""
-        places = begins[:, None] + np.arange(self.length)
-        codes = self.streams.codes[np.minimum(places, len(self.streams.codes) - 1)]
-        return np.where(places < ends[:, None], codes, np.int32(NONE))
+    def codes(self, places: np.ndarray) -> np.ndarray:
+        """The codes i32[m, L] at places i64[m, 2], padded with -1."""
+        position = places[:, :1] + np.arange(self.config.max_len + MARKS_IN_TITLE)
+        codes = self.streams.codes[np.minimum(position, len(self.streams.codes) - 1)]
+        return np.where(position < places[:, 1:], codes, np.int32(NONE))
