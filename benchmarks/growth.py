@@ -1,7 +1,7 @@
 """What it costs to let a corpus grow: admission per docid family, latency as it grows, n-grams against callbacks.
 
 The initial corpus are 1,000 function documents; what arrives are the other function documents and, beyond these,
-synthetic ones, each spliced from the texts of two real ones. Models are trained for some hundred steps: neither
+synthetic ones, each spliced from the texts of two real ones. Models are trained for some forty steps: neither
 admission nor latency depends on how well. All families see the same documents and queries; latencies are those of one
 query at a time on one thread, the systems in turns.
 """
@@ -25,6 +25,7 @@ from mobula.data.records import Document, RetrievalData
 from mobula.data.sessions import SessionPlan
 from mobula.retrieval.dynamic.config import Config
 from mobula.retrieval.dynamic.fitting import fit_systems
+from mobula.retrieval.dynamic.follow import by_itself
 from mobula.retrieval.dynamic.prepare import Sessions
 from mobula.retrieval.dynamic.systems import systems
 from mobula.retrieval.outcomes import System as Timed
@@ -45,8 +46,9 @@ CONFIG: dict[str, Any] = {
     "docid": {"levels": 4, "codes": 32},
     "model": {"width": 64, "layers": 2},
     "views": {"per_document": 5, "queries": 0.3},
-    "training": {"examples": 20_000, "batch": 128, "workers": 0},
-    "evaluation": {"beam": 10},
+    "training": {"examples": 5_000, "batch": 128, "workers": 0},
+    "evaluation": {"beam": 10, "dev_queries": 20},
+    "ngram": {"dev_queries": 5},
 }  # fmt: skip
 INITIAL, ADDED = 1000, 1000
 SIZES = (1000, 10_000, 100_000)
@@ -73,7 +75,7 @@ def run() -> dict[str, Any]:
                     admission.setdefault(name, 1000 * seconds / len(documents))
             size = wanted
             log.info("latency at %d documents", size)
-            timed = [Timed(name, one.search, options[name]) for name, one in retrievers.items()]
+            timed = [Timed(name, by_itself(one).search, options[name]) for name, one in retrievers.items()]
             for name, ms in time_systems(timed, texts).items():
                 latency[name][str(size)] = round(float(np.median(ms)), 3)
         ngrams = growth_ngrams.run()

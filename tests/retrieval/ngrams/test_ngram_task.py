@@ -20,6 +20,7 @@ from mobula.retrieval.fitting import settings_for
 from mobula.retrieval.ngrams.config import MULTIVIEW, NgramConfig
 from mobula.retrieval.ngrams.generate import NONE
 from mobula.retrieval.ngrams.index import NgramIndex
+from mobula.retrieval.ngrams.language import Speaker
 from mobula.retrieval.ngrams.retriever import load
 from mobula.retrieval.ngrams.stream import BREAK, FIRST, TITLE, TITLE_END, Streams
 from mobula.retrieval.ngrams.task import NgramTask, SpanTargets, write_ngrams
@@ -44,7 +45,7 @@ def prepared(
 
 @pytest.fixture(scope="module", params=["plain", "multiview"])
 def task(request: pytest.FixtureRequest, data: RetrievalData, tmp_path_factory: pytest.TempPathFactory) -> NgramTask:
-    views = {"views": list(MULTIVIEW)} if request.param == "multiview" else {}
+    views = {"views": list(MULTIVIEW), "unseen": 300} if request.param == "multiview" else {}
     return prepared(tmp_path_factory.mktemp(request.param), data, **views)
 
 
@@ -62,15 +63,29 @@ def test_targets_are_ngrams_of_the_initial_documents(task: NgramTask) -> None:
 
 
 def test_padding_is_not_trained(task: NgramTask) -> None:
-    """The loss is the mean over the codes of the spans, all levels of the network's own logits."""
+    """The loss is the mean over the codes of the spans, all levels of the network's own logits.
+
+    With ``unseen`` the softmax holds tokens of no document as well, drawn anew, and scored as decoding will score them.
+    """
     batch = task.batch(torch.arange(0, task.examples, task.examples // 32), torch.Generator())
     model = task.build().eval()
     spans = batch["spans"]
     loss, _ = task.loss(model, batch)
+    corpus = task.opened.corpus
+    known, drawn = set(corpus.vocabulary.tokens.tolist()), batch["unseen"]
+    other = task.batch(torch.arange(3), torch.Generator().manual_seed(1))["unseen"]
+    assert not len(drawn) or not torch.equal(drawn, other)
+    row = {tuple(vector): token for token, vector in enumerate(corpus.tokenizer.table.tolist())}
+    tokens = [row[tuple(vector)] for vector in drawn.tolist()]
+    assert not known & set(tokens)
+    speaker = Speaker(model, corpus.vocabulary, corpus.tokenizer)
+    grown = speaker.grown(replace(corpus.vocabulary, tokens=np.array([*corpus.vocabulary.tokens, *tokens])))
     with torch.no_grad():
-        log_probs = torch.log_softmax(model({"ids": batch["ids"]}, spans.clamp(min=0)), -1)
+        memory = model.memory({"ids": batch["ids"]})
+        log_probs = grown.log_probs(model.hidden(memory, spans.clamp(min=0)[:, None])[:, 0])
     chosen = log_probs.gather(-1, spans.clamp(min=0)[..., None]).squeeze(-1)
     assert (spans == NONE).any()
+    assert len(drawn) == corpus.config.unseen
     assert loss.item() == pytest.approx(-chosen[spans != NONE].mean().item(), abs=1e-4)
 
 
@@ -111,7 +126,7 @@ def test_targets_stay_inside_a_part_of_the_document() -> None:
 
 
 def test_identity_changes_with_what_decides_the_result(data: RetrievalData, task: NgramTask, tmp_path: Path) -> None:
-    options = {"views": task.opened.corpus.config.views}
+    options = {name: getattr(task.opened.corpus.config, name) for name in ("views", "unseen")}
     same = prepared(tmp_path / "same", data, **options)
     assert same.identity() == task.identity()
     assert prepared(tmp_path / "same", data, seed=5, **options).identity() == task.identity()  # it was done already
@@ -171,7 +186,8 @@ def hit(retriever, queries: list[Query]) -> float:
 
 
 def test_training_finds_documents_that_came_later(data: RetrievalData, tmp_path: Path) -> None:
-    """End to end: dev Hit@10 far above chance on the documents of the training and on those added after it."""
+    """End to end: Hit@10 far above chance on the documents of the training and on those added after it."""
+    data = replace(data, documents=[data.documents[i] for i in np.random.default_rng(0).permutation(150)])
     task = prepared(tmp_path / "prepared", data)
     assert {g for gold in task.opened.dev_gold for g in gold} <= {d.id for d in data.documents[:INITIAL]}
     settings = replace(settings_for(TrainingConfig(steps=60, batch=96, workers=0), 8e-3), eval_every=30)
@@ -185,3 +201,19 @@ def test_training_finds_documents_that_came_later(data: RetrievalData, tmp_path:
     later = [q for found in data.queries.values() for q in found if set(q.gold) <= ids]
     assert len(later) > 50
     assert hit(retriever, later) > 3 * 10 / len(data.documents)
+
+
+@pytest.mark.parametrize("options", [{"most_frequent": 100, "unseen": 300}, {"unseen": 300}, {}], ids=str)
+@pytest.mark.parametrize("embed", ["wordllama", "random"])
+def test_a_step_of_every_kind_of_vocabulary(data: RetrievalData, tmp_path: Path, options: dict, embed: str) -> None:
+    """A limited vocabulary never grows, so no unseen token stands in its softmax; trained rows have a mean."""
+    task = prepared(tmp_path, data, model=replace(MODEL, embed=embed), **options)
+    batch = task.batch(torch.arange(16), torch.Generator())
+    assert len(batch["unseen"]) == (300 if list(options) == ["unseen"] else 0)
+    model = task.build()
+    loss, _ = task.loss(model, batch)
+    loss.backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+    with torch.no_grad():
+        measured = task.evaluate(model.eval())
+    assert 0 <= measured["hit@10"] <= 1

@@ -31,6 +31,9 @@ class NgramConfig:
     titles: int = key(3, "further times that it is paired with the title", ge=0, le=1000)
     query_spans: int = key(5, "windows of its document's pseudo-queries, in the view `query`", ge=1, le=1000)
     sharpness: float = key(1.0, "how strongly windows that share rare tokens with the query are preferred", ge=0)
+    unseen: int = key(
+        0, "further tokens in the softmax of a training step, drawn from those of no initial document", ge=0
+    )
     pseudo_queries: int = key(10, "pseudo-queries of a document in the view `query`", ge=1, le=1000)
     together: int = key(16, "queries that share network calls; fewer are padded to as many", ge=1, le=256)
     dev_queries: int = key(60, "dev queries searched while training", ge=1)

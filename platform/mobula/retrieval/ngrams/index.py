@@ -235,6 +235,8 @@ class NgramIndex:
         """Row i64[C] and code i32[C] of every way to go on with H n-grams of at least one code, sorted, each once.
 
         A TITLE_END follows only those that ``titles`` bool[H] says began with TITLE; other marks follow nothing.
+        Enumerating them costs less than testing the model's 64 best codes for existence: 0.3 to 6 ms for 240
+        hypotheses over 2 million tokens, against 6 to 13 ms and another 15 ms to find the 64 (one busy core).
         """
         found = [
             segment.successors(low, high, ranges.depth)

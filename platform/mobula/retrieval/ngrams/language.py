@@ -133,7 +133,8 @@ class Speaker:
         if not isinstance(codes, TokenCodes):
             raise TypeError("the model's codes are not tokens")
         self.codes, self.embedding, self.vocabulary = codes, embedding, vocabulary
-        self.inputs, self.outputs = _rows(codes, codes.table)
+        with torch.no_grad():
+            self.inputs, self.outputs = code_rows(codes, codes.table)
         self.network = model
         self._add(vocabulary.tokens[vocabulary.initial - FIRST :])
 
@@ -149,24 +150,24 @@ class Speaker:
         """Log-probabilities f32[G, V] of every next code, for hidden states [G, d]."""
         return torch.log_softmax(hidden.float() @ self._columns, -1)
 
+    @torch.no_grad()
     def _add(self, tokens: np.ndarray) -> None:
         if len(tokens):
-            inputs, outputs = _rows(self.codes, self._unseen(tokens))
+            found = unseen_vectors(self.codes, vectors(self.embedding, tokens))
+            inputs, outputs = code_rows(self.codes, found)
             self.inputs, self.outputs = torch.cat([self.inputs, inputs]), torch.cat([self.outputs, outputs])
         self._columns = self.outputs.T.contiguous()
         self.network = _with_codes(self.network, FixedCodes(self.inputs))
 
-    @torch.no_grad()
-    def _unseen(self, tokens: np.ndarray) -> Tensor:
-        """Vectors of tokens that training has not seen: their own, or the mean where all are trained."""
-        table = self.codes.table
-        if isinstance(self.codes, TrainedCodes):
-            return table[FIRST:].mean(0).expand(len(tokens), -1)
-        return vectors(self.embedding, tokens).to(table.device)
+
+def unseen_vectors(codes: TokenCodes, given: Tensor) -> Tensor:
+    """Vectors f32[m, D] of tokens that training has not seen: those ``given``, or the mean where all are trained."""
+    if isinstance(codes, TrainedCodes):
+        return codes.table[FIRST:].mean(0).expand(len(given), -1)
+    return given.to(codes.table.device)
 
 
-@torch.no_grad()
-def _rows(codes: TokenCodes, table: Tensor) -> tuple[Tensor, Tensor]:
+def code_rows(codes: TokenCodes, table: Tensor) -> tuple[Tensor, Tensor]:
     """Input and output rows f32[m, d] of vectors f32[m, D], the latter scaled as :meth:`.TokenCodes.score` does it."""
     outputs = codes.project_out(table)
     return codes.project_in(table).float(), (outputs * outputs.shape[-1] ** -0.5).float()

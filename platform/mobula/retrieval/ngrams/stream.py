@@ -89,6 +89,11 @@ class Vocabulary:
         """Number of codes V, marks included."""
         return FIRST + len(self.tokens)
 
+    @property
+    def absent(self) -> np.ndarray:
+        """Tokens of the tokenizer that have no code, i64."""
+        return np.setdiff1d(np.arange(self.token_count), self.tokens)
+
     @cached_property
     def _code(self) -> np.ndarray:
         """Code of each raw entry; tokens without one are a BREAK."""

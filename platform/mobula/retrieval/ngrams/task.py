@@ -23,11 +23,19 @@ from mobula.errors import DataError
 from mobula.retrieval.build import ModelConfig
 from mobula.retrieval.config import ViewsConfig
 from mobula.retrieval.inputs import StoredFeatures
-from mobula.retrieval.network import DocidTransformer
+from mobula.retrieval.network import DocidTransformer, TokenCodes
 from mobula.retrieval.ngrams.config import NgramConfig
 from mobula.retrieval.ngrams.generate import NONE
 from mobula.retrieval.ngrams.index import Postings
-from mobula.retrieval.ngrams.language import MARKS_IN_TITLE, MarkedInputs, build_network, network_shape
+from mobula.retrieval.ngrams.language import (
+    MARKS_IN_TITLE,
+    MarkedInputs,
+    build_network,
+    code_rows,
+    network_shape,
+    unseen_vectors,
+    vectors,
+)
 from mobula.retrieval.ngrams.retriever import Corpus, NgramRetriever
 from mobula.retrieval.ngrams.stream import FIRST, TITLE, Streams
 from mobula.retrieval.prepare import sample, training_examples
@@ -41,6 +49,12 @@ DONE = "prepared.txt"
 @dataclass
 class NgramTask:
     """Train the language model on (query, span) pairs by the cross-entropy of every code that is no padding.
+
+    With ``unseen`` tokens of no initial document stand in the softmax as well (ours), drawn anew for every batch from
+    the rest of the tokenizer's vocabulary. Without them training never lowers the probability of a token that it does
+    not know: once later documents bring some, these take up to half of all probability for a few per cent of the text,
+    which favours later documents. With them the model may learn to avoid whatever is new, which keeps it from later
+    documents on another subject.
 
     ``guarded``: a collapsed model ends the training, see :class:`mobula.retrieval.tasks.DocidTask`.
     """
@@ -69,10 +83,14 @@ class NgramTask:
         return build_network(self.opened.shape, corpus.vocabulary, corpus.tokenizer)
 
     def batch(self, indices: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
-        """Token ids i64[B, n] of queries and spans i64[B, L], padded with -1."""
+        """Token ids i64[B, n] of queries, spans i64[B, L], padded with -1, and vectors f32[m, D] of unseen tokens."""
         rows = indices.numpy()
         spans = np.array(self.opened.targets[rows], np.int64)
-        return {**self.opened.queries.rows(self.opened.query_of[rows]), "spans": torch.from_numpy(spans)}
+        return {
+            **self.opened.queries.rows(self.opened.query_of[rows]),
+            "spans": torch.from_numpy(spans),
+            "unseen": self._unseen(generator),
+        }
 
     def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor | float]]:
         """Mean cross-entropy of the codes in nats; only positions with a code are scored."""
@@ -81,7 +99,10 @@ class NgramTask:
         spans = batch["spans"]
         given = spans != NONE
         hidden = model.hidden(model.memory({"ids": batch["ids"]}), spans.clamp(min=0)[:, None]).squeeze(1)
-        logits = model.codes.score(hidden[given].unsqueeze(1), slice(None)).squeeze(1)
+        hidden = hidden[given]
+        logits = model.codes.score(hidden.unsqueeze(1), slice(None)).squeeze(1)
+        if len(batch["unseen"]):
+            logits = torch.cat([logits, _unseen_logits(model.codes, hidden, batch["unseen"])], 1)
         return F.cross_entropy(logits.float(), spans[given]), {}
 
     def evaluate(self, model: DocidTransformer) -> dict[str, float]:
@@ -101,8 +122,22 @@ class NgramTask:
         gold = self.opened.dev_gold
         check_collapse("ngram", metrics["distinct_top1"], gold, step, steps, fatal=self.guarded)
 
+    def _unseen(self, generator: torch.Generator) -> Tensor:
+        """Vectors of tokens without a code; none for a limited vocabulary, which no token ever joins."""
+        corpus = self.opened.corpus
+        count = 0 if corpus.vocabulary.limited else min(corpus.config.unseen, len(self.opened.unseen))
+        drawn = torch.randint(max(1, len(self.opened.unseen)), (count,), generator=generator)
+        return vectors(corpus.tokenizer, self.opened.unseen[drawn.numpy()])
+
     def __getstate__(self) -> dict[str, object]:
         return {"directory": self.directory, "guarded": self.guarded}
+
+
+def _unseen_logits(codes: nn.Module, hidden: Tensor, unseen: Tensor) -> Tensor:
+    """Logits [n, m] of tokens that are no codes, as decoding will score them once they are."""
+    if not isinstance(codes, TokenCodes):
+        raise TypeError("the model's codes are not tokens")
+    return hidden @ code_rows(codes, unseen_vectors(codes, unseen))[1].T
 
 
 class _Opened:
@@ -114,6 +149,7 @@ class _Opened:
         self.query_of = np.load(directory / "query_of.npy", allow_pickle=False)
         self.queries = StoredFeatures(directory / "queries")
         self.dev = {view: StoredFeatures(directory / "dev" / view) for view in self.corpus.config.views}
+        self.unseen = self.corpus.vocabulary.absent
         gold = (directory / "dev_gold.txt").read_text(encoding="utf-8")
         self.dev_gold = [set(line.split("\t")) for line in gold.split("\n")]
 
