@@ -136,7 +136,7 @@ def _learnt(found: Findings, system: str) -> bool:
     """Whether a text system finds initial documents as well as look-up by codes: if not, it shows nothing of docids."""
     primary = found.config.evaluation.primary
     reference = [float(found.p(name, primary)[0, 0]) for name in found.followed if name.startswith("adc/")]
-    return not reference or float(found.p(system, primary)[0, 0]) >= min(reference)
+    return not reference or float(found.p(system, primary)[0, 0]) >= max(reference)
 
 
 def _finer_and_better(found: Findings) -> Iterator[Claim]:
