@@ -16,6 +16,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -25,6 +26,9 @@ from mobula.errors import MobulaError
 Point = Sequence[float]
 # Distinct in shape as well as in colour, for readers who cannot tell the colours apart.
 MARKERS = "osD^vPX*<>"
+# Strong colours first, so that few series stay apart as well as ten do.
+COLOURS = [colormaps["tab20"](i) for i in (*range(0, 20, 2), *range(1, 20, 2))]
+INSIDE, WIDE = 8, 10.0  # series that a legend inside the axes has room for; width in inches with a legend beside them
 
 
 def draw(data: dict[str, Any], directory: Path, name: str) -> str:
@@ -43,8 +47,13 @@ def draw(data: dict[str, Any], directory: Path, name: str) -> str:
     axes.grid(alpha=0.3)
     if data.get("log_x"):
         axes.set_xscale("log")
+    axes.set_prop_cycle(color=COLOURS)
     _KINDS[data["kind"]](axes, data)
-    if axes.get_legend_handles_labels()[1]:
+    handles, labels = axes.get_legend_handles_labels()
+    if len(labels) > INSIDE:
+        figure.set_figwidth(WIDE)
+        figure.legend(handles, labels, loc="outside right upper", fontsize="small")
+    elif labels:
         axes.legend(fontsize="small")
     directory.mkdir(parents=True, exist_ok=True)
     # Neither file carries a date, so the same data gives the same bytes.
