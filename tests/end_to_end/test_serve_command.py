@@ -42,6 +42,16 @@ def answers(url: str, process: subprocess.Popen[bytes]) -> bool:
     return False
 
 
+def said(log: Path, text: str, process: subprocess.Popen[bytes]) -> bool:
+    """Whether the command comes to say a text; False once its process has ended."""
+    deadline = time.monotonic() + START_S
+    while time.monotonic() < deadline and process.poll() is None:
+        if text in log.read_text():
+            return True
+        time.sleep(0.2)
+    return False
+
+
 @contextlib.contextmanager
 def serving(artifact: Path, port: int, log: Path) -> Iterator[subprocess.Popen[bytes]]:
     """The command, with a Ray of its own; what is left of it at the end is killed."""
@@ -71,6 +81,8 @@ def test_the_command_serves_a_real_artifact_and_ends_when_interrupted(tmp_path: 
             assert found.status_code == 200, found.text
             assert len(found.json()["hits"]) == 3 and found.json()["retriever"] == "diffusion/rq"
             assert httpx.get(f"{url}/console/", timeout=60).status_code == 200
+            # Serve answers a little before the command has seen that it does; until then Ctrl-C is an interruption.
+            assert said(log, "press Ctrl-C", process), log.read_text()[-3000:]
             process.send_signal(signal.SIGINT)
             assert process.wait(120) == 0, log.read_text()[-3000:]
         return
