@@ -33,7 +33,8 @@ def plan(
             )
         fitting = measured.steps_within(decoder, request.max_ms)
         if fitting is None:
-            decoder, over_budget = "one_pass", True
+            over_budget = True
+            decoder = "one_pass" if "one_pass" in searchable.retrievers[retriever].decoders else decoder
         else:
             steps = fitting[0]
     options = SearchOptions(

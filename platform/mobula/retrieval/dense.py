@@ -1,8 +1,9 @@
-"""Dense retrieval: an encoder and a flat faiss index, no training."""
+"""Dense retrieval: vectors of an encoder in a flat faiss index."""
 
 from __future__ import annotations
 
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -63,28 +64,32 @@ class FlatIndex:
         return FlatIndex([self.doc_ids[row] for row in rows], less)
 
 
-class Dense:
-    """Inner product of unit vectors, exhaustively. Equal scores are ranked in corpus order."""
+class FlatRetriever(ABC):
+    """Inner product with vectors of documents, exhaustively. Equal scores are ranked in corpus order."""
 
     decoders: tuple[str, ...] = ()
 
-    def __init__(
-        self, encoder: TextEncoder, documents: Sequence[Document], embeddings: np.ndarray | None = None
-    ) -> None:
-        """``embeddings`` f32[N, D] of unit norm, row by row those of ``documents``; None: they are made here."""
+    def __init__(self, encoder: TextEncoder, doc_ids: Sequence[str], embeddings: np.ndarray) -> None:
+        """``embeddings`` f32[N, D] of the encoder, row by row those of ``doc_ids``."""
         # faiss's OpenMP threads beside torch's own slow both down, and one query is one thread's work.
         faiss.omp_set_num_threads(1)
-        self.name = f"dense:{encoder.name}"
         self.encoder = encoder
         self._writing = threading.Lock()
         self._version = 0
-        vectors = encoder.embed([body(d) for d in documents]) if embeddings is None else embeddings
-        self._index = FlatIndex.of([d.id for d in documents], vectors)
+        self._index = FlatIndex.of(list(doc_ids), self._of_documents(embeddings))
+
+    @abstractmethod
+    def _of_queries(self, embeddings: np.ndarray) -> np.ndarray:
+        """What is compared, f32[B, D], for queries with these embeddings."""
+
+    @abstractmethod
+    def _of_documents(self, embeddings: np.ndarray) -> np.ndarray:
+        """What is compared, f32[N, D], for documents with these embeddings."""
 
     def search(self, queries: Sequence[str], options: Sequence[SearchOptions]) -> list[SearchResult]:
         """As :class:`mobula.retrieval.search.Retriever`; ``nfe`` is the one call of the query encoder."""
         index = self._index
-        found = zip(self.encoder.embed(queries), options, strict=True)
+        found = zip(self._of_queries(self.encoder.embed(list(queries))), options, strict=True)
         return [SearchResult(index.search(v, o.k), nfe=1, rows=1, scored_by="inner product") for v, o in found]
 
     def insert(self, documents: Sequence[Document]) -> int:
@@ -93,7 +98,7 @@ class Dense:
         Raises:
             DataError: for an id that is in the corpus already, or given twice.
         """
-        vectors = self.encoder.embed([body(d) for d in documents])
+        vectors = self._of_documents(self.encoder.embed([body(d) for d in documents]))
         with self._writing:
             return self._replace(self._index.insert(documents, vectors))
 
@@ -110,3 +115,21 @@ class Dense:
         self._index = index
         self._version += 1
         return self._version
+
+
+class Dense(FlatRetriever):
+    """The encoder's own vectors, untrained."""
+
+    def __init__(
+        self, encoder: TextEncoder, documents: Sequence[Document], embeddings: np.ndarray | None = None
+    ) -> None:
+        """``embeddings`` f32[N, D] of unit norm, row by row those of ``documents``; None: they are made here."""
+        self.name = f"dense:{encoder.name}"
+        vectors = encoder.embed([body(d) for d in documents]) if embeddings is None else embeddings
+        super().__init__(encoder, [d.id for d in documents], vectors)
+
+    def _of_queries(self, embeddings: np.ndarray) -> np.ndarray:
+        return embeddings
+
+    def _of_documents(self, embeddings: np.ndarray) -> np.ndarray:
+        return embeddings

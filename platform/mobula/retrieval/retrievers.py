@@ -13,7 +13,7 @@ from mobula.data.views import body
 from mobula.models.encoders import TextEncoder
 from mobula.retrieval.arms import parse
 from mobula.retrieval.decoding import ArDecoder, Decoder
-from mobula.retrieval.dense import FlatIndex
+from mobula.retrieval.dense import FlatRetriever
 from mobula.retrieval.docids.table import DocidTable, InsertReport
 from mobula.retrieval.inputs import QueryInputs
 from mobula.retrieval.network import DocidModel
@@ -100,58 +100,32 @@ class DocidRetriever:
             self._decoder = self._make(table)
         return table.rows_version
 
+    def restricted(self, doc_ids: Sequence[str]) -> DocidRetriever:
+        """The same model over some of the documents, for diagnosis: other documents' codes cannot be decoded."""
+        kept = set(doc_ids)
+        table = self.table.delete([doc_id for doc_id in self.table.rows if doc_id not in kept])
+        return DocidRetriever(self.name, self.model, table, self.inputs, self.encoder)
+
     def _make(self, table: DocidTable) -> Decoder | ArDecoder:
         kind = ArDecoder if self.model.paradigm == "autoregressive" else Decoder
         return kind(self.model, table)
 
 
-class DualRetriever:
-    """The trained dual encoder over a flat index. Equal scores are ranked in corpus order."""
+class DualRetriever(FlatRetriever):
+    """The trained dual encoder."""
 
     name = "dual"
-    decoders: tuple[str, ...] = ()
 
     def __init__(
         self, model: DualEncoder, encoder: TextEncoder, doc_ids: Sequence[str], embeddings: np.ndarray
     ) -> None:
         self.model = model.eval()
-        self.encoder = encoder
-        self._writing = threading.Lock()
-        self._version = 0
-        self._index = FlatIndex.of(list(doc_ids), self._embed(embeddings))
+        super().__init__(encoder, doc_ids, embeddings)
 
     @torch.inference_mode()
-    def search(self, queries: Sequence[str], options: Sequence[SearchOptions]) -> list[SearchResult]:
-        """As :class:`Retriever`."""
-        index = self._index
-        vectors = self.model.embed_queries(torch.from_numpy(self.encoder.embed(list(queries)))).numpy()
-        found = zip(vectors, options, strict=True)
-        return [SearchResult(index.search(v, o.k), nfe=1, rows=1, scored_by="inner product") for v, o in found]
-
-    def insert(self, documents: Sequence[Document]) -> int:
-        """Embed and add documents.
-
-        Raises:
-            DataError: for an id that is in the corpus already, or given twice.
-        """
-        vectors = self._embed(self.encoder.embed([body(d) for d in documents]))
-        with self._writing:
-            return self._replace(self._index.insert(documents, vectors))
-
-    def remove(self, doc_ids: Sequence[str]) -> int:
-        """Remove documents.
-
-        Raises:
-            DataError: for an id that is not in the corpus, or given twice.
-        """
-        with self._writing:
-            return self._replace(self._index.remove(doc_ids))
-
-    def _replace(self, index: FlatIndex) -> int:
-        self._index = index
-        self._version += 1
-        return self._version
+    def _of_queries(self, embeddings: np.ndarray) -> np.ndarray:
+        return self.model.embed_queries(torch.from_numpy(embeddings)).numpy()
 
     @torch.inference_mode()
-    def _embed(self, embeddings: np.ndarray) -> np.ndarray:
+    def _of_documents(self, embeddings: np.ndarray) -> np.ndarray:
         return self.model.embed_documents(torch.from_numpy(np.ascontiguousarray(embeddings))).numpy()

@@ -133,7 +133,10 @@ def test_shared_codes_of_inserted_documents_are_counted(
     collision: str, coarse: DocidSpace, corpus: list[Document], embeddings: np.ndarray
 ) -> None:
     table = DocidTable.build(coarse, corpus[:50], embeddings[:50], collision)
-    grown, report = table.insert(corpus[50:120], embeddings[50:120])
+    # More twins of one document than a bucket has places, so that some share a code with either policy.
+    twins = [replace(corpus[0], id=f"twin.{i}") for i in range(int(table.width) + 1)]
+    vectors = np.concatenate([embeddings[50:120], np.repeat(embeddings[:1], len(twins), axis=0)])
+    grown, report = table.insert([*corpus[50:120], *twins], vectors)
     codes = list(map(tuple, grown.codes.tolist()))
     counts = Counter(codes)
     assert report.collisions == sum(counts[code] > 1 for code in codes[50:])

@@ -38,6 +38,9 @@ from mobula.retrieval.dynamic.prepare import FITTED, FutureLeak, Sessions, fit_h
 from mobula.retrieval.dynamic.systems import System, systems
 from mobula.retrieval.search import Hit, SearchOptions
 from mobula.running import run_experiment
+from mobula.serving.calibration import Calibration
+from serve_apps.retriever_budget import plan
+from serve_apps.retriever_schema import SearchRequest
 
 CONFIG: dict[str, Any] = {
     "method": "dynamic_retrieval",
@@ -179,6 +182,7 @@ def test_what_was_fitted_on_other_documents_is_refused(directory: Path, sessions
     ids = [document.id for document in sessions.initial.documents]
     require_fitted_on(directory / "prepared" / "documents", ids)
     require_fitted_on(directory / "prepared" / "chunks-2", ids)
+    require_fitted_on(directory / "prepared" / "ngram", ids)
     every = [document.id for document in sessions.data.documents]
     write_json(tmp_path / FITTED, {"documents": fit_hash(every)})
     with pytest.raises(FutureLeak, match="fitted on other documents"):
@@ -232,10 +236,18 @@ def test_documents_leave_every_retriever(directory: Path, sessions: Sessions) ->
         assert before & set(gone), name
 
 
+def test_a_default_without_one_pass_keeps_its_decoder_over_budget(directory: Path) -> None:
+    opened: Any = methods.get("dynamic_retrieval").load(artifacts.open_artifact(directory / "artifact"))
+    request = SearchRequest(query="find a hotel", max_ms=1)
+    name, options, budget = plan(request, opened, Calibration({"beam": {None: 50.0}}))
+    assert (name, options.decoder, budget["over_budget"]) == (NUMERIC, "beam", True)
+    assert opened.retrievers[name].search([request.query], [options])[0].hits
+
+
 def test_restricted_decoding_finds_nothing_else(config: Config, trained: Trained, sessions: Sessions) -> None:
     ids = [document.id for document in sessions.documents(1)]
     query = sessions.plan.rows(1)[0].query.text
-    for name in (NUMERIC, MULTI, "ngram"):
+    for name in (NUMERIC, MULTI, "ngram", "hybrid"):
         system = _system(config, trained, name)
         retriever = system.make(0)
         retriever.insert(sessions.documents(1))

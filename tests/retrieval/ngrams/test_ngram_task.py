@@ -217,3 +217,21 @@ def test_a_step_of_every_kind_of_vocabulary(data: RetrievalData, tmp_path: Path,
     with torch.no_grad():
         measured = task.evaluate(model.eval())
     assert 0 <= measured["hit@10"] <= 1
+
+
+def test_no_pseudo_query_repeats_a_held_out_query(data: RetrievalData, tmp_path: Path) -> None:
+    """Windows as long as the documents repeat these whole, so a query that does so too takes their places."""
+    documents = [
+        replace(document, title="", text=f"document {i} alone says this")
+        for i, document in enumerate(data.documents[:20])
+    ]
+    dev = [Query("d", "another question", (documents[1].id,))]
+    same = [Query("h", documents[0].text, (documents[0].id,))]
+    counts = []
+    for name, held_out in (("without", []), ("with", same)):
+        task = write_ngrams(
+            tmp_path / name, documents, [], dev, held_out=held_out,
+            config=NgramConfig(max_len=3, spans=2), views=VIEWS, model=ModelConfig(width=32, layers=1), seed=0,
+        )  # fmt: skip
+        counts.append(task.examples)
+    assert counts[1] < counts[0]

@@ -11,7 +11,15 @@ from mobula.cluster.spec import ClusterSpec
 from mobula.retrieval.arms import Arm
 from mobula.retrieval.docids.config import TEXT
 from mobula.retrieval.dynamic.config import MULTI, Config
-from mobula.retrieval.dynamic.prepare import NEGATIVES, Sessions, prepare_chunks, prepare_documents, write_negatives
+from mobula.retrieval.dynamic.prepare import (
+    NEGATIVES,
+    Sessions,
+    note_fit,
+    prepare_chunks,
+    prepare_documents,
+    require_fitted_on,
+    write_negatives,
+)
 from mobula.retrieval.fitting import Plan, Schedule, fit_plans
 from mobula.retrieval.ngrams.config import MULTIVIEW
 from mobula.retrieval.ngrams.task import NgramTask, write_ngrams
@@ -67,16 +75,20 @@ def fit_systems(config: Config, sessions: Sessions, directory: Path, cluster: Cl
 def _prepare_ngrams(config: Config, sessions: Sessions, directory: Path, name: str) -> NgramTask:
     settings = replace(config.ngram, views=list(MULTIVIEW)) if name == "multiview" else config.ngram
     data = sessions.initial
-    return write_ngrams(
+    task = write_ngrams(
         directory,
         data.documents,
         data.queries["train"],
         data.queries["dev"],
+        held_out=data.queries["test"],
         config=settings,
         views=config.views,
         model=config.model,
         seed=config.seed,
     )
+    note_fit(directory, data)
+    require_fitted_on(directory, [document.id for document in data.documents])
+    return task
 
 
 def _fit(trained: Trained, plans: list[Plan], schedule: Schedule, cluster: ClusterSpec | None) -> list[list[Any]]:

@@ -6,7 +6,7 @@ import hashlib
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,6 @@ from mobula.retrieval.ngrams.retriever import NgramRetriever
 from mobula.retrieval.outcomes import System as Timed
 from mobula.retrieval.outcomes import search_all, time_systems
 from mobula.retrieval.prepare import sample
-from mobula.retrieval.retrievers import DocidRetriever
 from mobula.retrieval.search import Hit, Retriever, SearchOptions, SearchResult, Unsupported
 
 log = logging.getLogger(__name__)
@@ -107,29 +106,17 @@ def follow(system: System, protocol: Protocol, seeds: int) -> Followed:
 def _follow(system: System, protocol: Protocol, seed: int) -> Followed:
     retriever = system.make(seed)
     before = fingerprint(retriever)
-    count, sizes = protocol.sessions.count, protocol.sizes()
-    initial = {document.id for document in protocol.sessions.documents(0)}
     followed = Followed(Cells({}, {TENDENCY: [], ORACLE: []}), retriever)
     filled: list[float] = []
     told = time.monotonic()
-    for t in range(count):
+    for t in range(protocol.sessions.count):
         if t:
             followed.admitted.append(_admit(retriever, system.options, protocol, t, followed))
         for i in range(t + 1):
             if time.monotonic() - told > PROGRESS_S:
                 told = time.monotonic()
-                log.info("%s, seed %d: session %d of %d, rows of session %d", system.name, seed, t, count - 1, i)
-            rows = protocol.rows[i]
-            results = _search(retriever, system.options, rows, protocol.depth)
-            filled.append(float(np.mean([result.filled > 0 for result in results])))
-            hits = [_counted(result.hits, row, protocol.depth) for result, row in zip(results, rows, strict=True)]
-            values = _values(hits, rows, sizes[t], system.width)
-            for name, found in values.items():
-                followed.cells.values.setdefault(name, _empty(protocol))[i][0, t] = found
-            _write(protocol, system.name, seed, t, i, hits, rows)
-            if i == t:
-                share = [np.mean([hit.doc_id in initial for hit in row[:DEPTH]]) for row in hits]
-                followed.cells.diagonal[TENDENCY].append(np.array(share)[None])
+                log.info("%s, seed %d: rows of session %d in the documents of 0..%d", system.name, seed, i, t)
+            filled.append(_measure(followed, system, protocol, seed, t, i))
         followed.cells.diagonal[ORACLE].append(_oracle(retriever, system, protocol, t))
     if fingerprint(retriever) != before:
         raise WeightsChanged(f"{system.name}: admitting documents changed weights or codebooks")
@@ -137,6 +124,21 @@ def _follow(system: System, protocol: Protocol, seed: int) -> Followed:
     if seed == 0:
         _look_at(followed, system, protocol)
     return followed
+
+
+def _measure(followed: Followed, system: System, protocol: Protocol, seed: int, t: int, i: int) -> float:
+    """Search the rows of session i in the documents of sessions 0..t; the share of lists that had to be filled."""
+    rows, cells = protocol.rows[i], followed.cells
+    results = _search(followed.retriever, system.options, rows, protocol.depth)
+    hits = [_counted(result.hits, row, protocol.depth) for result, row in zip(results, rows, strict=True)]
+    for name, found in _values(hits, rows, protocol.sizes()[t], system.width).items():
+        cells.values.setdefault(name, _empty(protocol))[i][0, t] = found
+    _write(protocol, system.name, seed, t, i, hits, rows)
+    if i == t:
+        initial = {document.id for document in protocol.sessions.documents(0)}
+        share = [np.mean([hit.doc_id in initial for hit in row[:DEPTH]]) for row in hits]
+        cells.diagonal[TENDENCY].append(np.array(share)[None])
+    return float(np.mean([result.filled > 0 for result in results]))
 
 
 def _admit(
@@ -159,7 +161,7 @@ def _admit(
 def _search(retriever: Retriever, options: SearchOptions, rows: Sequence[SessionRow], depth: int) -> list[SearchResult]:
     """Lists deep enough for ``depth`` documents to be left without the neutral ones."""
     most = max((len(row.neutral) for row in rows), default=0)
-    deeper = SearchOptions(**{**vars(options), "k": depth + most})
+    deeper = replace(options, k=depth + most)
     return search_all(retriever.search, [row.query.text for row in rows], deeper)
 
 
@@ -181,13 +183,13 @@ def _oracle(retriever: Retriever, system: System, protocol: Protocol, t: int) ->
     queries = [row.query.text for row in rows]
     view = restricted(retriever, ids)
     if view is None:
-        options = SearchOptions(**{**vars(system.options), "k": protocol.sizes()[t]})
+        options = replace(system.options, k=protocol.sizes()[t])
         kept = set(ids)
         found = search_all(retriever.search, queries, options)
         hits = [[hit for hit in result.hits if hit.doc_id in kept] for result in found]
     else:
         most = max((len(row.neutral) for row in rows), default=0)
-        options = SearchOptions(**{**vars(system.options), "k": DEPTH + most})
+        options = replace(system.options, k=DEPTH + most)
         hits = [result.hits for result in search_all(view.search, queries, options)]
     counted = [_counted(found, row, DEPTH) for found, row in zip(hits, rows, strict=True)]
     if not any(counted):  # a family that could not admit the session has nothing to decode
@@ -198,11 +200,6 @@ def _oracle(retriever: Retriever, system: System, protocol: Protocol, t: int) ->
 
 def restricted(retriever: Retriever, doc_ids: Sequence[str]) -> Retriever | None:
     """A retriever that decodes within these documents alone; None for those that score every document anyway."""
-    if isinstance(retriever, DocidRetriever):
-        kept = set(doc_ids)
-        others = [id for id in retriever.table.rows if id not in kept]
-        table = retriever.table.delete(others)
-        return DocidRetriever(retriever.name, retriever.model, table, retriever.inputs, retriever.encoder)
     narrow = getattr(retriever, "restricted", None)
     return narrow(doc_ids) if narrow else None
 

@@ -71,6 +71,11 @@ class HybridRetriever:
         versions = [part.remove(doc_ids) for part in self.parts]
         return versions[-1]
 
+    def restricted(self, doc_ids: Sequence[str]) -> HybridRetriever:
+        """The fusion of both parts over some of the documents (diagnostic)."""
+        parts = tuple(part.restricted(doc_ids) for part in self.parts)  # type: ignore[attr-defined]
+        return HybridRetriever(self.name, parts, self.options, self.weight, self.rule)  # type: ignore[arg-type]
+
 
 def fuse(numeric: SearchResult, text: SearchResult, weight: float, k: int, rule: str = "zscore") -> SearchResult:
     """The first k documents of both lists by the weighted sum of what the rule makes of their scores."""

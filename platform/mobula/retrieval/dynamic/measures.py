@@ -6,7 +6,7 @@ i searched in the documents of sessions 0..t, i <= t; cells above the diagonal a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -139,8 +139,3 @@ def claim(name: str, statement: str, effect: Measure, *, margin: float = 0.0, de
     """The claim that an effect is above ``-margin``."""
     decided = verdict(effect.low, effect.high, margin=margin, decisive=decisive)
     return Claim(name, statement, effect.value, effect.low, effect.high, effect.n, decided)
-
-
-def lengths(values: Mapping[str, list[np.ndarray]]) -> int:
-    """Rows of all sessions together."""
-    return sum(found.shape[-1] for found in next(iter(values.values())))

@@ -15,6 +15,7 @@ from mobula.config import digest
 from mobula.data.records import Document, Query, RetrievalData
 from mobula.data.sessions import SessionPlan, plan_sessions
 from mobula.errors import DataError, MobulaError
+from mobula.models.encoders import load_encoder
 from mobula.models.text import load_static
 from mobula.retrieval.dynamic.chunks import chunk_data, owner
 from mobula.retrieval.dynamic.config import Config
@@ -81,17 +82,22 @@ def prepare_chunks(config: Config, sessions: Sessions, directory: Path, per_docu
     """The same for chunks, at most ``per_document`` of them a document."""
     systems = [f"{paradigm}/{config.docid.family}" for paradigm in config.multi_paradigms]
     of_chunks = replace(config, systems=systems, chunks=replace(config.chunks, per_document=per_document))
-    main = prepare_documents(config, sessions, directory)
-    data = chunk_data(sessions.initial, load_static("wordllama"), main.encoder, of_chunks.chunks)
+    encoder = load_encoder(config.docid.encoder)
+    data = chunk_data(sessions.initial, load_static("wordllama"), encoder, of_chunks.chunks)
     return _prepare(of_chunks, data, directory / f"chunks-{per_document}", sessions)
 
 
 def _prepare(config: Config, data: RetrievalData, directory: Path, sessions: Sessions) -> Material:
     material = prepare(config, data, directory)
-    if not (directory / FITTED).is_file():
-        write_json(directory / FITTED, {"documents": fit_hash(document.id for document in data.documents)})
+    note_fit(directory, data)
     require_fitted_on(directory, [document.id for document in sessions.initial.documents])
     return material
+
+
+def note_fit(directory: Path, data: RetrievalData) -> None:
+    """Leave in a folder that has just been prepared which documents it was fitted on."""
+    if not (directory / FITTED).is_file():
+        write_json(directory / FITTED, {"documents": fit_hash(document.id for document in data.documents)})
 
 
 def fit_hash(ids: Iterable[str]) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from mobula.evaluation.claims import compare
 from mobula.evaluation.ranking import MEASURES
 from mobula.experiment import Claim, Measure, Report
 from mobula.retrieval.dynamic import measures
@@ -215,12 +216,14 @@ def _multi_claims(found: Findings) -> Iterator[Claim]:
         yield made
     if found.has(single) and found.has("ngram"):
         yield _gap_closed(found, multi, single)
-        ours, theirs = found.followed[multi].ms, found.followed["ngram"].ms
-        ratio = np.log(theirs / ours)
-        drawn = np.random.default_rng(SEED).choice(ratio, (evaluation.resamples, len(ratio))).mean(1)
-        effect = interval(float(ratio.mean()), drawn, len(ratio))
-        text = f"numeric latency is kept ({multi} against ngram; effect is the mean log ratio of ms)"
-        yield claim("H-latency", text, effect, decisive=evaluation.decisive)
+        yield compare(
+            "H-latency",
+            f"numeric latency is kept ({multi} against ngram; effect is the mean log ratio of ms)",
+            np.log(found.followed["ngram"].ms),
+            np.log(found.followed[multi].ms),
+            decisive=evaluation.decisive,
+            resamples=evaluation.resamples,
+        )
 
 
 def _gap_closed(found: Findings, multi: str, single: str) -> Claim:

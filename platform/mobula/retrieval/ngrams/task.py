@@ -160,6 +160,7 @@ def write_ngrams(
     train_queries: Sequence[Query],
     dev_queries: Sequence[Query],
     *,
+    held_out: Sequence[Query] = (),
     config: NgramConfig,
     views: ViewsConfig,
     model: ModelConfig,
@@ -168,7 +169,8 @@ def write_ngrams(
     """Prepare ``directory``, unless that is done, and return the task that reads it.
 
     Everything is fitted on ``documents``: those that are there from the beginning. ``views`` says which pseudo-queries
-    stand beside the training queries; none of them is a near-duplicate of a dev query of the same document.
+    stand beside the training queries; none of them is a near-duplicate of a dev or ``held_out`` query of the same
+    document.
 
     Raises:
         DataError: if there is nothing to train on.
@@ -179,7 +181,7 @@ def write_ngrams(
         shape = network_shape(model, corpus.vocabulary, config.max_len, corpus.tokenizer.dim)
         corpus.save(directory, shape)
         inputs = MarkedInputs(corpus.tokenizer, model.query_len)
-        asked = {"train": list(train_queries), "dev": list(dev_queries)}
+        asked = {"train": list(train_queries), "dev": list(dev_queries), "held_out": list(held_out)}
         data = RetrievalData("ngrams", "", "", list(documents), asked)
         _write_examples(directory, corpus, *training_examples(views, data, seed), inputs, seed)
         _write_dev(directory, sample(asked["dev"], config.dev_queries, seed), inputs, config.views)
