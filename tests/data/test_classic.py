@@ -48,6 +48,8 @@ def test_vaswani_tests_all_queries_and_holds_windows_out_for_dev():
     data = load("vaswani")
     assert len(data.documents) == 11429
     assert {split: len(found) for split, found in data.queries.items()} == {"train": 0, "dev": 200, "test": 93}
+    titles = {document.id: document.title for document in data.documents}
+    assert (titles["1"], titles["2"]) == ("compact memories have flexible capacities", "")
     texts = {document.id: body(document) for document in data.documents}
     assert all(query.text in " ".join(texts[query.gold[0]].split()) for query in data.queries["dev"])
 

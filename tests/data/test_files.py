@@ -142,7 +142,7 @@ def test_beir_by_hugging_face_id(monkeypatch, separate):
         ({"name": "scifakt"}, "did you mean scifact"),
         ({"name": "files"}, "needs a folder"),
         ({"dev_share": 0.4, "test_share": 0.7}, "leaves nothing to train on"),
-        ({"name": "vaswani", "queries": "titles"}, "have no titles"),
+        ({"name": "pysec", "queries": "titles"}, "have no titles"),
         ({"name": "scifact", "queries": "titles", "split": "by_document"}, "exclude each other"),
     ],
 )

@@ -88,6 +88,11 @@ def test_views_are_deterministic_and_independent_of_other_documents():
     assert [view.gold for view in first] == [(str(i),) for i in range(3) for _ in range(5)]
 
 
+def test_title_views_are_the_titles_of_those_that_have_one():
+    views = make_views([Document("1", "a title", "text"), Document("2", "", "text")], "title", 5, seed=0)
+    assert [(view.text, view.gold) for view in views] == [("a title", ("1",))]
+
+
 def test_held_out_windows_stay_out_of_training_views():
     documents = [Document("1", "", " ".join(f"w{j}" for j in range(40)))]
     held = hold_out_windows(documents, 1, seed=0)

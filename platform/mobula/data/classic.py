@@ -19,6 +19,7 @@ from mobula.data.sources import UNSPLIT, Collection, blocks, judged_query, read_
 from mobula.errors import BadRecord, DataError
 
 MONTHS = ("jan", "feb", "mar", "apr", "may", "jun", "jul", "aug", "sep", "oct", "nov", "dec")
+LONGEST_TITLE = 25  # words; what two spaces set apart later on is a sentence
 _LITERAL = re.compile(r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"", re.DOTALL)
 _PASSAGE = re.compile(r"\[\d+\] Title: ([^\n]*?) Text: ?(.*?)(?=\n\[\d+\] Title: |\nQuestion: )", re.DOTALL)
 _QUESTION = re.compile(r'Please answer the question: "(.*?)" using provided passages', re.DOTALL)
@@ -64,15 +65,26 @@ def _claims(rows: Iterator[dict[str, str]]) -> list[Query]:
 
 
 def vaswani(config: DataConfig) -> Collection:
-    """Vaswani, also called NPL: 11,429 short abstracts without titles, 93 queries, all ``test``."""
+    """Vaswani, also called NPL: 11,429 short abstracts, 93 queries, all ``test``.
+
+    Where a document's first words are set apart by two spaces they are its title.
+    """
     folder, source = require_folder("vaswani", config.path, "doc-text.trec", subfolder="vaswani_npl")
-    documents = [
-        Document(_tag(block, "docno"), "", _one_line(re.sub(r"<docno>.*?</docno>", "", block, flags=re.I)))
-        for block in blocks(read_text(folder / "doc-text.trec"), "doc")
-    ]
+    documents = []
+    for block in blocks(read_text(folder / "doc-text.trec"), "doc"):
+        title, text = _set_apart(re.sub(r"<docno>.*?</docno>", "", block, flags=re.I).strip())
+        documents.append(Document(_tag(block, "docno"), title, text))
     topics = blocks(read_text(folder / "query-text.trec"), "top")
     texts = {_tag(topic, "num"): _tag(topic, "title").lower() for topic in topics}
     return Collection(source, documents, {"test": _judged(texts, folder / "qrels")})
+
+
+def _set_apart(text: str) -> tuple[str, str]:
+    """Title and text on one line each; no title where no two spaces follow it, or only after too many words."""
+    title, _, rest = text.partition("  ")
+    if not rest.strip() or len(title.split()) > LONGEST_TITLE:
+        return "", _one_line(text)
+    return _one_line(title), _one_line(rest)
 
 
 def cranfield(config: DataConfig) -> Collection:

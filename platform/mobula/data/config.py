@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from mobula.config import key
 
 NAMES = ("functions", "scifact", "vaswani", "cranfield", "cacm", "nq", "peps", "eips", "pysec", "beir", "files")
-TITLES = ("scifact", "cranfield", "cacm", "nq", "peps", "eips", "beir", "files")
+TITLES = ("scifact", "vaswani", "cranfield", "cacm", "nq", "peps", "eips", "beir", "files")
 
 
 @dataclass

@@ -19,7 +19,7 @@ from mobula.data.records import Document, Query
 from mobula.data.sources import read_jsonl, text_field
 from mobula.errors import BadRecord, DataError
 
-KINDS = ("window", "keyphrase", "chunk", "file")
+KINDS = ("window", "keyphrase", "chunk", "title", "file")
 
 
 def generator(seed: int, kind: str, document: str) -> np.random.Generator:
@@ -96,8 +96,9 @@ def make_views(
 ) -> list[Query]:
     """Up to ``count`` views per document as queries whose gold is that document, document by document.
 
-    ``window`` and ``keyphrase`` draw with repetition; ``chunk`` cuts the text; ``file`` reads ``path``. A view
-    that is a near-duplicate of a ``held_out`` query of the same document is left out.
+    ``window`` and ``keyphrase`` draw with repetition; ``chunk`` cuts the text; ``title`` is the title of a document
+    that has one; ``file`` reads ``path``. A view that is a near-duplicate of a ``held_out`` query of the same document
+    is left out.
 
     Raises:
         DataError: if no view is left at all.
@@ -117,6 +118,8 @@ def make_views(
             texts = phrases.sample(body(document), count, random)
         elif kind == "chunk":
             texts = chunks(body(document), chunk_words)[:count]
+        elif kind == "title":
+            texts = [document.title][:count] if document.title else []
         else:
             texts = external.get(document.id, [])[:count]
         texts = [text for text in texts if not _near(text, forbidden[document.id], near_duplicate)]

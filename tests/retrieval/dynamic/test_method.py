@@ -22,6 +22,7 @@ from mobula.data import DataConfig, load_retrieval
 from mobula.data.records import Document, Query
 from mobula.data.sessions import SessionRow, plan_sessions
 from mobula.errors import ConfigError, DataError, ModelError
+from mobula.retrieval.dynamic import trial
 from mobula.retrieval.dynamic.chunks import owner
 from mobula.retrieval.dynamic.config import Config
 from mobula.retrieval.dynamic.fitting import Trained, fit_systems
@@ -307,7 +308,7 @@ def test_a_planted_distractor_counts_against_earlier_sessions(
     ("change", "message"),
     [
         ({"systems": ["bm25", "autoregresive/rq"]}, "autoregresive"),
-        ({"systems": ["bm25"]}, "at least one paradigm/family"),
+        ({"systems": []}, "systems is empty"),
         ({"systems": [NUMERIC, "classifier/multi_chunk"]}, "autoregressive or by diffusion"),
         ({"systems": [NUMERIC, "hybrid"]}, "name both"),
         ({"evaluation": {"variants": ["expand=best"]}}, "expand='best'"),
@@ -317,6 +318,40 @@ def test_a_planted_distractor_counts_against_earlier_sessions(
 def test_contradictions_are_named(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         build(Config, {"method": "dynamic_retrieval", **change})
+
+
+def test_what_cannot_be_served_is_refused_by_a_run_alone() -> None:
+    config = build(Config, {"method": "dynamic_retrieval", "systems": ["bm25", "ngram"]})
+    assert "the first is served by default" in config.serving_problems()[0]
+
+
+def test_a_trial_measures_its_last_system_on_initial_documents_alone(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows: list[dict[str, Any]] = []
+    measured: list[str] = []
+    measure = trial.measure_arrival
+
+    def spy(system: System, sessions: Sessions, config: Config) -> dict[str, float]:
+        measured.append(system.name)
+        return measure(system, sessions, config)
+
+    monkeypatch.setattr(trial, "measure_arrival", spy)
+    for number, wanted in enumerate((["ngram"], [MULTI, "ngram", "hybrid"])):
+        point = replace(config, systems=wanted, training=replace(config.training, steps=5))
+        trial.train_trial(point, tmp_path / str(number), rows.append)
+    assert [set(row) for row in rows] == [{"step", "hit@10", "mrr@10", "ms"}] * 2
+    assert measured == ["ngram", "hybrid"]
+    # The second trial found the first one's n-grams, and trained its own numeric system.
+    assert len(list((tmp_path / "prepared").glob("*/models"))) == 2
+
+
+def test_a_simulated_arrival_knows_no_later_session(config: Config, sessions: Sessions) -> None:
+    within = trial.simulated(config)
+    known = {document.id for document in within.data.documents}
+    assert known == {document.id for document in sessions.documents(0)}
+    asked = {query.id for query in [*sessions.initial.queries["train"], *sessions.initial.queries["dev"]]}
+    assert {row.query.id for row in within.plan.rows(1)} <= asked
 
 
 def test_data_of_a_session_without_queries_is_refused(sessions: Sessions, tmp_path: Path) -> None:

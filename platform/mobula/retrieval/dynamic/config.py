@@ -95,9 +95,16 @@ class Config(ExperimentConfig):
             found.append(f"model.backbone={self.model.backbone}: dynamic_retrieval trains small and encoder only")
         for text in self.evaluation.variants:
             found.extend(self._bad_variant(text))
-        if HYBRID in self.systems and not (self.parsed_arms and "ngram" in self.systems):
+        numeric = any("/" in name for name in self.systems)
+        if HYBRID in self.systems and not (numeric and "ngram" in self.systems):
             found.append("systems: hybrid fuses a numeric system with ngram; name both")
         return found
+
+    def serving_problems(self) -> list[str]:
+        """What an artifact lacks that a trial of a sweep does without: better known before training."""
+        if self.parsed_arms:
+            return []
+        return ["systems: name at least one paradigm/family system; the first is served by default"]
 
     @property
     def parsed_arms(self) -> list[Arm]:
@@ -138,8 +145,8 @@ class Config(ExperimentConfig):
                 arm_names.parse(name)
             except ValueError as error:
                 yield f"systems: {error}" if family else f"systems: unknown {name!r}{nearest(name, known)}"
-        if not any("/" in name and not name.endswith(f"/{MULTI}") for name in self.systems):
-            yield "systems: name at least one paradigm/family system; the first is served by default"
+        if not self.systems:
+            yield "systems is empty; name at least one"
 
     def _bad_variant(self, text: str) -> Iterator[str]:
         try:

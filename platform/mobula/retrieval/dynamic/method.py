@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 
 from mobula.data import load_retrieval
+from mobula.errors import ConfigError
 from mobula.experiment import DataFacts, Report, Run
 from mobula.retrieval.dynamic import library
 from mobula.retrieval.dynamic.config import Config
@@ -28,6 +29,9 @@ load = library.load
 def run(run: Run) -> Report:
     """Train on the initial documents, follow every system through the sessions, report."""
     config: Config = run.config  # type: ignore[assignment]
+    problems = config.serving_problems()
+    if problems:
+        raise ConfigError(problems, config.name)
     data = load_retrieval(config.data)
     run.bind("data", data.sha256)
     sessions = divide(config, data, run.directory)

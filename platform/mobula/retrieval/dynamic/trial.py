@@ -1,4 +1,4 @@
-"""A sweep's trial: the multi-docid design on a simulated arrival within the initial documents.
+"""A sweep's trial: one system on a simulated arrival within the initial documents.
 
 Nothing of the sessions that arrive may choose anything. The newest fifth of the initial documents is held out as a set
 that arrives; the initial documents' own training and dev queries that ask for it are what a trial is measured on.
@@ -19,7 +19,7 @@ from mobula.data.records import RetrievalData
 from mobula.data.sessions import SessionsConfig, plan_sessions
 from mobula.errors import DataError
 from mobula.evaluation.ranking import per_query
-from mobula.retrieval.dynamic.config import HYBRID, MULTI, Config
+from mobula.retrieval.dynamic.config import HYBRID, MULTI, NGRAMS, Config
 from mobula.retrieval.dynamic.fitting import Trained, fit_systems
 from mobula.retrieval.dynamic.prepare import Sessions
 from mobula.retrieval.dynamic.systems import System, systems
@@ -35,21 +35,17 @@ DEPTH = 10
 def train_trial(config: Config, directory: Path, report: Callable[[dict[str, Any]], None]) -> None:
     """Train what the point needs, let the held-out documents arrive, report hit@10, mrr@10 and ms per query.
 
-    The first multi_chunk system is measured; with ``hybrid`` among the systems, its fusion with ngram. Models that
-    several trials need are trained once, in a folder beside theirs.
+    The last of ``systems`` is measured, so a fusion comes after its parts. Models that several trials need are trained
+    once, in a folder beside theirs.
     """
     sessions = simulated(config)
-    name = next((name for name in config.systems if name.endswith(f"/{MULTI}")), None)
-    if name is None:
-        raise DataError("systems: a trial of the multi-docid design needs a paradigm/multi_chunk system")
     shared = directory.parent / "prepared"
-    trained = _trained(config, sessions, shared, [name])
-    if HYBRID in config.systems:
-        grams = _trained(config, sessions, shared, ["ngram"])
-        trained = replace(trained, ngrams=grams.ngrams, results=trained.results | grams.results)
-    wanted = [name, "ngram", HYBRID] if HYBRID in config.systems else [name]
-    every = systems(replace(config, systems=wanted, evaluation=_alone(config)), trained)
-    report({"step": config.training.total_steps, **measure_arrival(every[-1], sessions, config)})
+    parts = [_trained(config, sessions, shared, name) for name in config.systems if name != HYBRID]
+    trained = parts[0]
+    for part in parts[1:]:
+        trained = _joined(trained, part)
+    *_, measured = systems(replace(config, evaluation=_alone(config)), trained)
+    report({"step": config.training.total_steps, **measure_arrival(measured, sessions, config)})
 
 
 def simulated(config: Config) -> Sessions:
@@ -92,10 +88,22 @@ def _alone(config: Config) -> Any:
     return replace(config.evaluation, seeds=1, chunk_counts=[], variants=[])
 
 
-def _trained(config: Config, sessions: Sessions, shared: Path, names: list[str]) -> Trained:
+def _trained(config: Config, sessions: Sessions, shared: Path, name: str) -> Trained:
     """One system's training, in a folder named by all that decides it."""
-    alone = replace(config, systems=names, evaluation=_alone(config))
-    parts: list[Any] = [alone.docid, alone.model, alone.views, alone.loss, alone.learning_rates, alone.training]
-    parts += [alone.chunks] if names[0].endswith(MULTI) else [alone.ngram]
-    decides = [sessions.initial.sha256, names, alone.seed, *(asdict(part) for part in parts)]
+    alone = replace(config, systems=[name], evaluation=_alone(config))
+    parts: list[Any] = [alone.docid, alone.text, alone.model, alone.views, alone.loss]
+    parts += [alone.learning_rates, alone.training]
+    parts += [alone.chunks] if name.endswith(MULTI) else []
+    parts += [alone.ngram] if name in NGRAMS else []
+    decides = [sessions.initial.sha256, name, alone.seed, *(asdict(part) for part in parts)]
     return fit_systems(alone, sessions, shared / digest(decides)[:16], None)
+
+
+def _joined(one: Trained, other: Trained) -> Trained:
+    return replace(
+        one,
+        chunks=one.chunks | other.chunks,
+        ngrams=one.ngrams | other.ngrams,
+        tasks=one.tasks | other.tasks,
+        results=one.results | other.results,
+    )
