@@ -142,16 +142,35 @@ def show_statement(statement: Statement) -> str:
     return call if statement.result is None else f"R{statement.result} = {call}"
 
 
+class Interpreter:
+    """Carries out statements one after another and keeps their results."""
+
+    def __init__(self, tools: Mapping[str, Tool]) -> None:
+        self.tools = tools
+        self.results: dict[int, Any] = {}
+
+    def step(self, statement: Statement) -> Any:
+        """What the statement returns; of ``Answer``, the answer.
+
+        Raises:
+            ProgramError: with the status that follows.
+        """
+        if statement.name == ANSWER:
+            return _evaluate(statement.arguments[0], self.results)
+        value = _call(statement, self.tools, self.results)
+        if statement.result is not None:
+            self.results[statement.result] = value
+        return value
+
+
 def execute(program: str | Program, tools: Mapping[str, Tool]) -> Execution:
     """Carry out a program with these tools; never raises for what a program does wrong."""
     done = Execution("ok")
-    results: dict[int, Any] = {}
+    interpreter = Interpreter(tools)
     try:
-        statements = parse(program) if isinstance(program, str) else program
-        for statement in statements:
-            value = _carry_out(statement, tools, results)
-            done.calls.append(Called(show_statement(statement), show(value)))
-            done.answer = value
+        for statement in parse(program) if isinstance(program, str) else program:
+            done.answer = interpreter.step(statement)
+            done.calls.append(Called(show_statement(statement), show(done.answer)))
             if statement.name == ANSWER:
                 break
     except ProgramError as error:
@@ -181,9 +200,7 @@ def _references(argument: Argument) -> list[int]:
     return []
 
 
-def _carry_out(statement: Statement, tools: Mapping[str, Tool], results: dict[int, Any]) -> Any:
-    if statement.name == ANSWER:
-        return _evaluate(statement.arguments[0], results)
+def _call(statement: Statement, tools: Mapping[str, Tool], results: Mapping[int, Any]) -> Any:
     tool = tools.get(statement.name)
     if tool is None:
         raise ProgramError("unknown_tool", f"no tool {statement.name!r}; there are {', '.join(tools)}")
@@ -193,12 +210,9 @@ def _carry_out(statement: Statement, tools: Mapping[str, Tool], results: dict[in
     pairs = zip(statement.arguments, tool.kinds, strict=True)
     values = [_value(argument, kind, results, tool) for argument, kind in pairs]
     try:
-        value = tool.call(*values)
+        return tool.call(*values)
     except ToolError as error:
         raise ProgramError("tool_error", f"{tool.name}: {error}") from error
-    if statement.result is not None:
-        results[statement.result] = value
-    return value
 
 
 def _value(argument: Argument, kind: str, results: Mapping[int, Any], tool: Tool) -> Any:

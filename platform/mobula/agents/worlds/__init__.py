@@ -7,14 +7,14 @@ from collections.abc import Mapping
 from fractions import Fraction
 from typing import Any
 
-from mobula.agents.language import execute, serialise, show
+from mobula.agents.language import Tool, execute, serialise, show
 from mobula.agents.worlds.arith import Arith
 from mobula.agents.worlds.kb import Kb
 from mobula.agents.worlds.shop import Shop
 from mobula.agents.worlds.world import GROUNDER_STYLES, PLANNER_STYLES, Form, Task, World, read_plan
 from mobula.errors import DataError
 
-__all__ = ["GROUNDER_STYLES", "PLANNER_STYLES", "Task", "World", "build_worlds", "generate", "read_plan"]
+__all__ = ["GROUNDER_STYLES", "PLANNER_STYLES", "Task", "World", "build_worlds", "generate", "read_plan", "tools"]
 
 HELD_OUT = "test_out"
 UNPLANNED = ("align",)  # tasks whose plans nobody annotated
@@ -24,6 +24,13 @@ MOST_DRAWS = 2000  # in a row without a new form
 def build_worlds(seed: int) -> dict[str, World]:
     """The three worlds, their facts drawn from the seed."""
     return {world.family: world for world in (Arith(), Kb(seed), Shop(seed))}
+
+
+def tools(family: str, seed: int) -> dict[str, Tool]:
+    """The tools of one world, ready to work where no file can be opened any more: what a sandbox builds."""
+    world = build_worlds(seed)[family]
+    world.warm()
+    return world.tools()
 
 
 def generate(worlds: Mapping[str, World], sizes: Mapping[str, int], seed: int) -> dict[str, list[Task]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from fractions import Fraction
 from functools import cached_property
 from itertools import pairwise, product
 from typing import Any
@@ -66,6 +67,10 @@ class Kb(World):
         ]
         self._texts = {document.id: document.text for document in documents}
         return Dense(load_encoder("wordllama"), documents)
+
+    def warm(self) -> None:
+        """Embed the facts, and a text as a query."""
+        self._retrieve("warm", Fraction(1))
 
     def tools(self) -> dict[str, Tool]:
         """Query, Compare and Retrieve."""

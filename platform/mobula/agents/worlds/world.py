@@ -95,6 +95,9 @@ class World(ABC):
         """Identity of the world's facts."""
         return hashlib.sha256(repr(self.facts()).encode()).hexdigest()[:16]
 
+    def warm(self) -> None:  # noqa: B027
+        """Open what tools would open on first use; nothing by default."""
+
     def facts(self) -> Any:
         """What was drawn when the world was made; nothing by default."""
         return None

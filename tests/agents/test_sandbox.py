@@ -1,0 +1,133 @@
+"""The sandbox: honest tools work in it, and whatever else is tried is stopped, reported and survived."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from mobula.agents.sandbox import Limits, Sandbox, SandboxError, Step
+from mobula.agents.worlds import build_worlds, generate
+
+HOSTILE = "tests.agents.hostile:tools"
+LIMITS = Limits(seconds=1.0, memory_mb=64)
+
+
+@pytest.fixture(scope="module")
+def sandbox() -> Iterator[Sandbox]:
+    with Sandbox(HOSTILE, {"greeting": "good day"}, LIMITS) as opened:
+        yield opened
+
+
+def works(sandbox: Sandbox) -> bool:
+    """Whether the sandbox is usable, from scratch or as it was."""
+    return sandbox.step("R9 = add(4)") == Step("ok", "5") and sandbox.step("Answer(R9)") == Step("ok", "5")
+
+
+def test_results_are_kept_from_step_to_step(sandbox: Sandbox) -> None:
+    assert sandbox.step("R1 = add(1)") == Step("ok", "2")
+    assert sandbox.step("R2 = add(R1 * 3)") == Step("ok", "7")
+    assert sandbox.step("R3 = greet()") == Step("ok", "good day")
+    assert sandbox.step("R4 = add(R3)").status == "bad_argument"
+    assert sandbox.step("R4 = add(R7)").status == "unbound_variable"
+    assert sandbox.step("R4 = sing()").status == "unknown_tool"
+    assert sandbox.step("R4 = add(1)\nR5 = add(2)") == Step("parse_error", reason="one statement at a time")
+    assert sandbox.step("nonsense").status == "parse_error"
+
+
+@pytest.mark.parametrize(
+    "attempt",
+    ["read_file", "write_file", "open_socket", "fork_without_end", "start_program", "start_thread", "lift_limits",
+     "kill_parent"],
+)  # fmt: skip
+def test_what_needs_the_system_is_refused(sandbox: Sandbox, attempt: str) -> None:
+    step = sandbox.step(f"R1 = {attempt}()")
+    assert step.status == "tool_error"
+    assert any(words in step.reason for words in ("not permitted", "not allowed", "can't start new thread"))
+    assert works(sandbox)
+    assert not Path("/tmp/written").exists()
+
+
+@pytest.mark.parametrize(
+    ("attempt", "reason"),
+    [
+        ("allocate", "out of memory"),
+        ("allocate_slowly", "out of memory"),
+        ("recurse", "recursion"),
+        ("loop", "no reply within 1 s"),
+        ("shout", "longer than 65536 bytes"),
+        ("crash", "ended with code -11"),
+        ("leave", "ended with code 3"),
+    ],
+)
+def test_what_uses_too_much_is_stopped(sandbox: Sandbox, attempt: str, reason: str) -> None:
+    started = time.monotonic()
+    step = sandbox.step(f"R1 = {attempt}()")
+    assert (step.status, step.returned) == ("limit", "")
+    assert reason in step.reason
+    assert time.monotonic() - started < 20
+    assert works(sandbox)
+
+
+@pytest.mark.parametrize("family", ["arith", "kb", "shop"])
+def test_the_worlds_work_inside(family: str) -> None:
+    world = build_worlds(0)[family]
+    tasks = generate({family: world}, {"test_in": 5}, seed=0)["test_in"]
+    try:
+        sandbox = Sandbox("mobula.agents.worlds:tools", {"family": family, "seed": 0})
+    except SandboxError as error:
+        if "ModelError" in str(error):
+            pytest.skip(str(error))
+        raise
+    with sandbox:
+        for task in tasks:
+            steps = [sandbox.step(line) for line in str(task.gold_actions).splitlines()]
+            assert steps[-1] == Step("ok", task.answer)
+        if family == "kb":
+            facts = sandbox.step('R1 = Retrieve("the mentor of e5", 3)')
+            assert facts.status == "ok"
+            assert facts.returned.count("is e") == 3
+
+
+def test_what_a_tool_prints_is_not_taken_for_a_reply(sandbox: Sandbox) -> None:
+    assert sandbox.step("R1 = talk()") == Step("ok", "talked")
+    assert works(sandbox)
+
+
+def test_results_of_a_stopped_process_are_gone(sandbox: Sandbox) -> None:
+    sandbox.step("R1 = add(1)")
+    sandbox.step("R2 = loop()")
+    assert sandbox.step("R3 = add(R1)").status == "unbound_variable"
+
+
+def test_the_environment_does_not_reach_the_tools(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MOBULA_SECRET", "x")
+    with Sandbox(HOSTILE, {}, LIMITS) as sandbox:
+        assert sandbox._process is not None
+        assert b"MOBULA_SECRET" not in Path(f"/proc/{sandbox._process.pid}/environ").read_bytes()
+
+
+def test_tools_that_cannot_be_built_are_an_error_with_the_reason() -> None:
+    with pytest.raises(SandboxError, match=r"did not start: .*no_such_module"):
+        Sandbox("no_such_module:tools", {}, LIMITS)
+    with pytest.raises(SandboxError, match=r"did not start: .*unexpected keyword argument"):
+        Sandbox(HOSTILE, {"colour": "red"}, LIMITS)
+
+
+def test_a_process_without_a_parent_ends() -> None:
+    code = (
+        "import os; from mobula.agents.sandbox import Sandbox, Limits;"
+        f"s = Sandbox('{HOSTILE}', {{}}, Limits()); print(s._process.pid, flush=True); os._exit(1)"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
+    child = int(done.stdout)
+    end = time.monotonic() + 10
+    while Path(f"/proc/{child}/cmdline").exists() and Path(f"/proc/{child}/cmdline").read_bytes():
+        assert time.monotonic() < end, "the tools' process outlived its parent"
+        time.sleep(0.1)
