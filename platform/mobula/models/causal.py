@@ -1,0 +1,257 @@
+"""Causal language models: building small ones, opening pretrained ones, scoring and sampling in batches.
+
+One class for all: a network of transformers with its tokenizer. Scores and samples of a text do not depend on what is
+beside it in the batch (up to the rounding of float sums), and a sample depends on its own seed alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+from torch import Tensor, nn
+
+from mobula.errors import ModelError
+from mobula.models.pretrained import Pretrained
+
+PAD, EOS, UNKNOWN = "<pad>", "<eos>", "<unk>"
+# What stands alone in a text of words: line ends, and the marks of programs and numbered steps.
+_MARKS = Regex(r"\n|[()=,:]")
+
+
+@dataclass(frozen=True)
+class SmallShape:
+    """A small GPT-2 trained from scratch: tied embeddings, learned positions."""
+
+    layers: int = 2
+    width: int = 96
+    heads: int = 4
+    positions: int = 256
+    dropout: float = 0.0
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How continuations are drawn. Temperature 0 is greedy; ``top_p`` cuts the unlikely tail (nucleus sampling)."""
+
+    max_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """Sampled token ids without EOS, and log p of each under the model as it is (temperature 1), EOS last if drawn.
+
+    ``ended``: EOS was drawn; otherwise ``max_tokens`` were used up.
+    """
+
+    ids: tuple[int, ...]
+    log_probs: tuple[float, ...]
+    ended: bool
+
+
+class CausalModel:
+    """A network that continues token ids, with the tokenizer that makes them."""
+
+    def __init__(self, network: nn.Module, tokenizer: Any, name: str) -> None:
+        self.network = network.eval()
+        self.tokenizer = tokenizer
+        self.name = name
+        if tokenizer.eos_token_id is None:
+            raise ModelError(f"model {name!r}: its tokenizer has no end-of-sequence token")
+        self.eos: int = tokenizer.eos_token_id
+        self.pad: int = self.eos if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+
+    @classmethod
+    def small(cls, tokenizer: Any, shape: SmallShape, seed: int) -> CausalModel:
+        """A small one with fresh weights."""
+        from transformers import GPT2Config, GPT2LMHeadModel
+
+        config = GPT2Config(
+            vocab_size=len(tokenizer),
+            n_positions=shape.positions,
+            n_embd=shape.width,
+            n_layer=shape.layers,
+            n_head=shape.heads,
+            resid_pdrop=shape.dropout,
+            embd_pdrop=shape.dropout,
+            attn_pdrop=shape.dropout,
+            bos_token_id=tokenizer.eos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return cls(GPT2LMHeadModel(config), tokenizer, "small")
+
+    @classmethod
+    def open(cls, name: str) -> CausalModel:
+        """A pretrained one, by folder or Hugging Face id.
+
+        Raises:
+            ModelError: if there is none, or it is not a causal language model.
+        """
+        found = Pretrained.find(name)
+        return cls(found.load("AutoModelForCausalLM"), found.tokenizer(), name)
+
+    def save(self, folder: Path) -> None:
+        """Write weights (safetensors), configuration and tokenizer as transformers reads them."""
+        self.network.save_pretrained(folder)  # type: ignore[operator]
+        self.tokenizer.save_pretrained(folder)
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids, no special tokens added."""
+        return self.tokenizer.encode(text, add_special_tokens=False)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of token ids, special tokens left out."""
+        return self.tokenizer.decode(list(ids), skip_special_tokens=True)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network is."""
+        return next(self.network.parameters()).device
+
+    @torch.inference_mode()
+    def log_probs(
+        self, prompts: Sequence[Sequence[int]], targets: Sequence[Sequence[int]], batch_tokens: int = 8192
+    ) -> list[Tensor]:
+        """log p f32[n] of every target token after its prompt and the target tokens before it.
+
+        Prompt and target are token ids that are put together as they are, so the boundary cannot move. ``batch_tokens``
+        bounds the padded size of a batch.
+
+        Raises:
+            ValueError: for an empty prompt, after which there is nothing to predict from.
+        """
+        if not all(prompts):
+            raise ValueError("a prompt has no token")
+        whole = [(*prompt, *target) for prompt, target in zip(prompts, targets, strict=True)]
+        found: list[Tensor] = [torch.empty(0)] * len(whole)
+        for rows in _batches([len(ids) for ids in whole], batch_tokens):
+            ids, mask = _padded([whole[row] for row in rows], self.pad, left=False)
+            logits = self._logits(ids, mask)
+            for i, row in enumerate(rows):
+                start, stop = len(prompts[row]), len(whole[row])
+                scores = torch.log_softmax(logits[i, start - 1 : stop - 1].float(), -1)
+                wanted = ids[i, start:stop].to(scores.device)
+                found[row] = scores.gather(-1, wanted.unsqueeze(-1)).squeeze(-1).cpu()
+        return found
+
+    @torch.inference_mode()
+    def sample(
+        self, prompts: Sequence[Sequence[int]], sampling: Sampling, seeds: Sequence[int], batch: int = 64
+    ) -> list[Continuation]:
+        """One continuation of every prompt, drawn with its own seed."""
+        order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
+        found: dict[int, Continuation] = {}
+        for start in range(0, len(order), batch):
+            rows = order[start : start + batch]
+            drawn = self._sample([prompts[row] for row in rows], sampling, [seeds[row] for row in rows])
+            found.update(zip(rows, drawn, strict=True))
+        return [found[row] for row in range(len(prompts))]
+
+    def _sample(self, prompts: Sequence[Sequence[int]], sampling: Sampling, seeds: Sequence[int]) -> list[Continuation]:
+        from transformers import DynamicCache
+
+        uniform = torch.stack([_uniform(seed, sampling.max_tokens) for seed in seeds])
+        ids, mask = _padded(prompts, self.pad, left=True)
+        config: Any = self.network.config
+        cache: Any = DynamicCache(config=config)
+        alive = torch.arange(len(prompts))
+        drawn: list[list[int]] = [[] for _ in prompts]
+        scores: list[list[float]] = [[] for _ in prompts]
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        for step in range(sampling.max_tokens):
+            logits = self._logits(ids, mask, positions, cache)[:, -1].float().cpu()
+            tokens = _draw(logits, sampling, uniform[alive, step])
+            chosen = torch.log_softmax(logits, -1).gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+            for row, token, score in zip(alive.tolist(), tokens.tolist(), chosen.tolist(), strict=True):
+                drawn[row].append(token)
+                scores[row].append(score)
+            going = (tokens != self.eos).nonzero().squeeze(-1)
+            if len(going) == 0:
+                break
+            if len(going) < len(alive):
+                cache.batch_select_indices(going.to(self.device))
+            alive, ids = alive[going], tokens[going].unsqueeze(1)
+            mask = torch.cat([mask[going], torch.ones(len(going), 1, dtype=mask.dtype)], 1)
+            positions = positions[going, -1:] + 1
+        return [_continuation(tokens, row, self.eos) for tokens, row in zip(drawn, scores, strict=True)]
+
+    def _logits(self, ids: Tensor, mask: Tensor, positions: Tensor | None = None, cache: Any = None) -> Tensor:
+        device = self.device
+        places = None if positions is None else positions.to(device)
+        return self.network(
+            input_ids=ids.to(device),
+            attention_mask=mask.to(device),
+            position_ids=places,
+            past_key_values=cache,
+            use_cache=cache is not None,
+        ).logits
+
+
+def word_tokenizer(texts: Iterable[str]) -> Any:
+    """A tokenizer of whole words, marks and line ends, with the vocabulary of ``texts``; other words are unknown."""
+    from transformers import PreTrainedTokenizerFast
+
+    split = pre_tokenizers.Sequence([pre_tokenizers.Split(_MARKS, "isolated"), pre_tokenizers.Split(" ", "removed")])
+    words = sorted({word for text in texts for word, _ in split.pre_tokenize_str(text)})
+    vocabulary = {word: i for i, word in enumerate([PAD, EOS, UNKNOWN, *words])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
+    tokenizer.pre_tokenizer = split
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token=PAD, eos_token=EOS, unk_token=UNKNOWN, clean_up_tokenization_spaces=False
+    )
+
+
+def _padded(rows: Sequence[Sequence[int]], pad: int, *, left: bool) -> tuple[Tensor, Tensor]:
+    """Token ids i64[B, n] and their mask i64[B, n], padded on one side."""
+    length = max(len(row) for row in rows)
+    ids = torch.full((len(rows), length), pad)
+    mask = torch.zeros(len(rows), length, dtype=torch.long)
+    for i, row in enumerate(rows):
+        place = slice(length - len(row), length) if left else slice(0, len(row))
+        ids[i, place] = torch.tensor(row, dtype=torch.long)
+        mask[i, place] = 1
+    return ids, mask
+
+
+def _batches(lengths: Sequence[int], most: int) -> Iterator[list[int]]:
+    """Rows of similar length together, each batch of at most ``most`` padded tokens (one row at least)."""
+    rows: list[int] = []
+    for row in sorted(range(len(lengths)), key=lambda i: lengths[i]):
+        if rows and (len(rows) + 1) * lengths[row] > most:
+            yield rows
+            rows = []
+        rows.append(row)
+    if rows:
+        yield rows
+
+
+def _uniform(seed: int, count: int) -> Tensor:
+    """Numbers f64[count] in [0, 1) that the seed alone decides."""
+    return torch.rand(count, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def _draw(logits: Tensor, sampling: Sampling, uniform: Tensor) -> Tensor:
+    """A token i64[B] per row of logits f32[B, V] by inversion of the cumulative distribution at ``uniform`` f64[B]."""
+    if sampling.temperature == 0:
+        return logits.argmax(-1)
+    likely, order = torch.softmax(logits.double() / sampling.temperature, -1).sort(stable=True, dim=-1, descending=True)
+    before = likely.cumsum(-1) - likely
+    likely = likely.masked_fill(before >= sampling.top_p, 0.0)
+    cumulative = likely.cumsum(-1)
+    place = torch.searchsorted(cumulative, (uniform * cumulative[:, -1]).unsqueeze(-1), right=True)
+    last = (likely > 0).sum(-1, keepdim=True) - 1
+    return order.gather(-1, place.minimum(last)).squeeze(-1)
+
+
+def _continuation(tokens: list[int], scores: list[float], eos: int) -> Continuation:
+    ended = tokens[-1] == eos
+    return Continuation(tuple(tokens[:-1] if ended else tokens), tuple(scores), ended)
