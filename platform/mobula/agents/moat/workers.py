@@ -1,0 +1,187 @@
+"""What actors do in MOAT: propose plans, score them, ground them, and solve tasks from beginning to end.
+
+Items carry their tasks, rows are JSON, and a row depends on its item and its shard's seed alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from mobula.agents.language import execute
+from mobula.agents.moat.candidates import PlanSample, examined
+from mobula.agents.moat.critic import criticise, judge
+from mobula.agents.moat.templates import Template, View, template_of
+from mobula.agents.worlds import Task, World, build_worlds
+from mobula.alternation import Row, seed_of
+from mobula.models.causal import CausalModel, Sampling
+from mobula.threads import one_thread
+
+GREEDY = 0.0
+
+
+@dataclass
+class Agents:
+    """Where a planner and a grounder are saved, and the world they act in; opened on first use."""
+
+    planner: Path
+    grounder: Path
+    world_seed: int
+    view: View
+
+    @cached_property
+    def planning(self) -> tuple[CausalModel, Template]:
+        """The planner and its prompts."""
+        model = CausalModel.open(str(self.planner))
+        return model, template_of(model, self.view)
+
+    @cached_property
+    def grounding(self) -> tuple[CausalModel, Template]:
+        """The grounder and its prompts."""
+        model = CausalModel.open(str(self.grounder))
+        return model, template_of(model, self.view)
+
+    @cached_property
+    def worlds(self) -> Mapping[str, World]:
+        """The worlds by family."""
+        return build_worlds(self.world_seed)
+
+    def plans(self, tasks: Sequence[Task], sampling: Sampling, seeds: Sequence[int]) -> list[tuple[str, int, float]]:
+        """A plan for every task: its text, its tokens, and its log-probability, EOS included."""
+        model, template = self.planning
+        drawn = model.sample([template.plan(task) for task in tasks], sampling, seeds)
+        return [(model.decode(c.ids), len(c.log_probs), sum(c.log_probs)) for c in drawn]
+
+    def programs(
+        self, tasks: Sequence[Task], plans: Sequence[str], sampling: Sampling, seeds: Sequence[int]
+    ) -> list[str]:
+        """A program for every plan."""
+        model, template = self.grounding
+        prompts = [self._prompt(template, task, plan) for task, plan in zip(tasks, plans, strict=True)]
+        return [model.decode(c.ids) for c in model.sample(prompts, sampling, seeds)]
+
+    def gold_scores(self, tasks: Sequence[Task], plans: Sequence[str]) -> list[Row]:
+        """How unlikely the GOLD actions are after each plan: ``nll_sum``, ``nll_mean`` (nats) and ``n_scored``.
+
+        Scored are the tokens of the gold actions and EOS, all of them and nothing else.
+        """
+        model, template = self.grounding
+        prompts = [self._prompt(template, task, plan) for task, plan in zip(tasks, plans, strict=True)]
+        targets = [[*model.encode(str(task.gold_actions)), model.eos] for task in tasks]
+        sums = [-float(scores.double().sum()) for scores in model.log_probs(prompts, targets)]
+        return [
+            {"nll_sum": total, "nll_mean": total / len(target), "n_scored": len(target)}
+            for total, target in zip(sums, targets, strict=True)
+        ]
+
+    def _prompt(self, template: Template, task: Task, plan: str) -> list[int]:
+        return template.ground(task, plan, list(self.worlds[task.family].tools().values()))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in ("planner", "grounder", "world_seed", "view")}
+
+
+@dataclass
+class PlanWorker:
+    """Items ``{task}`` to rows of :class:`.PlanSample`: ``count`` plans a task, examined."""
+
+    agents: Agents
+    count: int
+    sampling: Sampling
+    iteration: int
+
+    def process(self, items: Sequence[Row], seed: int) -> Sequence[Row]:
+        """As :class:`mobula.alternation.Worker`."""
+        tasks = [read_task(item["task"]) for item in items]
+        repeated = [task for task in tasks for _ in range(self.count)]
+        seeds = [seed_of(seed, task.id, j) for task in tasks for j in range(self.count)]
+        with one_thread():
+            drawn = self.agents.plans(repeated, self.sampling, seeds)
+        rows: list[Row] = []
+        for number, task in enumerate(tasks):
+            mine = drawn[number * self.count : (number + 1) * self.count]
+            samples = [
+                PlanSample(task.id, self.iteration, j, text, tokens, logprob, parsed=False, leak=0.0)
+                for j, (text, tokens, logprob) in enumerate(mine)
+            ]
+            tools = list(self.agents.worlds[task.family].tools().values())
+            rows.extend(asdict(sample) for sample in examined(samples, task, tools))
+        return rows
+
+
+@dataclass
+class ScoreWorker:
+    """Items ``{task, j, text}`` to rows ``{task_id, j, nll_mean, nll_sum, n_scored}``."""
+
+    agents: Agents
+
+    def process(self, items: Sequence[Row], seed: int) -> Sequence[Row]:
+        """As :class:`mobula.alternation.Worker`; nothing is drawn."""
+        tasks = [read_task(item["task"]) for item in items]
+        with one_thread():
+            scores = self.agents.gold_scores(tasks, [item["text"] for item in items])
+        return [{"task_id": item["task"]["id"], "j": item["j"], **s} for item, s in zip(items, scores, strict=True)]
+
+
+@dataclass
+class GroundWorker:
+    """Items ``{task, j, text}`` to rows of :class:`.Grounding`: a program for the plan, run and criticised."""
+
+    agents: Agents
+    sampling: Sampling
+    critic: str
+    noise: float = 0.0
+    critic_seed: int = 0
+
+    def process(self, items: Sequence[Row], seed: int) -> Sequence[Row]:
+        """As :class:`mobula.alternation.Worker`."""
+        tasks = [read_task(item["task"]) for item in items]
+        plans = [item["text"] for item in items]
+        seeds = [seed_of(seed, task.id, item["j"]) for task, item in zip(tasks, items, strict=True)]
+        with one_thread():
+            programs = self.agents.programs(tasks, plans, self.sampling, seeds)
+        rows = []
+        for item, task, plan, program in zip(items, tasks, plans, programs, strict=True):
+            world = self.agents.worlds[task.family]
+            decide = judge(self.critic, world, self.noise, self.critic_seed)
+            rows.append(asdict(criticise(self.critic, decide, world, task, item["j"], plan, program)))
+        return rows
+
+
+@dataclass
+class SolveWorker:
+    """Items ``{task}``, perhaps with a given ``plan``, to rows of what came of them, greedily and free-running.
+
+    Nothing but the task's words, the plan and the tools reaches an agent; gold is used to score afterwards.
+    """
+
+    agents: Agents
+    max_plan: int
+    max_program: int
+
+    def process(self, items: Sequence[Row], seed: int) -> Sequence[Row]:
+        """As :class:`mobula.alternation.Worker`; nothing is drawn."""
+        tasks = [read_task(item["task"]) for item in items]
+        nothing = [0] * len(items)
+        with one_thread():
+            written = self.agents.plans(tasks, Sampling(self.max_plan, GREEDY), nothing)
+            plans = [item.get("plan") or text for item, (text, _, _) in zip(items, written, strict=True)]
+            programs = self.agents.programs(tasks, plans, Sampling(self.max_program, GREEDY), nothing)
+        rows = []
+        for task, plan, program in zip(tasks, plans, programs, strict=True):
+            world = self.agents.worlds[task.family]
+            done = execute(program, world.tools())
+            reward = world.reward(task, done)
+            rows.append(
+                {"task_id": task.id, "family": task.family, "plan": plan, "program": program, "status": done.status,
+                 "reward": reward, "success": float(reward == 1), "valid": world.ground_plan(plan) is not None}
+            )  # fmt: skip
+        return rows
+
+
+def read_task(row: Mapping[str, Any]) -> Task:
+    """A task from its JSON."""
+    return Task(**{**row, "tools": tuple(row["tools"])})
