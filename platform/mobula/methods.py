@@ -34,6 +34,11 @@ METHODS = {
         "mobula.retrieval.dynamic.method",
         "generative retrieval over corpora that grow: docid families, and several docids per document",
     ),
+    "moat": Entry(
+        "agents",
+        "mobula.agents.moat.method",
+        "a planner and a grounder aligned jointly, each tuned on what the other makes of its work",
+    ),
 }
 
 

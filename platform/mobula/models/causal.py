@@ -16,7 +16,7 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
 
 from mobula.errors import ModelError
-from mobula.models.pretrained import Pretrained
+from mobula.models.pretrained import Pretrained, without_progress
 
 PAD, EOS, UNKNOWN = "<pad>", "<eos>", "<unk>"
 # What stands alone in a text of words: line ends, and the marks of programs and numbered steps.
@@ -101,7 +101,8 @@ class CausalModel:
 
     def save(self, folder: Path) -> None:
         """Write weights (safetensors), configuration and tokenizer as transformers reads them."""
-        self.network.save_pretrained(folder)  # type: ignore[operator]
+        with without_progress():
+            self.network.save_pretrained(folder)  # type: ignore[operator]
         self.tokenizer.save_pretrained(folder)
 
     def encode(self, text: str) -> list[int]:

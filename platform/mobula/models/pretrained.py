@@ -89,7 +89,7 @@ class Pretrained:
 
     def _open(self, kind: Any, **options: Any) -> Any:
         try:
-            with _without_progress():
+            with without_progress():
                 return kind.from_pretrained(
                     self.folder, local_files_only=True, trust_remote_code=self.name in REVISIONS, **options
                 )
@@ -122,7 +122,8 @@ def _hash(folder: Path) -> str:
 
 
 @contextlib.contextmanager
-def _without_progress() -> Iterator[None]:
+def without_progress() -> Iterator[None]:
+    """Keep the progress bars of transformers away within the block."""
     from transformers.utils import logging as hf_logging
 
     shown = hf_logging.is_progress_bar_enabled()

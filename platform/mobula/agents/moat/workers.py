@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from mobula.agents.language import execute
-from mobula.agents.moat.candidates import PlanSample, examined
+from mobula.agents.moat.candidates import PlanSample, examined, leak
 from mobula.agents.moat.critic import criticise, judge
 from mobula.agents.moat.templates import Template, View, template_of
-from mobula.agents.worlds import Task, World, build_worlds
+from mobula.agents.worlds import Task, World, build_worlds, read_plan
 from mobula.alternation import Row, seed_of
 from mobula.models.causal import CausalModel, Sampling
 from mobula.threads import one_thread
@@ -124,6 +124,28 @@ class ScoreWorker:
         with one_thread():
             scores = self.agents.gold_scores(tasks, [item["text"] for item in items])
         return [{"task_id": item["task"]["id"], "j": item["j"], **s} for item, s in zip(items, scores, strict=True)]
+
+
+@dataclass
+class ProbeWorker:
+    """Items ``{task, seed}`` to rows of one plan each, drawn with the item's own seed, and the gold actions' score."""
+
+    agents: Agents
+    sampling: Sampling
+
+    def process(self, items: Sequence[Row], seed: int) -> Sequence[Row]:
+        """As :class:`mobula.alternation.Worker`; the shard's seed is not used, so stages draw alike."""
+        tasks = [read_task(item["task"]) for item in items]
+        with one_thread():
+            plans = [text for text, _, _ in self.agents.plans(tasks, self.sampling, [item["seed"] for item in items])]
+            scores = self.agents.gold_scores(tasks, plans)
+        rows = []
+        for task, plan, score in zip(tasks, plans, scores, strict=True):
+            leaks = leak(plan, task, list(self.agents.worlds[task.family].tools().values())) == 1.0
+            rows.append(
+                {"task_id": task.id, "plan": plan, **score, "leaks": leaks, "parsed": read_plan(plan) is not None}
+            )
+        return rows
 
 
 @dataclass

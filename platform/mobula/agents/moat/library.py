@@ -1,0 +1,94 @@
+"""The artifact of a `moat` run: planner and grounder as one version, and the predictor that serves them.
+
+The predictor is built from the artifact alone: it knows no task's gold plan, actions or answer, and no critic.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from mobula import artifacts
+from mobula.agents.language import Called, execute, show
+from mobula.agents.moat.config import Config
+from mobula.agents.moat.templates import VERSIONS
+from mobula.agents.moat.workers import Agents
+from mobula.agents.worlds import Task, World
+from mobula.alternation import Row
+from mobula.artifacts import Artifact, write_json
+from mobula.models.causal import Sampling
+
+KIND = "agents"
+
+
+@dataclass(frozen=True)
+class Solution:
+    """What the agents did about a task."""
+
+    plan: str
+    program: str
+    calls: list[Called]
+    answer: str | None
+    status: str
+    reason: str
+
+
+class Predictor:
+    """Planner and grounder, greedy and free-running."""
+
+    def __init__(self, agents: Agents, max_plan: int, max_program: int) -> None:
+        self.agents = agents
+        self.max_plan = max_plan
+        self.max_program = max_program
+
+    def solve(self, text: str, family: str) -> Solution:
+        """Plan, act and answer with the tools of a family.
+
+        Raises:
+            KeyError: for a family that the world does not have.
+        """
+        world = self.agents.worlds[family]
+        task = Task("", family, "served", text, None, tuple(world.tools()), None, None, "")
+        ((plan, _, _),) = self.agents.plans([task], Sampling(self.max_plan, 0.0), [0])
+        (program,) = self.agents.programs([task], [plan], Sampling(self.max_program, 0.0), [0])
+        done = execute(program, world.tools())
+        answer = None if done.answer is None else show(done.answer)
+        return Solution(plan, program, done.calls, answer, done.status, done.reason)
+
+
+def write(
+    directory: Path, config: Config, worlds: Mapping[str, World], planner: Path, grounder: Path, rows: Sequence[Row]
+) -> Artifact:
+    """Write both agents, the tools that they know, the prompts' versions, the world and the iterations."""
+
+    def fill(folder: Path) -> None:
+        shutil.copytree(planner, folder / "planner")
+        shutil.copytree(grounder, folder / "grounder")
+        tools = {
+            family: [{"signature": tool.signature, "purpose": tool.purpose} for tool in world.tools().values()]
+            for family, world in worlds.items()
+        }
+        write_json(folder / "tools.json", tools)
+        write_json(folder / "templates.json", {**VERSIONS, "view": config.moat.grounder_view})
+        write_json(
+            folder / "world.json", {"seed": config.tasks.seed, "digests": {f: w.digest for f, w in worlds.items()}}
+        )
+        write_json(folder / "iterations.json", list(rows))
+
+    meta = {
+        "world_seed": config.tasks.seed,
+        "view": config.moat.grounder_view,
+        "max_plan": config.moat.max_plan,
+        "max_program": config.moat.max_program,
+        "model": asdict(config.model),
+    }
+    return artifacts.write(directory, kind=KIND, method="moat", meta=meta, fill=fill)
+
+
+def load(artifact: Artifact) -> Predictor:
+    """Open planner and grounder of an artifact."""
+    meta, folder = artifact.meta, artifact.directory
+    agents = Agents(folder / "planner", folder / "grounder", meta["world_seed"], meta["view"])
+    return Predictor(agents, meta["max_plan"], meta["max_program"])
