@@ -153,6 +153,18 @@ def test_the_artifact_serves_without_the_run(directory: Path, tmp_path: Path) ->
         predictor.solve("x", "chess")
 
 
+def test_a_trial_reports_every_iteration_and_shares_its_start(directory: Path, tmp_path: Path) -> None:
+    config = build(Config, CONFIG)
+    found: list[dict[str, Any]] = []
+    for number in range(2):
+        methods.get("moat").train_trial(config, tmp_path / str(number), found.append)
+    wanted = [{name: row[name] for name in ("iteration", "dev_success", "J")} for row in rows(directory)]
+    assert found == [*wanted, *wanted]
+    assert len(list((tmp_path / "prepared").iterdir())) == 1
+    methods.get("moat").train_trial(config, tmp_path / "1", found.append)  # interrupted before it was kept
+    assert found[-1] == wanted[-1]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
