@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import ClassVar
+
 import pytest
 
 from mobula.agents.language import execute
-from mobula.agents.moat.critic import KINDS, criticise, judge
+from mobula.agents.moat.critic import KINDS, CriticFailed, CriticSettings, canary_rate, criticise, judge
 from mobula.agents.worlds import Task, World, build_worlds, generate
+
+EXECUTABLE = CriticSettings("executable")
 
 
 @pytest.fixture(scope="module")
@@ -30,8 +38,8 @@ def verdicts(kind: str, worlds: dict[str, World], tasks: list[Task], program: st
         world = worlds[task.family]
         texts = {"gold": str(task.gold_actions), "wrong": wrong(task), "broken": "R1 = Calc("}
         plans = {"gold": str(task.gold_plan), "wrong": "S1: calc 99 + 1", "none": "sing"}
-        decide = judge(kind, world, **more)
-        found.append(criticise(kind, decide, world, task, 0, plans[plan], texts[program]))
+        settings = CriticSettings(kind, **more)  # type: ignore[arg-type]
+        found.append(criticise(settings, judge(settings, world), world, task, 0, plans[plan], texts[program]))
     return found
 
 
@@ -64,7 +72,7 @@ def test_a_correction_always_reaches_the_gold_answer(worlds: dict[str, World], t
     """The plan of another task is not made this task's gold program."""
     for task, other in zip(tasks, tasks[3:], strict=False):
         world = worlds[task.family]
-        found = criticise("executable", judge("executable", world), world, task, 0, str(other.gold_plan), wrong(task))
+        found = criticise(EXECUTABLE, judge(EXECUTABLE, world), world, task, 0, str(other.gold_plan), wrong(task))
         assert found.verdict == "drop" or world.reward(task, execute(str(found.used_actions), world.tools())) == 1
 
 
@@ -82,12 +90,92 @@ def test_a_critic_that_fails_drops(worlds: dict[str, World], tasks: list[Task]) 
         raise TimeoutError("no reply")
 
     world = worlds[tasks[0].family]
-    found = criticise("llm", fails, world, tasks[0], 0, "S1: x", str(tasks[0].gold_actions))
+    found = criticise(CriticSettings("llm"), fails, world, tasks[0], 0, "S1: x", str(tasks[0].gold_actions))
     assert (found.verdict, found.used_actions) == ("drop", None)
     assert found.reason == "the critic failed: TimeoutError: no reply"
 
 
 def test_an_unknown_critic_is_an_error(worlds: dict[str, World]) -> None:
     with pytest.raises(KeyError):
-        judge("kind", worlds["arith"])
-    assert all(judge(kind, worlds["arith"]) for kind in KINDS)
+        judge(CriticSettings("kind"), worlds["arith"])
+    assert all(judge(CriticSettings(kind), worlds["arith"]) for kind in KINDS)
+
+
+def test_known_bad_programs_reveal_a_critic_that_accepts_everything(
+    worlds: dict[str, World], tasks: list[Task], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert canary_rate(EXECUTABLE, worlds, tasks) == 0
+    assert canary_rate(CriticSettings("always_accept"), worlds, tasks) == 1  # it does not pretend to judge
+    monkeypatch.setattr("mobula.agents.moat.critic._Executable.__call__", lambda *_: ("accept", None, "tired"))
+    with pytest.raises(CriticFailed, match="known to be wrong"):
+        canary_rate(EXECUTABLE, worlds, tasks)
+
+
+class Endpoint(BaseHTTPRequestHandler):
+    """Answers with the replies it is given, in turn, and keeps what it was asked."""
+
+    replies: ClassVar[list[tuple[str, str]]] = []
+    asked: ClassVar[list[dict]] = []
+
+    def do_POST(self) -> None:
+        self.asked.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+        content, ended = self.replies.pop(0)
+        body = json.dumps({"choices": [{"message": {"content": content}, "finish_reason": ended}]}).encode()
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None:
+        """Silence."""
+
+
+@pytest.fixture(scope="module")
+def endpoint() -> Iterator[CriticSettings]:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Endpoint)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield CriticSettings("llm", url=f"http://127.0.0.1:{server.server_port}/v1", model="judge")
+    server.shutdown()
+
+
+@pytest.mark.parametrize(
+    ("replies", "verdict"),
+    [
+        ([("accept", "stop")], "accept"),
+        ([("correct gold", "stop")], "correct"),
+        ([("correct wrong", "stop")], "drop"),
+        ([("drop", "stop")], "drop"),
+        ([("no json", "stop"), ("accept", "stop")], "accept"),
+        ([("no json", "stop")] * 3, "drop"),
+        ([("accept", "length")], "drop"),
+        ([("accept truncated", "stop")] * 3, "drop"),
+    ],
+)
+def test_an_endpoint_judges_and_its_failures_drop(
+    worlds: dict[str, World], tasks: list[Task], endpoint: CriticSettings, replies: list[tuple[str, str]], verdict: str
+) -> None:
+    task = tasks[0]
+    world = worlds[task.family]
+    texts = {
+        "accept": json.dumps({"verdict": "accept", "reason": "fine"}),
+        "correct gold": json.dumps({"verdict": "correct", "actions": task.gold_actions}),
+        "correct wrong": json.dumps({"verdict": "correct", "actions": wrong(task)}),
+        "drop": json.dumps({"verdict": "drop"}),
+        "no json": "I accept this.",
+        "accept truncated": '{"verdict": "accept", "rea',
+    }
+    Endpoint.replies[:] = [(texts[name], ended) for name, ended in replies]
+    Endpoint.asked.clear()
+    found = criticise(endpoint, judge(endpoint, world), world, task, 0, str(task.gold_plan), wrong(task))
+    assert found.verdict == verdict
+    assert found.used_actions == {"accept": found.generated, "correct": task.gold_actions, "drop": None}[verdict]
+    assert not Endpoint.replies
+    assert all(asked["max_tokens"] >= 1024 for asked in Endpoint.asked)
+    assert task.text in Endpoint.asked[0]["messages"][1]["content"]
+
+
+def test_an_endpoint_that_is_not_there_drops(worlds: dict[str, World], tasks: list[Task]) -> None:
+    settings = CriticSettings("llm", url="http://127.0.0.1:9/v1", model="judge")
+    world = worlds[tasks[0].family]
+    found = criticise(settings, judge(settings, world), world, tasks[0], 0, "S1: x", "R1 = Calc(1)")
+    assert found.verdict == "drop"
+    assert "http://127.0.0.1:9/v1" in found.reason

@@ -50,7 +50,7 @@ def test_at_the_start_the_loss_is_ln_2_and_the_gradient_that_of_half_beta(task: 
     network = task.build()
     batch = batch_of(task)
     loss, facts = task.loss(network, batch)
-    assert float(loss) == pytest.approx(math.log(2), abs=1e-5)
+    assert loss.item() == pytest.approx(math.log(2), abs=1e-5)
     assert float(facts["chosen_shift"]) == pytest.approx(0, abs=1e-4)
     loss.backward()
     found = [parameter.grad.clone() for parameter in network.parameters() if parameter.grad is not None]
@@ -71,7 +71,7 @@ def test_doubling_beta_doubles_the_implicit_reward(task: DpoTask) -> None:
     for beta in (BETA, 2 * BETA):
         loss, facts = DpoTask(task.start, task.data, beta).loss(network, batch)
         rewards.append(beta * float(facts["margin"]))
-        assert float(loss) > 0
+        assert loss.item() > 0
     assert rewards[1] == pytest.approx(2 * rewards[0])
 
 

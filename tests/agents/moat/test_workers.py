@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from mobula.agents.moat.critic import CriticSettings
 from mobula.agents.moat.templates import ground_text, plan_text
 from mobula.agents.moat.workers import Agents, GroundWorker, PlanWorker, ScoreWorker, SolveWorker
 from mobula.agents.worlds import Task, build_worlds, generate
@@ -104,7 +105,7 @@ def test_plans_are_drawn_by_seed_and_examined(agents: Agents, tasks: list[Task])
 
 
 def test_grounded_programs_are_run_and_judged(agents: Agents, tasks: list[Task]) -> None:
-    rows = GroundWorker(agents, Sampling(40, 0.1, 0.95), "executable").process(items(tasks), 0)
+    rows = GroundWorker(agents, Sampling(40, 0.1, 0.95), CriticSettings("executable")).process(items(tasks), 0)
     verdicts = [row["verdict"] for row in rows]
     assert verdicts.count("accept") > len(tasks) / 2
     assert "drop" not in verdicts  # the gold plan always means a right program

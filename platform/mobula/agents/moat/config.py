@@ -77,6 +77,15 @@ class MoatConfig:
     max_leak: float = key(0.6, "share of the gold program beyond the task that a plan may repeat", ge=0, le=1)
     critic: str = key("executable", "who judges programs", choices=KINDS)
     noise: float = key(0.0, "share of verdicts that critic=noisy flips", ge=0, le=1)
+    critic_url: str = key("", "critic=llm: OpenAI-compatible endpoint, such as http://127.0.0.1:8000/v1")
+    critic_model: str = key("", "critic=llm: name of the model there")
+    critic_key: str = key("", "critic=llm: environment variable that holds the endpoint's key; empty: none")
+
+    def problems(self) -> list[str]:
+        """Contradictions between keys."""
+        if self.critic == "llm" and not (self.critic_url and self.critic_model):
+            return ["critic=llm needs critic_url and critic_model"]
+        return []
 
 
 @dataclass

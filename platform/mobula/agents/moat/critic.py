@@ -7,15 +7,20 @@ critic drops.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from mobula.agents.language import Execution, ProgramError, execute, parse, serialise
+from mobula.agents.moat.llm_critic import LlmCritic
 from mobula.agents.worlds import Task, World
+from mobula.errors import MobulaError
 
 Verdict = Literal["accept", "correct", "drop"]
-KINDS = ("executable", "oracle", "always_accept", "always_reject", "noisy")
+KINDS = ("executable", "oracle", "always_accept", "always_reject", "noisy", "llm")
+# Critics that mean to judge; the others are there to be compared with.
+JUDGING = ("executable", "oracle", "llm")
+MOST_CANARIES = 0.1
 
 
 @dataclass(frozen=True)
@@ -40,12 +45,28 @@ class Grounding:
 Judge = Callable[[Task, str, str, Execution], tuple[Verdict, str | None, str]]
 
 
-def judge(kind: str, world: World, noise: float = 0.0, seed: int = 0) -> Judge:
-    """A critic by name: a function of task, plan, program and its execution to verdict, correction and reason.
+@dataclass(frozen=True)
+class CriticSettings:
+    """Which critic, and what it needs: see :func:`judge` and :class:`.LlmCritic`."""
+
+    kind: str
+    noise: float = 0.0
+    seed: int = 0
+    url: str = ""
+    model: str = ""
+    key_variable: str = ""
+
+
+class CriticFailed(MobulaError):
+    """A critic accepts programs that are known to be wrong."""
+
+
+def judge(settings: CriticSettings, world: World) -> Judge:
+    """A critic: a function of task, plan, program and its execution to verdict, correction and reason.
 
     ``executable``: accepts what reaches the gold answer; corrects only to what the plan itself means, and only if that
     reaches the gold answer. ``oracle``: corrects to the gold actions. ``noisy``: flips the executable critic's accept
-    and drop with probability ``noise``, by seed, task and plan.
+    and drop with probability ``noise``, by seed, task and plan. ``llm``: an endpoint's judgement.
 
     Raises:
         KeyError: for another name.
@@ -55,12 +76,35 @@ def judge(kind: str, world: World, noise: float = 0.0, seed: int = 0) -> Judge:
         "oracle": _Oracle(world),
         "always_accept": lambda task, plan, program, done: ("accept", None, "accepts everything"),
         "always_reject": lambda task, plan, program, done: ("drop", None, "rejects everything"),
-        "noisy": _Noisy(_Executable(world), noise, seed),
+        "noisy": _Noisy(_Executable(world), settings.noise, settings.seed),
+        "llm": LlmCritic(world, settings.url, settings.model, settings.key_variable),
     }
-    return critics[kind]
+    return critics[settings.kind]
 
 
-def criticise(kind: str, decide: Judge, world: World, task: Task, j: int, plan: str, program: str) -> Grounding:
+def canary_rate(settings: CriticSettings, worlds: Mapping[str, World], tasks: Sequence[Task]) -> float:
+    """The share of known-bad programs, each another task's gold program that misses this one, that are accepted.
+
+    Raises:
+        CriticFailed: if a critic that means to judge accepts more than a tenth of them.
+    """
+    accepted = bad = 0
+    for task, other in zip(tasks, [*tasks[1:], *tasks[:1]], strict=True):
+        world, program = worlds[task.family], str(other.gold_actions)
+        if world.reward(task, execute(program, world.tools())) == 1:
+            continue
+        found = criticise(settings, judge(settings, world), world, task, 0, "S1: do it", program)
+        bad += 1
+        accepted += found.verdict == "accept"
+    rate = accepted / max(1, bad)
+    if settings.kind in JUDGING and rate > MOST_CANARIES:
+        raise CriticFailed(f"critic {settings.kind} accepts {accepted} of {bad} programs that are known to be wrong")
+    return rate
+
+
+def criticise(
+    settings: CriticSettings, decide: Judge, world: World, task: Task, j: int, plan: str, program: str
+) -> Grounding:
     """Run a program and let the critic judge it; an exception of the critic drops it."""
     done = execute(program, world.tools())
     try:
@@ -69,7 +113,7 @@ def criticise(kind: str, decide: Judge, world: World, task: Task, j: int, plan: 
         verdict, correction, reason = "drop", None, f"the critic failed: {type(error).__name__}: {error}"
     used = {"accept": _canonical(program), "correct": correction, "drop": None}[verdict]
     answer = "" if done.answer is None else str(done.answer)
-    return Grounding(task.id, j, plan, program, done.status, answer, verdict, used, kind, reason)
+    return Grounding(task.id, j, plan, program, done.status, answer, verdict, used, settings.kind, reason)
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from mobula.agents.gate import Standing, decide
 from mobula.agents.language import parse
 from mobula.agents.moat.candidates import PlanSample, preferred
 from mobula.agents.moat.config import Arm, Config
+from mobula.agents.moat.critic import CriticSettings, canary_rate
 from mobula.agents.moat.preference import DpoTask, Preference, write_preferences
 from mobula.agents.moat.templates import template_of
 from mobula.agents.moat.workers import Agents, GroundWorker, PlanWorker, ProbeWorker, ScoreWorker, SolveWorker
@@ -35,6 +36,7 @@ from mobula.training import FitResult, TrainingConfig, fit, load_weights
 from mobula.training import Task as Trainable
 
 STATE, MODEL = "state.json", "model"
+CANARIES = 20  # known-bad programs an iteration
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,13 @@ class Setting:
         """A planner and a grounder in these worlds."""
         view: Any = self.config.moat.grounder_view
         return Agents(planner, grounder, self.config.tasks.seed, view)
+
+    @property
+    def critic(self) -> CriticSettings:
+        """Who judges in this arm."""
+        moat = self.config.moat
+        kind = self.arm.critic or moat.critic
+        return CriticSettings(kind, moat.noise, self.seed, moat.critic_url, moat.critic_model, moat.critic_key)
 
     @property
     def proposing(self) -> Sampling:
@@ -105,7 +114,7 @@ def moat_loop(setting: Setting) -> Loop:
         phases += [_propose(setting, "sample", setting.config.moat.samples), _score(setting), _pair(setting)]
         phases += _stage(setting, "prefer", _train_planner)
     if setting.arm.improve:
-        phases += [_propose(setting, "plans", setting.config.moat.plans_per_task), _ground(setting)]
+        phases += [_canaries(setting), _propose(setting, "plans", setting.config.moat.plans_per_task), _ground(setting)]
         phases += _stage(setting, "improve", _train_grounder)
     decides = [identity(setting.config), asdict(setting.arm), setting.seed]
     return Loop(digest(decides), start, phases, lambda history, iteration: _row(setting, history, iteration))
@@ -212,6 +221,17 @@ def _pair(setting: Setting) -> Phase:
     return Step("pair", run)
 
 
+def _canaries(setting: Setting) -> Phase:
+    """Known-bad programs before the critic, other ones in every iteration."""
+
+    def run(context: Context) -> Row:
+        every = list(setting.tasks["align"])
+        tasks = random.Random(context.seed).sample(every, min(CANARIES, len(every)))
+        return {"canary_rate": canary_rate(setting.critic, setting.worlds, tasks)}
+
+    return Step("canaries", run)
+
+
 def _ground(setting: Setting) -> Phase:
     """Programs for the standing planner's plans, judged."""
     by_id = {task.id: task for task in setting.tasks["align"]}
@@ -225,7 +245,7 @@ def _ground(setting: Setting) -> Phase:
         state = State.latest(context.history)
         agents = setting.agents(state.planner, state.grounder)
         sampling = Sampling(moat.max_program, moat.ground_temperature, moat.top_p)
-        return GroundWorker(agents, sampling, setting.arm.critic or moat.critic, moat.noise, setting.seed)
+        return GroundWorker(agents, sampling, setting.critic)
 
     return Sharded("ground", items, worker, size=64)
 
@@ -393,6 +413,7 @@ def _row(setting: Setting, history: History, iteration: int) -> Row:
         gates.append("prefer")
     if setting.arm.improve:
         verdicts = [grounding["verdict"] for grounding in history.rows("ground")]
+        row |= history.facts("canaries")
         row |= {f"critic_{v}": verdicts.count(v) / max(1, len(verdicts)) for v in ("accept", "correct", "drop")}
         gates.append("improve")
     outcomes = [

@@ -83,7 +83,7 @@ def _family_table(found: Findings, agents: Sequence[str]) -> list[list[Any]]:
 
 def _iterations(found: Findings) -> list[list[Any]]:
     names = ("J", "dev_success", "n_pairs", "margin", "chosen_lp_shift", "dup_rate", "parse_rate", "leak_rate",
-             "critic_accept", "critic_correct", "critic_drop")  # fmt: skip
+             "critic_accept", "critic_correct", "critic_drop", "canary_rate")  # fmt: skip
     rows: list[list[Any]] = [["arm", "iteration", *names]]
     for arm in found.config.arms:
         runs = [outcomes[arm].rows for outcomes in found.outcomes]

@@ -14,7 +14,7 @@ from mobula.agents.language import Tool
 from mobula.agents.worlds import Task
 from mobula.models.causal import CausalModel
 
-VERSIONS = {"plan": "plan.v1", "ground": "ground.v1"}
+VERSIONS = {"plan": "plan.v1", "ground": "ground.v1", "critic": "critic.v1"}
 View = Literal["full", "plan_only"]
 PLAN_SYSTEM = (
     "You plan; another agent acts. Turn the task into numbered steps, one per line, S1:, S2:, ... Say what each step "

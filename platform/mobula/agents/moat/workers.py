@@ -13,7 +13,7 @@ from typing import Any
 
 from mobula.agents.language import execute
 from mobula.agents.moat.candidates import PlanSample, examined, leak
-from mobula.agents.moat.critic import criticise, judge
+from mobula.agents.moat.critic import CriticSettings, criticise, judge
 from mobula.agents.moat.templates import Template, View, template_of
 from mobula.agents.worlds import Task, World, build_worlds, read_plan
 from mobula.alternation import Row, seed_of
@@ -154,9 +154,7 @@ class GroundWorker:
 
     agents: Agents
     sampling: Sampling
-    critic: str
-    noise: float = 0.0
-    critic_seed: int = 0
+    critic: CriticSettings
 
     def process(self, items: Sequence[Row], seed: int) -> Sequence[Row]:
         """As :class:`mobula.alternation.Worker`."""
@@ -168,7 +166,7 @@ class GroundWorker:
         rows = []
         for item, task, plan, program in zip(items, tasks, plans, programs, strict=True):
             world = self.agents.worlds[task.family]
-            decide = judge(self.critic, world, self.noise, self.critic_seed)
+            decide = judge(self.critic, world)
             rows.append(asdict(criticise(self.critic, decide, world, task, item["j"], plan, program)))
         return rows
 
