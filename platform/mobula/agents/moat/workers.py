@@ -185,11 +185,9 @@ class SolveWorker:
     def process(self, items: Sequence[Row], seed: int) -> Sequence[Row]:
         """As :class:`mobula.alternation.Worker`; nothing is drawn."""
         tasks = [read_task(item["task"]) for item in items]
-        nothing = [0] * len(items)
         with one_thread():
-            written = self.agents.plans(tasks, Sampling(self.max_plan, GREEDY), nothing)
-            plans = [item.get("plan") or text for item, (text, _, _) in zip(items, written, strict=True)]
-            programs = self.agents.programs(tasks, plans, Sampling(self.max_program, GREEDY), nothing)
+            plans = self._plans(items, tasks)
+            programs = self.agents.programs(tasks, plans, Sampling(self.max_program, GREEDY), [0] * len(items))
         rows = []
         for task, plan, program in zip(tasks, plans, programs, strict=True):
             world = self.agents.worlds[task.family]
@@ -200,6 +198,14 @@ class SolveWorker:
                  "reward": reward, "success": float(reward == 1), "valid": world.ground_plan(plan) is not None}
             )  # fmt: skip
         return rows
+
+    def _plans(self, items: Sequence[Row], tasks: Sequence[Task]) -> list[str]:
+        """The given plans, and the planner's where none is given."""
+        own = [i for i, item in enumerate(items) if not item.get("plan")]
+        sampling = Sampling(self.max_plan, GREEDY)
+        written = self.agents.plans([tasks[i] for i in own], sampling, [0] * len(own)) if own else []
+        found = {i: text for i, (text, _, _) in zip(own, written, strict=True)}
+        return [found.get(i) or str(item.get("plan") or "") for i, item in enumerate(items)]
 
 
 def read_task(row: Mapping[str, Any]) -> Task:
