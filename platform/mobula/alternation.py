@@ -28,7 +28,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from mobula.artifacts import write_json, write_text
+from mobula.artifacts import read_jsonl, write_json, write_jsonl
 from mobula.cluster.connect import check_resources, connect
 from mobula.cluster.resources import WorkerResources
 from mobula.cluster.spec import ClusterSpec, Train
@@ -71,7 +71,7 @@ class History:
         """
         directory = self._need(phase)
         shards = range(_read(directory / DONE)["shards"])
-        return [row for shard in shards for row in _read_rows(directory / _shard_file(shard))]
+        return [row for shard in shards for row in read_jsonl(directory / _shard_file(shard))]
 
     def facts(self, phase: str) -> Row:
         """What the last phase of this name returned or, of a sharded phase, its number of items and rows.
@@ -195,7 +195,7 @@ def run(
     directory.mkdir(parents=True, exist_ok=True)
     _claim(directory, loop, seed)
     history = History(directory)
-    rows = _read_rows(directory / ROWS) if (directory / ROWS).is_file() else []
+    rows = read_jsonl(directory / ROWS) if (directory / ROWS).is_file() else []
     with _pool(config, cluster) as pool:
         for iteration in range(config.iterations + 1):
             ended = _ended(rows, config)
@@ -211,7 +211,7 @@ def run(
                 continue
             row = {"iteration": iteration, **loop.measure(history, iteration), "seconds": round(seconds, 3)}
             rows.append(row)
-            write_text(directory / ROWS, "".join(json.dumps(row) + "\n" for row in rows))
+            write_jsonl(directory / ROWS, rows)
             if progress:
                 progress(row)
     return _outcome(rows, config, _ended(rows, config) or "iterations", history)
@@ -287,11 +287,11 @@ def _run_shards(phase: Sharded, context: Context, pool: _Pool) -> tuple[Row, int
         tasks = [(shard, parts[shard], seed_of(context.seed, shard)) for shard in missing]
         told = time.monotonic()
         for done, (shard, rows) in enumerate(pool.process(phase.worker(context), tasks), 1):
-            _write_rows(files[shard], rows)
+            write_jsonl(files[shard], rows)
             if time.monotonic() - told > PROGRESS_S:
                 told = time.monotonic()
                 log.info("%s: %d of %d shards", phase.name, len(files) - len(missing) + done, len(files))
-    written = sum(len(_read_rows(file)) for file in files)
+    written = sum(len(read_jsonl(file)) for file in files)
     return {"items": len(items), "rows": written}, len(files)
 
 
@@ -299,8 +299,8 @@ def _inputs(phase: Sharded, context: Context) -> list[Row]:
     """The phase's items, as they were when it first began."""
     path = context.directory / INPUTS
     if not path.is_file():
-        _write_rows(path, phase.items(context))
-    return _read_rows(path)
+        write_jsonl(path, phase.items(context))
+    return read_jsonl(path)
 
 
 Task = tuple[int, list[Row], int]
@@ -397,15 +397,6 @@ def _pool(config: AlternationConfig, cluster: ClusterSpec | None) -> Iterator[_P
 
 def _shard_file(shard: int) -> str:
     return f"shard-{shard:05}.jsonl"
-
-
-def _write_rows(path: Path, rows: Sequence[Row]) -> None:
-    write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
-
-
-def _read_rows(path: Path) -> list[Row]:
-    with path.open(encoding="utf-8") as stream:
-        return [json.loads(line) for line in stream]
 
 
 def _read(path: Path) -> Row:

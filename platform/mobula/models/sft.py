@@ -5,7 +5,6 @@ Rows are prompt and target as token ids, put together as they are; the loss is o
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mobula.artifacts import sha256, write_text
+from mobula.artifacts import read_jsonl, sha256, write_jsonl
 from mobula.config import digest
 from mobula.models.causal import CausalModel
 
@@ -26,13 +25,12 @@ Pair = tuple[list[int], list[int]]
 
 def write_pairs(path: Path, pairs: Iterable[tuple[Sequence[int], Sequence[int]]]) -> None:
     """Write (prompt, target) pairs of token ids as JSON lines."""
-    write_text(path, "".join(json.dumps([list(prompt), list(target)]) + "\n" for prompt, target in pairs))
+    write_jsonl(path, ([list(prompt), list(target)] for prompt, target in pairs))
 
 
 def read_pairs(path: Path) -> list[Pair]:
     """What :func:`write_pairs` wrote."""
-    with path.open(encoding="utf-8") as stream:
-        return [tuple(json.loads(line)) for line in stream]  # type: ignore[misc]
+    return [(prompt, target) for prompt, target in read_jsonl(path)]
 
 
 @dataclass

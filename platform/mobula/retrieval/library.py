@@ -16,7 +16,7 @@ from safetensors.numpy import load_file, save_file
 from safetensors.torch import save_file as save_tensors
 from torch import nn
 
-from mobula.artifacts import Artifact, open_artifact, write_json, write_text
+from mobula.artifacts import Artifact, open_artifact, read_jsonl, write_json, write_jsonl
 from mobula.data.records import Document, Query
 from mobula.data.views import body
 from mobula.models.encoders import TextEncoder, load_encoder
@@ -262,14 +262,3 @@ def _query(row: dict[str, Any]) -> Query:
     grades = row["grades"]
     taken_from = row.get("source_doc")
     return Query(row["id"], row["text"], tuple(row["gold"]), None if grades is None else tuple(grades), taken_from)
-
-
-def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Write JSON lines."""
-    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-
-
-def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """What :func:`write_jsonl` wrote."""
-    # Not splitlines(): a document may hold a line separator that JSON leaves as it is.
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]

@@ -7,7 +7,6 @@ things in :mod:`.loop`.
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -23,7 +22,7 @@ from mobula.agents.moat.trial import train_trial
 from mobula.agents.moat.workers import SolveWorker
 from mobula.agents.worlds import Task
 from mobula.alternation import Row
-from mobula.artifacts import write_text
+from mobula.artifacts import read_jsonl, write_jsonl
 from mobula.config import digest
 from mobula.experiment import DataFacts, Report, Run
 
@@ -122,6 +121,5 @@ def _rows(path: Path, worker: SolveWorker, items: Sequence[Row]) -> list[Row]:
         rows: list[Row] = []
         for at in range(0, len(items), SHARD):
             rows += worker.process(items[at : at + SHARD], 0)
-        write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
-    with path.open(encoding="utf-8") as stream:
-        return [json.loads(line) for line in stream]
+        write_jsonl(path, rows)
+    return read_jsonl(path)

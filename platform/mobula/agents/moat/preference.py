@@ -6,7 +6,6 @@ computed once, when the pairs are made, and stored with them.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -16,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mobula.artifacts import sha256, write_text
+from mobula.artifacts import read_jsonl, sha256, write_jsonl
 from mobula.config import digest
 from mobula.models.causal import CausalModel
 from mobula.models.sft import collate, target_log_probs
@@ -35,16 +34,14 @@ class Preference:
 
 def write_preferences(path: Path, preferences: Sequence[Preference]) -> None:
     """Write pairs as JSON lines."""
-    write_text(path, "".join(json.dumps(asdict(preference)) + "\n" for preference in preferences))
+    write_jsonl(path, (asdict(preference) for preference in preferences))
 
 
 def read_preferences(path: Path) -> list[Preference]:
     """What :func:`write_preferences` wrote."""
-    with path.open(encoding="utf-8") as stream:
-        rows = [json.loads(line) for line in stream]
     return [
         Preference(tuple(r["prompt"]), tuple(r["chosen"]), tuple(r["rejected"]), r["ref_chosen"], r["ref_rejected"])
-        for r in rows
+        for r in read_jsonl(path)
     ]
 
 

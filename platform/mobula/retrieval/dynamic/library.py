@@ -11,7 +11,7 @@ from pathlib import Path
 from safetensors.numpy import load_file, save_file
 
 from mobula import artifacts
-from mobula.artifacts import Artifact, write_json
+from mobula.artifacts import Artifact, read_jsonl, write_json, write_jsonl
 from mobula.config import build
 from mobula.data.records import Document
 from mobula.models.text import load_static
@@ -25,7 +25,7 @@ from mobula.retrieval.dynamic.fitting import Trained, multi_name
 from mobula.retrieval.dynamic.multi import MultiConfig, MultiDocidRetriever
 from mobula.retrieval.dynamic.prepare import Sessions
 from mobula.retrieval.fitting import Fitted, load_arm
-from mobula.retrieval.library import Library, read_jsonl, write_jsonl
+from mobula.retrieval.library import Library
 from mobula.retrieval.ngrams.retriever import load as load_ngrams
 from mobula.retrieval.prepare import make_inputs
 from mobula.retrieval.search import Retriever
