@@ -144,3 +144,8 @@ def tune_environment() -> None:
 def api_key() -> str | None:
     """The key of the HTTP endpoints (MOBULA_API_KEY), or None."""
     return os.environ.get("MOBULA_API_KEY") or None
+
+
+def secret(variable: str) -> str | None:
+    """The key of somebody's endpoint, in the variable that a config names; None if it is not set."""
+    return os.environ.get(variable) or None

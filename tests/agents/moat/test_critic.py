@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import ClassVar
 
@@ -116,9 +117,11 @@ class Endpoint(BaseHTTPRequestHandler):
 
     replies: ClassVar[list[tuple[str, str]]] = []
     asked: ClassVar[list[dict]] = []
+    keys: ClassVar[list[str | None]] = []
 
     def do_POST(self) -> None:
         self.asked.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+        self.keys.append(self.headers["Authorization"])
         content, ended = self.replies.pop(0)
         body = json.dumps({"choices": [{"message": {"content": content}, "finish_reason": ended}]}).encode()
         self.send_response(200)
@@ -171,6 +174,20 @@ def test_an_endpoint_judges_and_its_failures_drop(
     assert not Endpoint.replies
     assert all(asked["max_tokens"] >= 1024 for asked in Endpoint.asked)
     assert task.text in Endpoint.asked[0]["messages"][1]["content"]
+
+
+def test_the_endpoint_gets_its_key_and_nobody_else_does(
+    worlds: dict[str, World], tasks: list[Task], endpoint: CriticSettings
+) -> None:
+    settings = replace(endpoint, key="s3cret")
+    accept = (json.dumps({"verdict": "accept"}), "stop")
+    Endpoint.replies[:] = [accept, accept]
+    Endpoint.keys.clear()
+    world = worlds[tasks[0].family]
+    for critic in (settings, endpoint):
+        criticise(critic, judge(critic, world), world, tasks[0], 0, "S1: x", "R1 = Calc(1)")
+    assert Endpoint.keys == ["Bearer s3cret", None]
+    assert "s3cret" not in repr(settings) + repr(judge(settings, world))
 
 
 def test_an_endpoint_that_is_not_there_drops(worlds: dict[str, World], tasks: list[Task]) -> None:

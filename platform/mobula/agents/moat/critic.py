@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from mobula.agents.language import Execution, ProgramError, execute, parse, serialise
@@ -54,7 +54,7 @@ class CriticSettings:
     seed: int = 0
     url: str = ""
     model: str = ""
-    key_variable: str = ""
+    key: str = field(default="", repr=False)
 
 
 class CriticFailed(MobulaError):
@@ -77,7 +77,7 @@ def judge(settings: CriticSettings, world: World) -> Judge:
         "always_accept": lambda task, plan, program, done: ("accept", None, "accepts everything"),
         "always_reject": lambda task, plan, program, done: ("drop", None, "rejects everything"),
         "noisy": _Noisy(_Executable(world), settings.noise, settings.seed),
-        "llm": LlmCritic(world, settings.url, settings.model, settings.key_variable),
+        "llm": LlmCritic(world, settings.url, settings.model, settings.key),
     }
     return critics[settings.kind]
 

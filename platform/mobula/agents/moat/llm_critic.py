@@ -7,9 +7,8 @@ raises drops the program.
 from __future__ import annotations
 
 import json
-import os
 import urllib.request
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from mobula.agents.language import Execution, execute, show
@@ -31,12 +30,12 @@ class CriticError(MobulaError):
 
 @dataclass(frozen=True)
 class LlmCritic:
-    """Asks ``model`` at ``url`` (``.../v1``); ``key_variable`` names the environment variable with the key, if any."""
+    """Asks ``model`` at ``url`` (``.../v1``); ``key`` is the endpoint's, if it wants one."""
 
     world: World
     url: str
     model: str
-    key_variable: str = ""
+    key: str = field(default="", repr=False)
     timeout: float = 120.0
 
     def __call__(self, task: Task, plan: str, program: str, done: Execution) -> tuple[Any, str | None, str]:
@@ -76,8 +75,8 @@ class LlmCritic:
     def _ask(self, turns: list[dict[str, str]]) -> str:
         body = {"model": self.model, "messages": turns, "max_tokens": MAX_TOKENS, "temperature": 0.1}
         headers = {"Content-Type": "application/json"}
-        if self.key_variable:
-            headers["Authorization"] = f"Bearer {os.environ.get(self.key_variable, '')}"
+        if self.key:
+            headers["Authorization"] = f"Bearer {self.key}"
         request = urllib.request.Request(f"{self.url}/chat/completions", json.dumps(body).encode(), headers)
         try:
             with urllib.request.urlopen(request, timeout=self.timeout) as response:

@@ -29,6 +29,8 @@ from mobula.agents.worlds import GROUNDER_STYLES, PLANNER_STYLES, Task, World
 from mobula.alternation import Context, History, Loop, Phase, Row, Sharded, Step, seed_of
 from mobula.artifacts import write_json
 from mobula.config import digest
+from mobula.environment import secret
+from mobula.errors import ConfigError
 from mobula.experiment import identity
 from mobula.models.causal import CausalModel, Sampling
 from mobula.models.sft import Pair, SftTask, write_pairs
@@ -61,7 +63,14 @@ class Setting:
         """Who judges in this arm."""
         moat = self.config.moat
         kind = self.arm.critic or moat.critic
-        return CriticSettings(kind, moat.noise, self.seed, moat.critic_url, moat.critic_model, moat.critic_key)
+        return CriticSettings(kind, moat.noise, self.seed, moat.critic_url, moat.critic_model, self._critic_key())
+
+    def _critic_key(self) -> str:
+        variable = self.config.moat.critic_key
+        key = secret(variable) if variable else ""
+        if key is None:
+            raise ConfigError(f"moat.critic_key: the environment variable {variable} is not set")
+        return key
 
     @property
     def proposing(self) -> Sampling:
@@ -235,7 +244,7 @@ def _canaries(setting: Setting) -> Phase:
 def _ground(setting: Setting) -> Phase:
     """Programs for the standing planner's plans, judged."""
     by_id = {task.id: task for task in setting.tasks["align"]}
-    moat = setting.config.moat
+    moat, critic = setting.config.moat, setting.critic
 
     def items(context: Context) -> list[Row]:
         usable = _usable(setting, context.history, "plans")
@@ -245,7 +254,7 @@ def _ground(setting: Setting) -> Phase:
         state = State.latest(context.history)
         agents = setting.agents(state.planner, state.grounder)
         sampling = Sampling(moat.max_program, moat.ground_temperature, moat.top_p)
-        return GroundWorker(agents, sampling, setting.critic)
+        return GroundWorker(agents, sampling, critic)
 
     return Sharded("ground", items, worker, size=64)
 
