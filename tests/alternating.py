@@ -47,6 +47,14 @@ class Scorer:
         return [{**item, "score": -((item["x"] - item["m"]) ** 2)} for item in items]
 
 
+@dataclass
+class Who:
+    """Tells in which process an item was worked on."""
+
+    def process(self, items: Sequence[Row], seed: int) -> Sequence[Row]:
+        return [{"pid": os.getpid()} for _ in items]
+
+
 def mean(history: History) -> float:
     """The present mean."""
     return json.loads((history.latest("move") / "mean.json").read_text())

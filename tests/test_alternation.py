@@ -13,7 +13,19 @@ from pathlib import Path
 
 import pytest
 
-from mobula.alternation import AlternationConfig, History, Loop, Row, Sharded, Step, best_iteration, run, seed_of
+from mobula.alternation import (
+    AlternationConfig,
+    Context,
+    History,
+    Loop,
+    Row,
+    Sharded,
+    Step,
+    best_iteration,
+    run,
+    seed_of,
+    workers,
+)
 from mobula.errors import ClusterError, RunConflict
 from tests import alternating
 from tests.alternating import DATA, gaussian
@@ -114,6 +126,30 @@ def test_actors_give_the_same_rows_and_a_lost_one_is_replaced(whole: list[Row], 
         run(gaussian(tmp_path / "again"), replace(config, max_failures=0), tmp_path / "none", seed=1)
 
 
+def test_loops_share_the_actors_of_a_pool_and_training_finds_every_cpu(whole: list[Row], tmp_path: Path) -> None:
+    config = replace(CONFIG, actors=2)
+    processes: set[int] = set()
+    free: list[float] = []
+
+    def look(_: Context) -> Row:
+        import ray
+
+        time.sleep(0.5)  # Ray counts what is free now and then
+        free.append(ray.available_resources()["CPU"] / ray.cluster_resources()["CPU"])
+        return {}
+
+    loop = Loop("pids", [], [Sharded("who", lambda _: [{}] * 8, lambda _: alternating.Who(), 1), Step("look", look)],
+                lambda *_: {})  # fmt: skip
+    with workers(config, None) as pool:
+        for number in range(2):
+            outcome = run(loop, replace(config, iterations=2), tmp_path / str(number), seed=1, pool=pool)
+            processes |= {row["pid"] for row in outcome.history.rows("who")}
+        assert results(run(gaussian(), config, tmp_path / "other", seed=1, pool=pool).rows) == results(whole)
+    assert len(processes) <= 2
+    assert os.getpid() not in processes
+    assert free == [1.0] * 4
+
+
 def test_another_loop_or_seed_is_refused(tmp_path: Path) -> None:
     run(gaussian(), replace(CONFIG, iterations=1), tmp_path, seed=1)
     with pytest.raises(RunConflict, match="seed differ"):
@@ -164,7 +200,7 @@ def test_a_metric_that_is_not_a_number_is_never_the_best() -> None:
 
 def test_what_stood_at_an_earlier_iteration_can_be_had(tmp_path: Path) -> None:
     outcome = run(gaussian(), CONFIG, tmp_path, seed=1)
-    assert [alternating.mean(outcome.at(i)) for i in range(4)] == [row["mean"] for row in outcome.rows]
+    assert [alternating.mean(outcome.history.until(i)) for i in range(4)] == [row["mean"] for row in outcome.rows]
     with pytest.raises(KeyError, match="has not run yet"):
         History(tmp_path).facts("move")
 

@@ -63,6 +63,18 @@ class History:
         """The directory of the last finished phase of this name."""
         return next((directory for _, name, directory in reversed(self.finished) if name == phase), None)
 
+    def until(self, iteration: int) -> History:
+        """What stood at the end of an iteration: later phases are left out."""
+        return History(self.root, [entry for entry in self.finished if entry[0] <= iteration])
+
+    def only(self, iteration: int) -> History:
+        """What the phases of one iteration left."""
+        return History(self.root, [entry for entry in self.finished if entry[0] == iteration])
+
+    def ran(self, phase: str) -> bool:
+        """Whether a phase of this name has finished."""
+        return self.latest(phase) is not None
+
     def rows(self, phase: str) -> list[Row]:
         """Every row that the last phase of this name wrote, in the order of its inputs.
 
@@ -169,11 +181,6 @@ class Outcome:
     ended: str
     history: History
 
-    def at(self, iteration: int) -> History:
-        """What stood at the end of an iteration: later phases are left out."""
-        kept = [entry for entry in self.history.finished if entry[0] <= iteration]
-        return History(self.history.root, kept)
-
 
 def run(
     loop: Loop,
@@ -182,10 +189,12 @@ def run(
     *,
     seed: int,
     cluster: ClusterSpec | None = None,
+    pool: Pool | None = None,
     progress: Callable[[Row], None] | None = None,
 ) -> Outcome:
     """Run the loop in ``directory``, or go on where an interrupted call stopped.
 
+    ``pool`` is who works on shards, for callers that run several loops; without it the loop has its own.
     ``progress`` is called with the row of every iteration that this call finished.
 
     Raises:
@@ -196,7 +205,7 @@ def run(
     _claim(directory, loop, seed)
     history = History(directory)
     rows = read_jsonl(directory / ROWS) if (directory / ROWS).is_file() else []
-    with _pool(config, cluster) as pool:
+    with contextlib.nullcontext(pool) if pool else workers(config, cluster) as staff:
         for iteration in range(config.iterations + 1):
             ended = _ended(rows, config)
             if ended and iteration >= len(rows):
@@ -205,7 +214,7 @@ def run(
             for number, phase in enumerate(loop.phases if iteration else loop.start):
                 place = directory / f"iteration-{iteration:03}" / f"{number:02}-{phase.name}"
                 context = Context(place, iteration, seed_of(seed, iteration, phase.name), history, cluster)
-                seconds += _run_phase(phase, context, pool)
+                seconds += _run_phase(phase, context, staff)
                 history.finished.append((iteration, phase.name, place))
             if iteration < len(rows):
                 continue
@@ -266,19 +275,23 @@ def _claim(directory: Path, loop: Loop, seed: int) -> None:
         raise RunConflict(f"{directory}: holds another loop ({', '.join(changed)} differ); use another directory")
 
 
-def _run_phase(phase: Phase, context: Context, pool: _Pool) -> float:
+def _run_phase(phase: Phase, context: Context, pool: Pool) -> float:
     """Run a phase unless it is finished; the seconds it took."""
     path = context.directory / DONE
     if not path.is_file():
         context.directory.mkdir(parents=True, exist_ok=True)
         log.info("iteration %d: %s", context.iteration, phase.name)
         began = time.monotonic()
-        facts, shards = _run_shards(phase, context, pool) if isinstance(phase, Sharded) else (phase.run(context), 0)
+        if isinstance(phase, Sharded):
+            facts, shards = _run_shards(phase, context, pool)
+        else:
+            pool.rest()
+            facts, shards = phase.run(context), 0
         write_json(path, {"facts": facts, "shards": shards, "seconds": round(time.monotonic() - began, 3)})
     return _read(path)["seconds"]
 
 
-def _run_shards(phase: Sharded, context: Context, pool: _Pool) -> tuple[Row, int]:
+def _run_shards(phase: Sharded, context: Context, pool: Pool) -> tuple[Row, int]:
     items = _inputs(phase, context)
     parts = [items[start : start + phase.size] for start in range(0, len(items), phase.size)]
     files = [context.directory / _shard_file(shard) for shard in range(len(parts))]
@@ -306,14 +319,20 @@ def _inputs(phase: Sharded, context: Context) -> list[Row]:
 Task = tuple[int, list[Row], int]
 
 
-class _Pool(Protocol):
+class Pool(Protocol):
     """Who works on shards: yields (shard, rows) as they are finished, in any order."""
 
     def process(self, worker: Worker, tasks: Sequence[Task]) -> Iterator[tuple[int, Sequence[Row]]]: ...
 
+    def rest(self) -> None:
+        """Nobody is needed for a while: hand back what training may want."""
+
 
 class _Here:
     """Works in this process."""
+
+    def rest(self) -> None:
+        """There is nothing to hand back."""
 
     def process(self, worker: Worker, tasks: Sequence[Task]) -> Iterator[tuple[int, Sequence[Row]]]:
         for shard, items, seed in tasks:
@@ -321,34 +340,43 @@ class _Here:
 
 
 class _Actors:
-    """Works on Ray actors. One that is lost is replaced, and its shard given out anew."""
+    """Works on Ray actors, which live as long as the pool. A lost one is replaced, and its shard given out anew."""
 
     def __init__(self, resources: WorkerResources, max_failures: int) -> None:
         self.resources = resources
         self.max_failures = max_failures
+        self.actors: list[Any] = []
 
     def process(self, worker: Worker, tasks: Sequence[Task]) -> Iterator[tuple[int, Sequence[Row]]]:
         import ray
 
-        shared = ray.put(worker)
-        actors = [self._start(shared) for _ in range(min(self.resources.workers, len(tasks)))]
-        try:
-            yield from self._process(shared, actors, list(reversed(tasks)))
-        finally:
-            for actor in actors:
-                ray.kill(actor)
+        shared = [ray.put(worker)]  # in a list, so that an actor fetches it once and not with every shard
+        wanted = min(self.resources.workers, len(tasks))
+        self.actors += [self._start() for _ in range(wanted - len(self.actors))]
+        return self._process(shared, list(reversed(tasks)))
 
-    def _process(self, worker: Any, actors: list[Any], waiting: list[Task]) -> Iterator[tuple[int, Sequence[Row]]]:
-        """``actors`` is kept up to date: a lost one is replaced in it."""
+    def rest(self) -> None:
+        """End actors that hold GPUs; an actor that does nothing holds no CPU."""
+        if self.resources.gpus:
+            self.close()
+
+    def close(self) -> None:
+        """End the actors."""
+        import ray
+
+        while self.actors:
+            ray.kill(self.actors.pop())
+
+    def _process(self, shared: list[Any], waiting: list[Task]) -> Iterator[tuple[int, Sequence[Row]]]:
         import ray
         from ray.exceptions import RayActorError
 
         running: dict[Any, tuple[Task, Any]] = {}
-        idle, lost = list(actors), 0
+        idle, lost = list(self.actors), 0
         while waiting or running:
             while waiting and idle:
                 task, actor = waiting.pop(), idle.pop()
-                running[actor.process.remote(task[1], task[2])] = (task, actor)
+                running[actor.process.remote(shared, task[1], task[2])] = (task, actor)
             (ready,), _ = ray.wait(list(running), num_returns=1)
             task, actor = running.pop(ready)
             try:
@@ -359,31 +387,44 @@ class _Actors:
                     reason = f"{lost} actors were lost, the last on shard {task[0]}: {' '.join(str(error).split())}"
                     raise ClusterError(reason[:400]) from error
                 log.warning("an actor was lost on shard %d; another one takes it", task[0])
-                actors.remove(actor)
-                actors.append(self._start(worker))
+                self.actors.remove(actor)
+                self.actors.append(self._start())
                 waiting.append(task)
-                idle.append(actors[-1])
+                idle.append(self.actors[-1])
                 continue
             idle.append(actor)
             yield task[0], rows
 
-    def _start(self, worker: Any) -> Any:
+    def _start(self) -> Any:
         import ray
 
-        options = {"num_cpus": self.resources.cpus, "num_gpus": self.resources.gpus}
-        return ray.remote(_Actor).options(**options).remote(worker)
+        # An actor that names no resource needs a free CPU to start and then holds none: training finds them all.
+        needs = {"num_gpus": self.resources.gpus} if self.resources.gpus else {}
+        return ray.remote(_Actor).options(scheduling_strategy="SPREAD", **needs).remote()
 
 
 class _Actor:
-    def __init__(self, worker: Worker) -> None:
-        self.worker = worker
+    """Keeps the worker that it was given last, with all that this one has opened."""
 
-    def process(self, items: Sequence[Row], seed: int) -> Sequence[Row]:
+    def __init__(self) -> None:
+        self.shared: Any = None
+        self.worker: Worker | None = None
+
+    def process(self, shared: list[Any], items: Sequence[Row], seed: int) -> Sequence[Row]:
+        import ray
+
+        if self.worker is None or shared[0] != self.shared:
+            self.shared, self.worker = shared[0], ray.get(shared[0])
         return self.worker.process(items, seed)
 
 
 @contextlib.contextmanager
-def _pool(config: AlternationConfig, cluster: ClusterSpec | None) -> Iterator[_Pool]:
+def workers(config: AlternationConfig, cluster: ClusterSpec | None) -> Iterator[Pool]:
+    """Who works on shards within the block: this process, or Ray actors that start when they are first needed.
+
+    Raises:
+        ClusterError: the cluster cannot give the actors what they need.
+    """
     train = cluster.platform.train if cluster else Train(workers=0)
     count = train.workers if config.actors is None else config.actors
     if count == 0:
@@ -392,7 +433,11 @@ def _pool(config: AlternationConfig, cluster: ClusterSpec | None) -> Iterator[_P
     with connect():
         resources = WorkerResources(count, train.cpus_per_worker, train.gpus_per_worker)
         check_resources(resources)
-        yield _Actors(resources, config.max_failures)
+        actors = _Actors(resources, config.max_failures)
+        try:
+            yield actors
+        finally:
+            actors.close()
 
 
 def _shard_file(shard: int) -> str:

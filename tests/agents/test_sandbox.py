@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from mobula.agents.sandbox import Limits, Sandbox, SandboxError, Step
+from mobula.agents.sandbox import Limits, Sandbox, SandboxError, Step, Workshop
 from mobula.agents.worlds import build_worlds, generate
 
 HOSTILE = "tests.agents.hostile:tools"
@@ -20,7 +20,7 @@ LIMITS = Limits(seconds=1.0, memory_mb=64)
 
 @pytest.fixture(scope="module")
 def sandbox() -> Iterator[Sandbox]:
-    with Sandbox(HOSTILE, {"greeting": "good day"}, LIMITS) as opened:
+    with Workshop(HOSTILE, {"greeting": "good day"}, LIMITS) as workshop, workshop.open() as opened:
         yield opened
 
 
@@ -61,8 +61,8 @@ def test_what_needs_the_system_is_refused(sandbox: Sandbox, attempt: str) -> Non
         ("recurse", "recursion"),
         ("loop", "no reply within 1 s"),
         ("shout", "longer than 65536 bytes"),
-        ("crash", "ended with code -11"),
-        ("leave", "ended with code 3"),
+        ("crash", "process ended"),
+        ("leave", "process ended"),
     ],
 )
 def test_what_uses_too_much_is_stopped(sandbox: Sandbox, attempt: str, reason: str) -> None:
@@ -79,12 +79,12 @@ def test_the_worlds_work_inside(family: str) -> None:
     world = build_worlds(0)[family]
     tasks = generate({family: world}, {"test_in": 5}, seed=0)["test_in"]
     try:
-        sandbox = Sandbox("mobula.agents.worlds:tools", {"family": family, "seed": 0})
+        workshop = Workshop("mobula.agents.worlds:tools", {"family": family, "seed": 0})
     except SandboxError as error:
         if "ModelError" in str(error):
             pytest.skip(str(error))
         raise
-    with sandbox:
+    with workshop, workshop.open() as sandbox:
         for task in tasks:
             steps = [sandbox.step(line) for line in str(task.gold_actions).splitlines()]
             assert steps[-1] == Step("ok", task.answer)
@@ -107,27 +107,57 @@ def test_results_of_a_stopped_process_are_gone(sandbox: Sandbox) -> None:
 
 def test_the_environment_does_not_reach_the_tools(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MOBULA_SECRET", "x")
-    with Sandbox(HOSTILE, {}, LIMITS) as sandbox:
-        assert sandbox._process is not None
-        assert b"MOBULA_SECRET" not in Path(f"/proc/{sandbox._process.pid}/environ").read_bytes()
+    with Workshop(HOSTILE, {}, LIMITS) as workshop, workshop.open() as sandbox:
+        assert b"MOBULA_SECRET" not in Path(f"/proc/{sandbox.pid}/environ").read_bytes()
+
+
+def test_conversations_are_apart_and_open_fast() -> None:
+    with Workshop(HOSTILE, {}, LIMITS) as workshop:
+        started = time.monotonic()
+        with workshop.open() as first, workshop.open() as second:
+            assert time.monotonic() - started < 1
+            assert first.pid != second.pid
+            first.step("R1 = add(1)")
+            assert second.step("R2 = add(R1)").status == "unbound_variable"
+            assert first.step("R2 = loop()").status == "limit"
+            assert works(first) and works(second)
+        for _ in range(50):
+            with workshop.open() as sandbox:
+                assert sandbox.step("R1 = add(1)") == Step("ok", "2")
+        descriptors = len(os.listdir(f"/proc/{workshop._process.pid}/fd"))
+        assert descriptors < 12  # nothing of a conversation stays behind
+
+
+def test_a_closed_workshop_ends_its_sandboxes() -> None:
+    workshop = Workshop(HOSTILE, {}, LIMITS)
+    sandbox = workshop.open()
+    workshop.close()
+    gone(sandbox.pid)
+    with pytest.raises(SandboxError, match="did not start"):
+        sandbox.step("R1 = add(1)")
 
 
 def test_tools_that_cannot_be_built_are_an_error_with_the_reason() -> None:
     with pytest.raises(SandboxError, match=r"did not start: .*no_such_module"):
-        Sandbox("no_such_module:tools", {}, LIMITS)
+        Workshop("no_such_module:tools", {}, LIMITS)
     with pytest.raises(SandboxError, match=r"did not start: .*unexpected keyword argument"):
-        Sandbox(HOSTILE, {"colour": "red"}, LIMITS)
+        Workshop(HOSTILE, {"colour": "red"}, LIMITS)
+
+
+def gone(pid: int) -> None:
+    end = time.monotonic() + 10
+    while Path(f"/proc/{pid}/cmdline").exists() and Path(f"/proc/{pid}/cmdline").read_bytes():
+        assert time.monotonic() < end, "the tools' process outlived its parent"
+        time.sleep(0.1)
 
 
 def test_a_process_without_a_parent_ends() -> None:
+    """Even in the midst of an endless loop."""
     code = (
-        "import os; from mobula.agents.sandbox import Sandbox, Limits;"
-        f"s = Sandbox('{HOSTILE}', {{}}, Limits()); print(s._process.pid, flush=True); os._exit(1)"
+        "import os, threading, time; from mobula.agents.sandbox import Workshop, Limits;"
+        f"s = Workshop('{HOSTILE}', {{}}, Limits(seconds=60)).open(); print(s.pid, flush=True);"
+        "threading.Thread(target=s.step, args=('R1 = loop()',), daemon=True).start(); time.sleep(0.5); os._exit(1)"
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
-    child = int(done.stdout)
-    end = time.monotonic() + 10
-    while Path(f"/proc/{child}/cmdline").exists() and Path(f"/proc/{child}/cmdline").read_bytes():
-        assert time.monotonic() < end, "the tools' process outlived its parent"
-        time.sleep(0.1)
+    gone(int(done.stdout))

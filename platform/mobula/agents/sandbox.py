@@ -1,33 +1,40 @@
 """Tools in a process of their own that can compute and answer, and nothing else.
 
-The child imports and builds its tools, then locks itself for good: seccomp lets through only the system calls of a
-process that computes and talks over the two pipes it was born with. It cannot open a file or a socket, start a process
-or a thread, or lift its limits of memory and processor time. Its parent kills it when a call takes too long, and starts
-another. Linux on x86-64 and arm64; elsewhere a sandbox refuses to start rather than run unprotected.
+A workshop imports and builds the tools. A sandbox is a copy of its process that locks itself for good: seccomp lets
+through only the system calls of a process that computes and talks over the two pipes it was born with. It cannot open a
+file or a socket, start a process or a thread, or lift its limit of memory. It is killed when a call takes too long, and
+another one opened. Linux on x86-64 and arm64; elsewhere a sandbox refuses to start rather than run unprotected.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import importlib
 import json
 import os
 import platform
 import resource
 import selectors
+import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from mobula.agents.language import Interpreter, ProgramError, Status, Tool, parse, show
 from mobula.errors import MobulaError
 
 START_S = 60.0  # importing and building the tools
+READY = b"ready\n"
+# A process with one thread can be copied.
+ONE_THREAD = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 # System calls of a process that computes, by name: number on x86-64, number on arm64.
 ALLOWED = {
     "read": (0, 63),
@@ -63,7 +70,7 @@ ALLOWED = {
 # Audit numbers of the architectures that the columns stand for.
 ARCHITECTURES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}
 X32 = 0x40000000  # x86-64's second table of system calls, which shares the audit number
-_NO_NEW_PRIVILEGES, _SET_SECCOMP, _FILTER = 38, 22, 2
+_DIE_WITH_PARENT, _NO_NEW_PRIVILEGES, _SET_SECCOMP, _FILTER = 1, 38, 22, 2
 _LOAD, _EQUAL, _AT_LEAST, _RETURN = 0x20, 0x15, 0x35, 0x06
 _ALLOW, _REFUSE, _KILL = 0x7FFF0000, 0x00050001, 0x80000000  # refuse: EPERM
 
@@ -90,18 +97,84 @@ class Step:
     reason: str = ""
 
 
-class Sandbox:
-    """An interpreter of the action language in a locked process, for one conversation. Close it, or use ``with``.
+class Workshop:
+    """Builds tools once and opens sandboxes with them, in milliseconds each. Close it, or use ``with``.
 
-    ``source`` is ``module:function``; the function gets ``arguments`` (JSON) and returns the tools by name.
+    Its process stays unlocked and runs no program: for every sandbox it makes a copy of itself, which locks itself
+    before it reads a word. ``source`` is ``module:function``; the function gets ``arguments`` (JSON) and returns the
+    tools by name.
+
+    Raises:
+        SandboxError: if the tools cannot be built, or this machine cannot lock a process.
     """
 
     def __init__(self, source: str, arguments: Mapping[str, Any], limits: Limits | None = None) -> None:
         self.source = source
-        self.arguments = dict(arguments)
         self.limits = limits or Limits()
-        self._process: subprocess.Popen[bytes] | None = None
-        self._start()
+        self._asking = threading.Lock()
+        self._socket, theirs = socket.socketpair()
+        setup = {"source": source, "arguments": dict(arguments), "limits": asdict(self.limits)}
+        with theirs:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", __name__, str(theirs.fileno()), json.dumps(setup)],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                env={"PYTHONPATH": os.pathsep.join(sys.path), "LC_ALL": "C.UTF-8", **ONE_THREAD},
+                pass_fds=[theirs.fileno()],
+            )
+        self._socket.settimeout(START_S)
+        try:
+            self._opened().close()
+        except SandboxError:
+            self.close()
+            raise
+
+    def __enter__(self) -> Workshop:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def open(self) -> Sandbox:
+        """A sandbox for one conversation.
+
+        Raises:
+            SandboxError: if there is no memory or process for it.
+        """
+        return Sandbox(self)
+
+    def close(self) -> None:
+        """End the process and every sandbox it opened."""
+        self._socket.close()
+        self._process.kill()
+        self._process.wait()
+
+    def _opened(self) -> _Opened:
+        with self._asking:
+            try:
+                self._socket.sendall(b"+")
+                message, descriptors, *_ = socket.recv_fds(self._socket, 4096, 3)
+            except OSError as error:
+                raise SandboxError(f"the sandbox of {self.source} did not start: {error}") from error
+        if len(descriptors) != 3:
+            reason = message.decode(errors="replace").strip() or "its process ended"
+            raise SandboxError(f"the sandbox of {self.source} did not start: {reason}")
+        opened = _Opened(int(message), *descriptors)
+        ready = opened.read(START_S, 4096)
+        if ready != READY:
+            opened.close()
+            reason = ready.decode(errors="replace").strip() or "no reply"
+            raise SandboxError(f"the sandbox of {self.source} did not start: {reason}")
+        return opened
+
+
+class Sandbox:
+    """An interpreter of the action language in a locked process, for one conversation. Close it, or use ``with``."""
+
+    def __init__(self, workshop: Workshop) -> None:
+        self.workshop = workshop
+        self._opened = workshop._opened()
 
     def __enter__(self) -> Sandbox:
         return self
@@ -109,74 +182,77 @@ class Sandbox:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    @property
+    def pid(self) -> int:
+        """The process in which statements are carried out now."""
+        return self._opened.pid
+
     def step(self, statement: str) -> Step:
         """Carry out one statement. One that overruns its limits costs the process, and every earlier result with it."""
-        assert self._process is not None and self._process.stdin is not None
+        limits = self.workshop.limits
         try:
-            self._process.stdin.write(json.dumps(statement).encode() + b"\n")
-            self._process.stdin.flush()
-            reply = self._read(self.limits.seconds)
+            self._opened.write(json.dumps(statement).encode() + b"\n")
+            reply = self._opened.read(limits.seconds, limits.reply_bytes)
         except BrokenPipeError:
             reply = b""
-        if reply and reply.endswith(b"\n"):
+        if reply.endswith(b"\n"):
             return Step(**json.loads(reply))
         reason = self._why(reply)
         self.close()
-        self._start()
+        self._opened = self.workshop._opened()
         return Step("limit", reason=reason)
 
     def close(self) -> None:
         """Kill the process."""
-        if self._process is None:
-            return
-        self._process.kill()
-        self._process.wait()
-        for pipe in (self._process.stdin, self._process.stdout):
-            if pipe:
-                with contextlib.suppress(BrokenPipeError):
-                    pipe.close()
-        self._process = None
-
-    def _start(self) -> None:
-        setup = {"source": self.source, "arguments": self.arguments, "limits": asdict(self.limits)}
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", __name__, json.dumps(setup)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            env={"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1", "LC_ALL": "C.UTF-8"},
-            close_fds=True,
-        )
-        ready = self._read(START_S)
-        if ready != b"ready\n":
-            self.close()
-            raise SandboxError(f"the sandbox of {self.source} did not start: {ready.decode(errors='replace').strip()}")
-
-    def _read(self, seconds: float) -> bytes:
-        """A line; less of one where time, space or the process ended."""
-        assert self._process is not None and self._process.stdout is not None
-        descriptor = self._process.stdout.fileno()
-        end = time.monotonic() + seconds
-        found = b""
-        with selectors.DefaultSelector() as selector:
-            selector.register(descriptor, selectors.EVENT_READ)
-            while not found.endswith(b"\n") and len(found) <= self.limits.reply_bytes:
-                if not selector.select(max(0.0, end - time.monotonic())):
-                    break
-                part = os.read(descriptor, 65_536)
-                if not part:
-                    break
-                found += part
-        return found
+        self._opened.close()
 
     def _why(self, reply: bytes) -> str:
-        assert self._process is not None
-        if len(reply) > self.limits.reply_bytes:
-            return f"the reply is longer than {self.limits.reply_bytes} bytes"
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(0.1)
-            return f"the tools' process ended with code {self._process.returncode}"
-        return f"no reply within {self.limits.seconds:g} s"
+        limits = self.workshop.limits
+        if len(reply) > limits.reply_bytes:
+            return f"the reply is longer than {limits.reply_bytes} bytes"
+        return "the tools' process ended" if self._opened.ended(0.1) else f"no reply within {limits.seconds:g} s"
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """A locked process: its number, the pipes to and from it, and a descriptor that names it for good."""
+
+    pid: int
+    into: int
+    out: int
+    process: int
+
+    def write(self, message: bytes) -> None:
+        while message:
+            message = message[os.write(self.into, message) :]
+
+    def read(self, seconds: float, most: int) -> bytes:
+        """A line; less of one where time, space or the process ended."""
+        end = time.monotonic() + seconds
+        found = b""
+        while not found.endswith(b"\n") and len(found) <= most:
+            if not _readable(self.out, end - time.monotonic()):
+                break
+            part = os.read(self.out, 65_536)
+            if not part:
+                break
+            found += part
+        return found
+
+    def ended(self, seconds: float) -> bool:
+        return _readable(self.process, seconds)
+
+    def close(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self.process, signal.SIGKILL)
+        for descriptor in (self.into, self.out, self.process):
+            os.close(descriptor)
+
+
+def _readable(descriptor: int, seconds: float) -> bool:
+    with selectors.DefaultSelector() as selector:
+        selector.register(descriptor, selectors.EVENT_READ)
+        return bool(selector.select(max(0.0, seconds)))
 
 
 def lock(limits: Limits) -> None:
@@ -247,28 +323,50 @@ def _carry_out(interpreter: Interpreter, text: str) -> Step:
         return Step("tool_error", reason=f"{type(error).__name__}: {error}")
 
 
-def _serve(setup: dict[str, Any]) -> None:
-    """The child: build the tools, lock, answer line by line until the pipe closes."""
+def _open_sandboxes(asked: socket.socket, setup: dict[str, Any]) -> None:
+    """The workshop's process: build the tools, and make a copy of itself whenever it is asked to."""
     module, _, function = setup["source"].partition(":")
     tools: dict[str, Tool] = getattr(importlib.import_module(module), function)(**setup["arguments"])
-    interpreter = Interpreter(tools)
-    _carry_out(interpreter, "R1 = Nothing()")  # what Python imports on first use is imported now
-    # Tools that print must not speak for the sandbox.
-    replies = os.dup(sys.stdout.fileno())
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    lines = sys.stdin.buffer
-    lock(Limits(**setup["limits"]))
-    os.write(replies, b"ready\n")
-    for line in lines:
-        step = _carry_out(interpreter, json.loads(line))
-        message = json.dumps(asdict(step)).encode() + b"\n"
-        while message:
-            message = message[os.write(replies, message) :]
+    _carry_out(Interpreter(tools), "R1 = Nothing()")  # what Python imports on first use is imported now
+    gc.freeze()  # a collection would write to, and so copy, all the memory that copies share
+    while asked.recv(1):
+        with contextlib.suppress(ChildProcessError):
+            while os.waitpid(-1, os.WNOHANG)[0]:
+                pass
+        their_in, into = os.pipe()
+        out, their_out = os.pipe()
+        pid = os.fork()
+        if pid == 0:
+            for descriptor in (asked.detach(), into, out):
+                os.close(descriptor)
+            _converse(their_in, their_out, Interpreter(tools), Limits(**setup["limits"]))
+        process = os.pidfd_open(pid)
+        socket.send_fds(asked, [str(pid).encode()], [into, out, process])
+        for descriptor in (their_in, their_out, into, out, process):
+            os.close(descriptor)
+
+
+def _converse(source: int, replies: int, interpreter: Interpreter, limits: Limits) -> NoReturn:
+    """The copy: lock, answer line by line until the pipe closes, and never return."""
+    try:
+        ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGKILL, 0, 0, 0)
+        lines = os.fdopen(source, "rb")
+        lock(limits)
+        os.write(replies, READY)
+        for line in lines:
+            step = _carry_out(interpreter, json.loads(line))
+            message = json.dumps(asdict(step)).encode() + b"\n"
+            while message:
+                message = message[os.write(replies, message) :]
+    except Exception as error:
+        os.write(replies, f"{type(error).__name__}: {error}\n".encode())
+    finally:
+        os._exit(0)
 
 
 if __name__ == "__main__":
-    try:
-        _serve(json.loads(sys.argv[1]))
-    except Exception as error:
-        os.write(1, f"{type(error).__name__}: {error}\n".encode())
-        sys.exit(1)
+    with socket.socket(fileno=int(sys.argv[1])) as connection:
+        try:
+            _open_sandboxes(connection, json.loads(sys.argv[2]))
+        except Exception as error:
+            connection.sendall(f"{type(error).__name__}: {error}\n".encode())

@@ -2,7 +2,7 @@
 
 ``{"kind": ..., "x": label, "y": label, "title": text?, ...}`` with, by kind:
 
-- ``line``: ``series`` {name: [(x, y), ...]}
+- ``line``: ``series`` {name: [(x, y), ...]}, or (x, y, low, high) with intervals
 - ``scatter``: ``points`` [(x, y), ...] or ``series``; ``labels`` (one per point) and ``line`` [(x, y), ...] if wanted
 - ``pareto``: ``series``, with the front of low x and high y drawn through all of them
 - ``bars``: ``bars`` {name: value or [value, low, high]}
@@ -73,7 +73,11 @@ def pareto_front(points: Iterable[Point]) -> list[tuple[float, float]]:
 
 def _line(axes: Axes, data: dict[str, Any]) -> None:
     for position, (name, points) in enumerate(data["series"].items()):
-        axes.plot(*_columns(points), marker=MARKERS[position % len(MARKERS)], label=name)
+        xs, ys = _columns(points)
+        axes.plot(xs, ys, marker=MARKERS[position % len(MARKERS)], label=name, color=f"C{position}")
+        if points and len(points[0]) == 4:
+            below, above = zip(*((p[1] - p[2], p[3] - p[1]) for p in points), strict=True)
+            axes.errorbar(xs, ys, [below, above], fmt="none", capsize=3, color=f"C{position}")
 
 
 def _scatter(axes: Axes, data: dict[str, Any]) -> None:

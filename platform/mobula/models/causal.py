@@ -78,6 +78,7 @@ class CausalModel:
             n_embd=shape.width,
             n_layer=shape.layers,
             n_head=shape.heads,
+            activation_function="gelu_pytorch_tanh",  # as "gelu_new", in one kernel
             resid_pdrop=shape.dropout,
             embd_pdrop=shape.dropout,
             attn_pdrop=shape.dropout,

@@ -54,6 +54,11 @@ class SftTask:
         """Number of training pairs."""
         return len(self.pairs)
 
+    @property
+    def target_tokens(self) -> int:
+        """Tokens that one pass over the data learns from, EOS included."""
+        return sum(len(target) for _, target in self.pairs)
+
     def identity(self) -> str:
         """The start's files and the data."""
         parts = sorted(path for path in self.start.iterdir() if path.is_file())

@@ -11,7 +11,7 @@ import torch
 
 from mobula.agents.moat.critic import CriticSettings
 from mobula.agents.moat.templates import ground_text, plan_text
-from mobula.agents.moat.workers import Agents, GroundWorker, PlanWorker, ScoreWorker, SolveWorker
+from mobula.agents.moat.workers import Agents, GroundWorker, Lengths, PlanWorker, ScoreWorker, SolveWorker
 from mobula.agents.worlds import Task, build_worlds, generate
 from mobula.models.causal import CausalModel, Sampling, SmallShape, word_tokenizer
 from mobula.models.sft import SftTask, write_pairs
@@ -115,7 +115,7 @@ def test_grounded_programs_are_run_and_judged(agents: Agents, tasks: list[Task])
 
 def test_solving_never_reads_gold(agents: Agents, tasks: list[Task]) -> None:
     """The same plans, programs and statuses come of tasks whose gold has been taken away."""
-    worker = SolveWorker(agents, 16, 40)
+    worker = SolveWorker(agents, Lengths(16, 40))
     seen = worker.process([{"task": asdict(t), "plan": t.gold_plan} for t in tasks], 0)
     bare = [replace(t, gold_plan=None, gold_actions=None, answer="", meta={**t.meta, "wanted": ["x"]}) for t in tasks]
     blind = worker.process([{"task": asdict(t), "plan": p.gold_plan} for t, p in zip(bare, tasks, strict=True)], 0)

@@ -17,19 +17,39 @@ INDEPENDENT = "independent"
 
 @dataclass(frozen=True)
 class Arm:
-    """What an arm of the comparison does in an iteration, and which critic it has (empty: the config's)."""
+    """What an arm of the comparison does in an iteration.
 
-    prefer: bool
-    improve: bool
+    ``planner``: what planners learn: ``preferred`` against rejected plans, pairs drawn at ``random``, the ``best`` plan
+    as a target, plans that ``solved`` their task, the ``gold`` plans again, or nothing. ``grounder``: what a critic
+    left of their own programs (``criticised``), programs that ``solved`` the task, the ``gold`` ones, or nothing.
+    ``critic`` and ``noise``: who judges; empty: as configured. ``gate``: whether a stage can be rejected.
+    ``most``: iterations at most. ``matched``: training is as long as that of the first arm, counted in target tokens.
+    """
+
+    planner: str = ""
+    grounder: str = ""
     critic: str = ""
+    noise: float = 0.0
+    gate: bool = True
+    most: int | None = None
+    matched: bool = False
 
 
 ARMS = {
-    "moat": Arm(prefer=True, improve=True),
-    "planner_only": Arm(prefer=True, improve=False),
-    "grounder_only": Arm(prefer=False, improve=True),
-    "no_critic": Arm(prefer=True, improve=True, critic="always_accept"),
+    "moat": Arm("preferred", "criticised"),
+    "moat_no_gate": Arm("preferred", "criticised", gate=False),
+    "planner_only": Arm("preferred", ""),
+    "grounder_only": Arm("", "criticised"),
+    "no_critic": Arm("preferred", "criticised", critic="always_accept", most=2),
+    "noisy_10": Arm("preferred", "criticised", critic="noisy", noise=0.1, most=1),
+    "noisy_30": Arm("preferred", "criticised", critic="noisy", noise=0.3, most=1),
+    "random_pairs": Arm("random", "criticised", most=1),
+    "best_plan": Arm("best", "criticised", most=1, matched=True),
+    "rft": Arm("solved", "solved", critic="execution", matched=True),
+    "extra_steps": Arm("gold", "gold", matched=True),
 }
+# One model that writes plan and program, trained on the gold rows for as long as the first arm's two are.
+INTEGRATED = "integrated"
 
 
 @dataclass
@@ -113,7 +133,8 @@ def _improve() -> TrainingConfig:
 class Config(ExperimentConfig):
     """A MOAT experiment: one start for all arms of a seed, then every arm alternates by itself."""
 
-    arms: list[str] = key(["moat"], "what is compared with independently trained agents")
+    arms: list[str] = key(["moat"], f"what is compared with independent agents: {', '.join([*ARMS, INTEGRATED])}")
+    parallel: int = key(1, "trainings that run at the same time, each on a Ray actor; 1: in this process", ge=1)
     tasks: TasksConfig = section(TasksConfig)
     model: ModelConfig = section(ModelConfig)
     moat: MoatConfig = section(MoatConfig)
@@ -127,9 +148,19 @@ class Config(ExperimentConfig):
     def problems(self) -> Iterator[str]:
         """Contradictions across sections."""
         for name in self.arms:
-            if name not in ARMS:
-                yield f"arms: unknown {name!r}{nearest(name, list(ARMS))}; expected {', '.join(ARMS)}"
+            if name not in ARMS and name != INTEGRATED:
+                known = [*ARMS, INTEGRATED]
+                yield f"arms: unknown {name!r}{nearest(name, known)}; expected {', '.join(known)}"
         if not self.arms:
             yield "arms is empty; the first one is served"
+        elif self.arms[0] == INTEGRATED or ARMS.get(self.arms[0], Arm()).matched:
+            yield f"arms: {self.arms[0]} trains as long as the first arm does, so it cannot be the first"
+        if len(set(self.arms)) < len(self.arms):
+            yield "arms names one twice"
+        if self.parallel > 1 and self.alternation.actors != 0:
+            yield f"parallel={self.parallel} needs alternation.actors=0: trainings have the actors"
+        for name in ("stage0", "prefer", "improve"):
+            if self.parallel > 1 and getattr(self, name).workers != 0:
+                yield f"parallel={self.parallel} needs {name}.workers=0: trainings have the actors"
         if self.model.width % self.model.heads:
             yield f"model.width={self.model.width} does not divide among model.heads={self.model.heads}"

@@ -17,9 +17,9 @@ from mobula.agents.worlds import Task, World
 from mobula.errors import MobulaError
 
 Verdict = Literal["accept", "correct", "drop"]
-KINDS = ("executable", "oracle", "always_accept", "always_reject", "noisy", "llm")
+KINDS = ("executable", "execution", "oracle", "always_accept", "always_reject", "noisy", "llm")
 # Critics that mean to judge; the others are there to be compared with.
-JUDGING = ("executable", "oracle", "llm")
+JUDGING = ("executable", "execution", "oracle", "llm")
 MOST_CANARIES = 0.1
 
 
@@ -65,14 +65,16 @@ def judge(settings: CriticSettings, world: World) -> Judge:
     """A critic: a function of task, plan, program and its execution to verdict, correction and reason.
 
     ``executable``: accepts what reaches the gold answer; corrects only to what the plan itself means, and only if that
-    reaches the gold answer. ``oracle``: corrects to the gold actions. ``noisy``: flips the executable critic's accept
-    and drop with probability ``noise``, by seed, task and plan. ``llm``: an endpoint's judgement.
+    reaches the gold answer. ``execution``: the same without corrections. ``oracle``: corrects to the gold actions.
+    ``noisy``: flips the executable critic's accept and drop with probability ``noise``, by seed, task and plan.
+    ``llm``: an endpoint's judgement.
 
     Raises:
         KeyError: for another name.
     """
     critics: dict[str, Judge] = {
         "executable": _Executable(world),
+        "execution": _Execution(world),
         "oracle": _Oracle(world),
         "always_accept": lambda task, plan, program, done: ("accept", None, "accepts everything"),
         "always_reject": lambda task, plan, program, done: ("drop", None, "rejects everything"),
@@ -129,6 +131,16 @@ class _Executable:
         if self.world.reward(task, execute(meant, self.world.tools())) == 1:
             return "correct", serialise(meant), "the plan's own grounding reaches the gold answer"
         return "drop", None, "wrong, as is what the plan means"
+
+
+@dataclass(frozen=True)
+class _Execution:
+    world: World
+
+    def __call__(self, task: Task, plan: str, program: str, done: Execution) -> tuple[Verdict, str | None, str]:
+        if self.world.reward(task, done) == 1:
+            return "accept", None, "reaches the gold answer"
+        return "drop", None, "misses the gold answer"
 
 
 @dataclass(frozen=True)

@@ -14,11 +14,10 @@ from mobula import artifacts
 from mobula.agents.language import Called, execute, show
 from mobula.agents.moat.config import Config
 from mobula.agents.moat.templates import VERSIONS
-from mobula.agents.moat.workers import Agents
+from mobula.agents.moat.workers import Agents, Lengths
 from mobula.agents.worlds import Task, World
 from mobula.alternation import Row
 from mobula.artifacts import Artifact, write_json
-from mobula.models.causal import Sampling
 
 KIND = "agents"
 
@@ -38,10 +37,9 @@ class Solution:
 class Predictor:
     """Planner and grounder, greedy and free-running."""
 
-    def __init__(self, agents: Agents, max_plan: int, max_program: int) -> None:
+    def __init__(self, agents: Agents, most: Lengths) -> None:
         self.agents = agents
-        self.max_plan = max_plan
-        self.max_program = max_program
+        self.most = most
 
     def solve(self, text: str, family: str) -> Solution:
         """Plan, act and answer with the tools of a family.
@@ -51,8 +49,7 @@ class Predictor:
         """
         world = self.agents.worlds[family]
         task = Task("", family, "served", text, None, tuple(world.tools()), None, None, "")
-        ((plan, _, _),) = self.agents.plans([task], Sampling(self.max_plan, 0.0), [0])
-        (program,) = self.agents.programs([task], [plan], Sampling(self.max_program, 0.0), [0])
+        ((plan, program),) = self.agents.solve([task], [None], self.most)
         done = execute(program, world.tools())
         answer = None if done.answer is None else show(done.answer)
         return Solution(plan, program, done.calls, answer, done.status, done.reason)
@@ -91,4 +88,4 @@ def load(artifact: Artifact) -> Predictor:
     """Open planner and grounder of an artifact."""
     meta, folder = artifact.meta, artifact.directory
     agents = Agents(folder / "planner", folder / "grounder", meta["world_seed"], meta["view"])
-    return Predictor(agents, meta["max_plan"], meta["max_program"])
+    return Predictor(agents, Lengths(meta["max_plan"], meta["max_program"]))

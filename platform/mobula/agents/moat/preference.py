@@ -68,6 +68,11 @@ class DpoTask:
         """Number of pairs."""
         return len(self.preferences)
 
+    @property
+    def target_tokens(self) -> int:
+        """Tokens of both sides that one pass over the data learns from, EOS included."""
+        return sum(len(p.chosen) + len(p.rejected) for p in self.preferences)
+
     def identity(self) -> str:
         """The start's files, the data and both weights."""
         files = {path.name: sha256(path) for path in sorted(self.start.iterdir()) if path.is_file()}

@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import logging
 import random
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 from mobula import alternation
 from mobula.agents.language import parse
-from mobula.agents.moat.config import ARMS, Config, TasksConfig
-from mobula.agents.moat.loop import MODEL, Setting, grounder_pairs, planner_pairs, tune
-from mobula.agents.moat.templates import ground_text, plan_text
+from mobula.agents.moat.config import ARMS, INTEGRATED, Config, TasksConfig
+from mobula.agents.moat.setting import MODEL, Setting, grounder_pairs, joint_pairs, planner_pairs
+from mobula.agents.moat.stages import steps_for, tune
+from mobula.agents.moat.templates import ACT, ground_text, plan_text
 from mobula.agents.worlds import Task, World, build_worlds, generate
 from mobula.agents.worlds.world import STYLES
+from mobula.artifacts import write_json
 from mobula.models.causal import CausalModel, SmallShape, word_tokenizer
-from mobula.models.sft import SftTask, write_pairs
+from mobula.models.sft import Pair, SftTask, write_pairs
 
 TESTS = ("test_in", "test_out")
+TOKENS = "stage0.json"  # target tokens that each agent learned from
+PAIRS = {"planner": planner_pairs, "grounder": grounder_pairs}
 log = logging.getLogger(__name__)
 
 
@@ -35,7 +41,7 @@ def independent(
     config: Config, worlds: Mapping[str, World], tasks: Mapping[str, Sequence[Task]], directory: Path, seed: int
 ) -> Setting:
     """The independent agents in ``directory``, trained there unless they are; the setting of the first arm."""
-    places = {name: directory / name for name in ("planner", "grounder")}
+    places = {name: directory / name for name in PAIRS}
     first = ARMS[config.arms[0]]
     setting = Setting(config, first, tasks, worlds, places["planner"] / MODEL, places["grounder"] / MODEL, seed)
     directory.mkdir(parents=True, exist_ok=True)
@@ -46,26 +52,50 @@ def independent(
     return setting
 
 
+def integrated(start: Setting, directory: Path, spent: int) -> Path:
+    """One model that writes plan and program, trained in ``directory`` unless it is there.
+
+    It learns from as many target tokens as the two agents of stage 0 and the ``spent`` ones of their alignment.
+    """
+    model = directory / MODEL
+    if not (model / "config.json").is_file():
+        stage0 = json.loads((start.planner.parents[1] / TOKENS).read_text())
+        task = _fresh(start, joint_pairs, CausalModel.open(str(start.planner)).tokenizer, directory, INTEGRATED)
+        config = start.config.stage0
+        config = replace(config, steps=steps_for(sum(stage0.values()) + spent, task, config.batch))
+        tune(task, config, directory, alternation.seed_of(start.seed, INTEGRATED), INTEGRATED)
+    return model
+
+
 def _train(setting: Setting, places: Mapping[str, Path]) -> None:
-    config = setting.config
-    if all((place / MODEL / "config.json").is_file() for place in places.values()):
+    root = setting.planner.parents[1]
+    if (root / TOKENS).is_file():
         return
-    shape = SmallShape(config.model.layers, config.model.width, config.model.heads, config.model.positions)
     tokenizer = word_tokenizer(_texts(setting.worlds, setting.tasks))
-    pairs = {"planner": planner_pairs, "grounder": grounder_pairs}
+    learned = {}
     for name, place in places.items():
-        own = alternation.seed_of(setting.seed, name) % 2**31
-        model = CausalModel.small(tokenizer, shape, own)
-        model.save(place / "fresh")
-        write_pairs(place / "pairs.jsonl", pairs[name](setting, model))
+        task = _fresh(setting, PAIRS[name], tokenizer, place, name)
         log.info("seed %d: training the %s", setting.seed, name)
-        tune(SftTask(place / "fresh", place / "pairs.jsonl"), config.stage0, place / "fresh", place, own, name)
+        _, learned[name] = tune(task, setting.config.stage0, place, alternation.seed_of(setting.seed, name), name)
+    write_json(root / TOKENS, learned)
+
+
+def _fresh(
+    setting: Setting, pairs: Callable[[Setting, CausalModel], list[Pair]], tokenizer: Any, place: Path, name: str
+) -> SftTask:
+    """A model with fresh weights in ``place``, and what it is to learn."""
+    shape = setting.config.model
+    small = SmallShape(shape.layers, shape.width, shape.heads, shape.positions)
+    model = CausalModel.small(tokenizer, small, alternation.seed_of(setting.seed, name) % 2**31)
+    model.save(place / "fresh")
+    write_pairs(place / "pairs.jsonl", pairs(setting, model))
+    return SftTask(place / "fresh", place / "pairs.jsonl")
 
 
 def _texts(worlds: Mapping[str, World], tasks: Mapping[str, Sequence[Task]]) -> list[str]:
     """Every word of the world: tasks, programs, plans of every style. Words, not what is done with them."""
     chance = random.Random(0)
-    found = []
+    found = [ACT]
     for task in (task for split in tasks.values() for task in split):
         world = worlds[task.family]
         program = parse(str(task.gold_actions))

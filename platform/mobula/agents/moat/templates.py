@@ -24,6 +24,7 @@ GROUND_SYSTEM = (
     "You operate tools. Carry out the planned steps with the listed tools only, one call per line, "
     "R<k> = Tool(arguments)."
 )
+ACT, CALLS = "<act>", "\n\nCalls:\n"
 
 
 class Template(Protocol):
@@ -35,6 +36,14 @@ class Template(Protocol):
 
     def ground(self, task: Task, plan: str, tools: Sequence[Tool]) -> list[int]:
         """What the grounder is asked."""
+        ...
+
+    def joined(self, plan: str, program: str) -> str:
+        """Plan and program in one text, as an agent that is both writes them."""
+        ...
+
+    def parted(self, text: str) -> tuple[str, str]:
+        """Plan and program of such a text; all is plan where nothing parts them."""
         ...
 
 
@@ -53,6 +62,14 @@ class Markers:
         """The names of the tools, the task if grounders see it, and the plan."""
         return self.model.encode(ground_text(task, plan, tools, self.view))
 
+    def joined(self, plan: str, program: str) -> str:
+        """A marker between both."""
+        return f"{plan} {ACT} {program}"
+
+    def parted(self, text: str) -> tuple[str, str]:
+        """At the marker."""
+        return _parted(text, ACT)
+
 
 @dataclass(frozen=True)
 class Chat:
@@ -70,6 +87,14 @@ class Chat:
         listed = "\n".join(f"{tool.signature}: {tool.purpose}" for tool in tools)
         asked = f"Task: {task.text}\n" if self.view == "full" else ""
         return self._turns(GROUND_SYSTEM, f"Tools:\n{listed}\n\n{asked}Plan:\n{plan}")
+
+    def joined(self, plan: str, program: str) -> str:
+        """A heading between both."""
+        return f"{plan}{CALLS}{program}"
+
+    def parted(self, text: str) -> tuple[str, str]:
+        """At the heading."""
+        return _parted(text, CALLS)
 
     def _turns(self, system: str, user: str) -> list[int]:
         turns = [{"role": "system", "content": system}, {"role": "user", "content": user}]
@@ -91,4 +116,9 @@ def ground_text(task: Task, plan: str, tools: Sequence[Tool], view: View) -> str
     """What a small grounder reads."""
     names = " ".join(tool.name for tool in tools)
     asked = f"<task> {task.text} " if view == "full" else ""
-    return f"<tools> {names} {asked}<plan> {plan} <act>"
+    return f"<tools> {names} {asked}<plan> {plan} {ACT}"
+
+
+def _parted(text: str, mark: str) -> tuple[str, str]:
+    plan, _, program = text.partition(mark)
+    return plan.strip(), program.strip()

@@ -23,6 +23,14 @@ from mobula.threads import one_thread
 GREEDY = 0.0
 
 
+@dataclass(frozen=True)
+class Lengths:
+    """The most tokens of a plan and of a program."""
+
+    plan: int
+    program: int
+
+
 @dataclass
 class Agents:
     """Where a planner and a grounder are saved, and the world they act in; opened on first use."""
@@ -63,6 +71,15 @@ class Agents:
         prompts = [self._prompt(template, task, plan) for task, plan in zip(tasks, plans, strict=True)]
         return [model.decode(c.ids) for c in model.sample(prompts, sampling, seeds)]
 
+    def solve(self, tasks: Sequence[Task], plans: Sequence[str | None], most: Lengths) -> list[tuple[str, str]]:
+        """Greedy plan and program of every task; a plan that is given is not written."""
+        own = [i for i, plan in enumerate(plans) if plan is None]
+        written = self.plans([tasks[i] for i in own], Sampling(most.plan, GREEDY), [0] * len(own)) if own else []
+        found = {i: text for i, (text, _, _) in zip(own, written, strict=True)}
+        texts = [found[i] if plan is None else plan for i, plan in enumerate(plans)]
+        programs = self.programs(tasks, texts, Sampling(most.program, GREEDY), [0] * len(tasks))
+        return list(zip(texts, programs, strict=True))
+
     def gold_scores(self, tasks: Sequence[Task], plans: Sequence[str]) -> list[Row]:
         """How unlikely the GOLD actions are after each plan: ``nll_sum``, ``nll_mean`` (nats) and ``n_scored``.
 
@@ -82,6 +99,38 @@ class Agents:
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in ("planner", "grounder", "world_seed", "view")}
+
+
+@dataclass
+class Integrated:
+    """One model that writes plan and program, in place of both agents."""
+
+    model: Path
+    world_seed: int
+    view: View
+
+    @cached_property
+    def writing(self) -> tuple[CausalModel, Template]:
+        """The model and its prompts."""
+        model = CausalModel.open(str(self.model))
+        return model, template_of(model, self.view)
+
+    @cached_property
+    def worlds(self) -> Mapping[str, World]:
+        """The worlds by family."""
+        return build_worlds(self.world_seed)
+
+    def solve(self, tasks: Sequence[Task], plans: Sequence[str | None], most: Lengths) -> list[tuple[str, str]]:
+        """As :meth:`Agents.solve`; no plan can be given."""
+        if any(plan is not None for plan in plans):
+            raise ValueError("an integrated agent takes no plan")
+        model, template = self.writing
+        sampling = Sampling(most.plan + most.program, GREEDY)
+        drawn = model.sample([template.plan(task) for task in tasks], sampling, [0] * len(tasks))
+        return [template.parted(model.decode(c.ids)) for c in drawn]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in ("model", "world_seed", "view")}
 
 
 @dataclass
@@ -128,7 +177,10 @@ class ScoreWorker:
 
 @dataclass
 class ProbeWorker:
-    """Items ``{task, seed}`` to rows of one plan each, drawn with the item's own seed, and the gold actions' score."""
+    """Items ``{task, seed}`` to rows of one plan each, drawn with the item's own seed, and the gold actions' score.
+
+    ``nll_gold`` is their score after the gold plan.
+    """
 
     agents: Agents
     sampling: Sampling
@@ -139,12 +191,13 @@ class ProbeWorker:
         with one_thread():
             plans = [text for text, _, _ in self.agents.plans(tasks, self.sampling, [item["seed"] for item in items])]
             scores = self.agents.gold_scores(tasks, plans)
+            gold = self.agents.gold_scores(tasks, [str(task.gold_plan) for task in tasks])
         rows = []
-        for task, plan, score in zip(tasks, plans, scores, strict=True):
+        for task, plan, score, best in zip(tasks, plans, scores, gold, strict=True):
             leaks = leak(plan, task, list(self.agents.worlds[task.family].tools().values())) == 1.0
-            rows.append(
-                {"task_id": task.id, "plan": plan, **score, "leaks": leaks, "parsed": read_plan(plan) is not None}
-            )
+            parsed = read_plan(plan) is not None
+            facts = {"leaks": leaks, "parsed": parsed, "nll_gold": best["nll_mean"]}
+            rows.append({"task_id": task.id, "plan": plan, **score, **facts})
         return rows
 
 
@@ -178,18 +231,16 @@ class SolveWorker:
     Nothing but the task's words, the plan and the tools reaches an agent; gold is used to score afterwards.
     """
 
-    agents: Agents
-    max_plan: int
-    max_program: int
+    agents: Agents | Integrated
+    most: Lengths
 
     def process(self, items: Sequence[Row], seed: int) -> Sequence[Row]:
         """As :class:`mobula.alternation.Worker`; nothing is drawn."""
         tasks = [read_task(item["task"]) for item in items]
         with one_thread():
-            plans = self._plans(items, tasks)
-            programs = self.agents.programs(tasks, plans, Sampling(self.max_program, GREEDY), [0] * len(items))
+            solved = self.agents.solve(tasks, [item.get("plan") for item in items], self.most)
         rows = []
-        for task, plan, program in zip(tasks, plans, programs, strict=True):
+        for task, (plan, program) in zip(tasks, solved, strict=True):
             world = self.agents.worlds[task.family]
             done = execute(program, world.tools())
             reward = world.reward(task, done)
@@ -198,14 +249,6 @@ class SolveWorker:
                  "reward": reward, "success": float(reward == 1), "valid": world.ground_plan(plan) is not None}
             )  # fmt: skip
         return rows
-
-    def _plans(self, items: Sequence[Row], tasks: Sequence[Task]) -> list[str]:
-        """The given plans, and the planner's where none is given."""
-        own = [i for i, item in enumerate(items) if not item.get("plan")]
-        sampling = Sampling(self.max_plan, GREEDY)
-        written = self.agents.plans([tasks[i] for i in own], sampling, [0] * len(own)) if own else []
-        found = {i: text for i, (text, _, _) in zip(own, written, strict=True)}
-        return [found.get(i) or str(item.get("plan") or "") for i, item in enumerate(items)]
 
 
 def read_task(row: Mapping[str, Any]) -> Task:

@@ -1,0 +1,162 @@
+"""The arms that MOAT is compared with: what each learns from, for how long, and in which order tests are read."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from mobula.agents.moat.comparison import Comparison
+from mobula.agents.moat.config import Config
+from mobula.agents.moat.stages import steps_for
+from mobula.alternation import Row
+from mobula.artifacts import read_jsonl, sha256
+from mobula.config import build
+from mobula.models.causal import CausalModel
+from mobula.models.sft import SftTask, read_pairs
+from mobula.running import run_experiment
+
+ARMS = ["moat", "moat_no_gate", "noisy_30", "random_pairs", "best_plan", "rft", "extra_steps", "integrated"]
+CONFIG: dict[str, Any] = {
+    "method": "moat",
+    "name": "arms",
+    "arms": ARMS,
+    "tasks": {"train": 30, "align": 12, "probe": 9, "dev": 12, "test_in": 9, "test_out": 9},
+    "model": {"width": 32, "layers": 1},
+    "moat": {"samples": 4, "margin": 0.0, "fewest_pairs": 1, "max_plan": 24, "max_program": 24, "max_leak": 1.0},
+    "gate": {"retries": 1, "j_slack_se": 100.0, "min_parsed": 0.0, "max_leak": 1.0},
+    "alternation": {"iterations": 2, "actors": 0},
+    "stage0": {"steps": 60, "lr": 5e-3},
+    "prefer": {"steps": 12, "batch": 4, "lr": 1e-3},
+    "improve": {"steps": 30, "batch": 2, "lr": 1e-3},
+    "evaluation": {"decisive": False, "resamples": 200},
+}
+
+
+def run_in(directory: Path, config: dict[str, Any]) -> Path:
+    path = directory.with_name(f"{directory.name}.yaml")
+    path.write_text(yaml.safe_dump(config))
+    run_experiment(path, [], directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return run_in(tmp_path_factory.mktemp("arms") / "run", CONFIG)
+
+
+def phase(directory: Path, arm: str, name: str, iteration: int = 1) -> Path:
+    (found,) = (directory / "seed-0" / arm / f"iteration-{iteration:03}").glob(f"[0-9][0-9]-{name}")
+    return found
+
+
+def iterations(directory: Path, arm: str) -> list[Row]:
+    return read_jsonl(directory / "seed-0" / arm / "iterations.jsonl")
+
+
+@pytest.mark.parametrize("arm", ["rft", "extra_steps", "best_plan"])
+def test_matched_arms_learn_from_as_many_tokens(directory: Path, arm: str) -> None:
+    """Within two per cent, iteration by iteration, as far as both go."""
+    first = iterations(directory, "moat")
+    found = iterations(directory, arm)
+    assert len(found) > 1
+    for mine, theirs in zip(first[1:], found[1:], strict=False):
+        assert theirs["tokens"] == pytest.approx(mine["tokens"], rel=0.02)
+    report = json.loads((directory / "report.json").read_text())
+    assert not any("no equal budget" in note for note in report["notes"])
+
+
+def test_an_integrated_agent_learns_from_as_many_tokens_as_both_agents_and_their_alignment(directory: Path) -> None:
+    seed = directory / "seed-0"
+    spent = sum(json.loads((seed / "stage0.json").read_text()).values())
+    spent += sum(row.get("tokens", 0) for row in iterations(directory, "moat"))
+    task = SftTask(seed / "integrated" / "fresh", seed / "integrated" / "pairs.jsonl")
+    steps = read_jsonl(seed / "integrated" / "fit" / "metrics.jsonl")[-1]["step"]
+    assert steps * CONFIG["stage0"].get("batch", 32) * task.target_tokens / task.examples == pytest.approx(spent, rel=0.1)
+    model = CausalModel.open(str(seed / "integrated" / "model"))
+    assert all("<act>" in model.decode(target) for _, target in read_pairs(seed / "integrated" / "pairs.jsonl"))
+
+
+def test_a_budget_is_kept_to_half_a_step(tmp_path: Path, directory: Path) -> None:
+    task = SftTask(tmp_path, directory / "seed-0" / "planner" / "pairs.jsonl")
+    each = task.target_tokens / task.examples
+    for tokens in (1, 500, 2345):
+        steps = steps_for(tokens, task, 2)
+        assert steps == 1 or abs(steps * 2 * each - tokens) <= each
+
+
+def test_self_training_learns_what_was_solved_and_gold(directory: Path) -> None:
+    ground = phase(directory, "rft", "ground")
+    rows = [row for file in sorted(ground.glob("shard-*")) for row in read_jsonl(file)]
+    accepted = [row for row in rows if row["verdict"] == "accept"]
+    assert {row["verdict"] for row in rows} <= {"accept", "drop"}
+    for stage in ("prefer-0", "improve-0"):
+        pairs = read_pairs(phase(directory, "rft", stage) / "pairs.jsonl")
+        assert len(pairs) == len(accepted) + CONFIG["tasks"]["train"]
+    sampled = phase(directory, "rft", "sample") / "shard-00000.jsonl"
+    assert sampled.read_bytes() == (phase(directory, "moat", "sample") / "shard-00000.jsonl").read_bytes()
+
+
+def test_random_pairs_are_of_the_same_plans_in_any_order(directory: Path) -> None:
+    scored = json.loads((phase(directory, "moat", "pair") / "pairs.json").read_text())
+    drawn = json.loads((phase(directory, "random_pairs", "pair") / "pairs.json").read_text())
+    nll = {(r["task_id"], r["j"]): r["nll_mean"]
+           for f in phase(directory, "moat", "score").glob("shard-*") for r in read_jsonl(f)}  # fmt: skip
+    known = {(p["task_id"], p[side]["text"]) for p in scored for side in ("chosen", "rejected")}
+    assert {p["task_id"] for p in drawn} == {task for task, _ in known}
+    better = [nll[p["task_id"], p["chosen"]["j"]] < nll[p["task_id"], p["rejected"]["j"]] for p in drawn]
+    assert 0 < sum(better) < len(better)
+    assert all(p["chosen"]["text"] != p["rejected"]["text"] for p in drawn)
+
+
+def test_the_best_plan_is_the_target_of_its_arm(directory: Path) -> None:
+    pairs = read_pairs(phase(directory, "best_plan", "prefer-0") / "pairs.jsonl")
+    chosen = read_jsonl(phase(directory, "moat", "pair") / "preferences.jsonl")
+    assert [list(target) for _, target in pairs] == [pair["chosen"] for pair in chosen]
+
+
+def test_more_steps_are_on_gold_alone(directory: Path) -> None:
+    for name, stage in (("planner", "prefer-0"), ("grounder", "improve-0")):
+        again = phase(directory, "extra_steps", stage) / "pairs.jsonl"
+        assert again.read_bytes() == (directory / "seed-0" / name / "pairs.jsonl").read_bytes()
+    assert not list((directory / "seed-0" / "extra_steps").rglob("*-sample"))
+
+
+def test_arms_end_after_their_iterations_and_are_compared_at_equal_ones(directory: Path) -> None:
+    for arm in ("noisy_30", "random_pairs", "best_plan"):
+        assert len(iterations(directory, arm)) == 2
+    statements = {c["name"]: c["statement"] for c in json.loads((directory / "report.json").read_text())["claims"]}
+    assert statements["C5 random_pairs"].startswith("moat T=1 beats")
+    assert statements["C6 noisy_30"].startswith("moat T=1 beats")
+    assert statements["C7 rft"].startswith("moat beats")
+    assert "C5 moat_no_gate" not in statements
+
+
+def test_test_tasks_are_read_after_all_training(directory: Path) -> None:
+    trained = max(p.stat().st_mtime_ns for p in (directory / "seed-0").rglob("*") if p.name != ".lock")
+    solved = min(p.stat().st_mtime_ns for p in (directory / "runs").rglob("*.jsonl"))
+    assert trained < solved
+
+
+def test_on_actors_it_comes_to_the_same_numbers(directory: Path, tmp_path: Path) -> None:
+    arms = ["moat", "extra_steps", "integrated"]
+    config = {**CONFIG, "arms": arms, "parallel": 2}
+    one = run_in(tmp_path / "one", {**config, "parallel": 1})
+    two = run_in(tmp_path / "two", config)
+    for arm in arms[:2]:
+        assert [{**row, "seconds": 0} for row in iterations(two, arm)] == [
+            {**row, "seconds": 0} for row in iterations(one, arm)
+        ]
+    files = sorted(p.relative_to(one) for p in (one / "runs").rglob("*.jsonl"))
+    assert len(files) == 2 * (4 + 1 + 2)
+    assert [sha256(two / file) for file in files] == [sha256(one / file) for file in files]
+
+
+def test_a_comparison_is_found_again(directory: Path) -> None:
+    """Nothing is trained or solved again where it is finished."""
+    before = {p: p.stat().st_mtime_ns for p in (directory / "seed-0").rglob("*.safetensors")}
+    Comparison(build(Config, CONFIG), directory).run()
+    assert {p: p.stat().st_mtime_ns for p in (directory / "seed-0").rglob("*.safetensors")} == before
