@@ -15,14 +15,15 @@ from typing import Annotated, Any
 from fastapi import FastAPI, Query
 from ray import serve
 from ray.serve import Application
-from starlette.responses import FileResponse, RedirectResponse, Response
+from starlette.responses import RedirectResponse, Response
 
 from mobula.retrieval.inputs import EmptyQuery
 from mobula.retrieval.search import CONSTRAINTS, ORDERS, REMASK, BadSearch, Unsupported
-from mobula.serving import pages, reports
-from mobula.serving.app import guarded
+from mobula.serving import pages
+from mobula.serving.app import guarded, time_limit, to_json
 from mobula.serving.errors import RequestRefused
 from mobula.serving.metrics import Metrics, ServeMetrics
+from serve_apps.report_routes import report_routes
 from serve_apps.retriever_budget import STEPWISE
 from serve_apps.retriever_corpus import Corpus
 from serve_apps.retriever_schema import (
@@ -36,7 +37,7 @@ from serve_apps.retriever_schema import (
     SearchResponse,
     Versions,
 )
-from serve_apps.retriever_search import Searching, State, to_json
+from serve_apps.retriever_search import Searching, State
 
 CONSOLE = Path(__file__).parent / "console"
 STATUSES = {BadSearch: (422, "bad_search"), EmptyQuery: (422, "empty_query"), Unsupported: (409, "unsupported")}
@@ -61,7 +62,7 @@ def create_app(state: State, args: RetrieverArgs, metrics: Metrics | None = None
     pages.mount(app, CONSOLE)
     _search_routes(app, searching)
     _corpus_routes(app, searching)
-    _report_routes(app, args)
+    report_routes(app, args.reports)
 
     @app.get("/", include_in_schema=False)
     async def root() -> Response:
@@ -97,7 +98,7 @@ def _corpus_routes(app: FastAPI, searching: Searching) -> None:
     @app.post(ADDING, response_model=Added, responses={**pages.REFUSALS, **NOT_KEPT})
     async def add(request: NewDocuments) -> Response:
         """Add documents to the corpus without training."""
-        async with searching.time_limit():
+        async with time_limit(searching.args.time_limit_s):
             snapshot = await searching.state.corpus.add(request.documents)
         assert snapshot.admission is not None
         return to_json({"added": len(request.documents), "version": snapshot.version, **asdict(snapshot.admission)})
@@ -105,7 +106,7 @@ def _corpus_routes(app: FastAPI, searching: Searching) -> None:
     @app.post("/documents/remove", response_model=Removed, responses={**pages.REFUSALS, **NOT_KEPT})
     async def remove(request: Removal) -> Response:
         """Remove documents from the corpus; their ids may be added again."""
-        async with searching.time_limit():
+        async with time_limit(searching.args.time_limit_s):
             snapshot = await searching.state.corpus.remove(request.ids)
         return to_json({"removed": len(request.ids), "version": snapshot.version})
 
@@ -117,27 +118,9 @@ def _corpus_routes(app: FastAPI, searching: Searching) -> None:
         """The version and size of the corpus and its last changes, newest first."""
         corpus = searching.state.corpus
         corpus.follow()
-        async with searching.time_limit():
+        async with time_limit(searching.args.time_limit_s):
             await corpus.reach(version)
         return to_json(corpus.versions(limit))
-
-
-def _report_routes(app: FastAPI, args: RetrieverArgs) -> None:
-    @app.get("/reports", response_model=list[dict[str, Any]], responses=pages.REFUSALS)
-    async def report_list() -> Response:
-        """Finished runs, newest first."""
-        return to_json(await asyncio.to_thread(reports.listed, args.reports))
-
-    @app.get("/reports/{name}", response_model=dict[str, Any], responses=pages.REFUSALS)
-    async def report(name: str) -> Response:
-        """The report of a run."""
-        return to_json(await asyncio.to_thread(reports.read, args.reports, name))
-
-    @app.get("/reports/{name}/plots/{file}", responses=pages.REFUSALS, response_class=FileResponse)
-    async def plot(name: str, file: str) -> Response:
-        """A plot of a run."""
-        path = await asyncio.to_thread(reports.plot, args.reports, name, file)
-        return FileResponse(path, media_type=reports.PLOTS[path.suffix], headers=pages.HEADERS)
 
 
 def check_health(state: State) -> None:

@@ -20,7 +20,6 @@ from typing import Any
 
 from mobula import artifacts, methods
 from mobula.cancellation import cancellable
-from mobula.config import digest
 from mobula.data.records import Document
 from mobula.errors import ArtifactError
 from mobula.retrieval.search import Admission, Searchable, SearchOptions, SearchResult
@@ -128,7 +127,7 @@ class Corpus:
         """
         artifact = artifacts.open_artifact(args.artifact)
         searchable = methods.get(artifact.method).load(artifact)
-        return cls(searchable, digest([artifact.method, artifact.files])[:16], args)
+        return cls(searchable, artifact.identity, args)
 
     @property
     def snapshot(self) -> Snapshot:

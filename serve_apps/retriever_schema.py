@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, Field, StringConstraints, field_validator, model_validator
 
 from mobula.retrieval.search import ALL_DECODERS, CONSTRAINTS, ORDERS, REMASK
-from mobula.serving.app import AppArgs
+from mobula.serving.app import AppArgs, Strict
 from mobula.serving.paths import LocalPath
 
 TEXT_BYTES = 100_000
@@ -29,12 +29,6 @@ class RetrieverArgs(AppArgs):
     )
     max_batch_size: int = Field(16, ge=1, le=1024, description="requests computed together")
     calibration_s: float = Field(20.0, ge=0, le=600, description="time for measuring budgets at start; 0: no max_ms")
-
-
-class Strict(BaseModel):
-    """A request body: no unknown field, no silent conversion, no NaN."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class SearchRequest(Strict):

@@ -5,14 +5,13 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from starlette.responses import Response
 
 from mobula.retrieval.search import SearchOptions, SearchResult
-from mobula.serving import errors
+from mobula.serving.app import time_limit, to_json
 from mobula.serving.batching import Batcher
 from mobula.serving.errors import RequestRefused
 from mobula.serving.metrics import Metrics
@@ -36,15 +35,6 @@ class Searching:
         self.state, self.args, self.metrics = state, args, metrics
         self.batcher = Batcher(_compute, args.max_batch_size, metrics.batch)
 
-    @asynccontextmanager
-    async def time_limit(self) -> AsyncIterator[None]:
-        """Within, what takes longer than a request may is cancelled and becomes a refusal (408)."""
-        try:
-            async with asyncio.timeout(self.args.time_limit_s):
-                yield
-        except TimeoutError:
-            raise RequestRefused(408, "timeout", f"not finished within {self.args.time_limit_s:g} s") from None
-
     async def search(self, request: SearchRequest) -> Response:
         """Hits as JSON."""
         start = time.perf_counter()
@@ -52,7 +42,7 @@ class Searching:
         corpus = self.state.corpus
         retriever, options, budget = plan(request, corpus.searchable, corpus.calibration)
         group = (corpus, retriever, options.decoder, options.steps, options.threshold, options.remask)
-        async with self.time_limit():
+        async with time_limit(self.args.time_limit_s):
             await corpus.reach(request.version)
             result, snapshot = await self.batcher.submit(group, (request.query, options))
         ms = 1000 * (time.perf_counter() - start)
@@ -65,7 +55,7 @@ class Searching:
         retriever, options, budget = plan(request, corpus.searchable, corpus.calibration)
         if retriever != corpus.searchable.default:
             raise RequestRefused(422, "bad_search", f"only {corpus.searchable.default} has denoising steps to trace")
-        async with self.time_limit():
+        async with time_limit(self.args.time_limit_s):
             await corpus.reach(request.version)
         corpus.follow()
         return stream(self._steps(request.query, options, corpus.snapshot, budget))
@@ -107,8 +97,3 @@ def _found(
     facts = {name: getattr(result, name) for name in names}
     answer = {"hits": hits, "version": snapshot.version, "retriever": retriever, **facts}
     return {**answer, "ms": round(ms, 3), "budget": budget}
-
-
-def to_json(value: Any) -> Response:
-    """JSON written once. FastAPI would check and encode what we made ourselves a second time."""
-    return Response(errors.dumps(value), media_type="application/json")

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from mobula.config import digest
 from mobula.errors import ArtifactError
 
 FORMAT = 1
@@ -31,6 +32,11 @@ class Artifact:
     method: str
     meta: dict[str, Any]
     files: dict[str, dict[str, Any]]
+
+    @property
+    def identity(self) -> str:
+        """What it holds, wherever it lies: 16 hexadecimal digits."""
+        return digest([self.method, self.files])[:16]
 
     def path(self, name: str) -> Path:
         """The path of a file named in the manifest.

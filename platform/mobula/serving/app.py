@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import asyncio
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager
 from typing import Any
 
 from fastapi import FastAPI
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.middleware import Middleware
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from mobula.errors import MobulaError
@@ -15,6 +18,12 @@ from mobula.serving import errors
 from mobula.serving.limits import Guard, Limits, load_keys
 from mobula.serving.metrics import Metrics
 from mobula.serving.paths import LocalPath
+
+
+class Strict(BaseModel):
+    """A request body: no unknown field, no silent conversion, no NaN."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class AppArgs(BaseModel):
@@ -67,6 +76,21 @@ def guarded(
     )
     errors.install(app, statuses)
     return app
+
+
+@asynccontextmanager
+async def time_limit(seconds: float) -> AsyncIterator[None]:
+    """Within, what takes longer is cancelled and becomes a refusal (408)."""
+    try:
+        async with asyncio.timeout(seconds):
+            yield
+    except TimeoutError:
+        raise errors.RequestRefused(408, "timeout", f"not finished within {seconds:g} s") from None
+
+
+def to_json(value: Any) -> Response:
+    """JSON written once. FastAPI would check and encode what we made ourselves a second time."""
+    return Response(errors.dumps(value), media_type="application/json")
 
 
 class Counted:

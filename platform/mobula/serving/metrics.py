@@ -17,6 +17,9 @@ class Metrics:
     def search(self, retriever: str, decoder: str, ms: float) -> None:
         """A search was answered."""
 
+    def solved(self, status: str, ms: float) -> None:
+        """A task was solved, or not."""
+
     def answered(self, status: int) -> None:
         """A request was answered."""
 
@@ -28,6 +31,7 @@ class ServeMetrics(Metrics):
         self._batch = metrics.Histogram("mobula_batch_size", "requests computed together", boundaries=SIZES)
         tags = ("retriever", "decoder")
         self._search = metrics.Histogram("mobula_search_ms", "time of a search, ms", boundaries=MS, tag_keys=tags)  # type: ignore[arg-type]
+        self._solved = metrics.Histogram("mobula_solve_ms", "time of a task, ms", boundaries=MS, tag_keys=("status",))
         self._answered = metrics.Counter("mobula_requests", "requests answered", tag_keys=("status",))
 
     def batch(self, size: int) -> None:
@@ -37,6 +41,10 @@ class ServeMetrics(Metrics):
     def search(self, retriever: str, decoder: str, ms: float) -> None:
         """A search was answered."""
         self._search.observe(ms, {"retriever": retriever, "decoder": decoder})
+
+    def solved(self, status: str, ms: float) -> None:
+        """A task was solved, or not."""
+        self._solved.observe(ms, {"status": status})
 
     def answered(self, status: int) -> None:
         """A request was answered."""

@@ -32,6 +32,7 @@ CONFIG: dict[str, Any] = {
     "stage0": {"steps": 60, "lr": 5e-3},
     "prefer": {"steps": 12, "batch": 4, "lr": 1e-3},
     "improve": {"steps": 30, "batch": 2, "lr": 1e-3},
+    "matched": {"batch": 2, "lr": 1e-3},
     "evaluation": {"decisive": False, "resamples": 200},
 }
 
@@ -75,7 +76,9 @@ def test_an_integrated_agent_learns_from_as_many_tokens_as_both_agents_and_their
     spent += sum(row.get("tokens", 0) for row in iterations(directory, "moat"))
     task = SftTask(seed / "integrated" / "fresh", seed / "integrated" / "pairs.jsonl")
     steps = read_jsonl(seed / "integrated" / "fit" / "metrics.jsonl")[-1]["step"]
-    assert steps * CONFIG["stage0"].get("batch", 32) * task.target_tokens / task.examples == pytest.approx(spent, rel=0.1)
+    assert steps * CONFIG["stage0"].get("batch", 32) * task.target_tokens / task.examples == pytest.approx(
+        spent, rel=0.1
+    )
     model = CausalModel.open(str(seed / "integrated" / "model"))
     assert all("<act>" in model.decode(target) for _, target in read_pairs(seed / "integrated" / "pairs.jsonl"))
 

@@ -129,6 +129,10 @@ def _improve() -> TrainingConfig:
     return TrainingConfig(steps=120, batch=32, lr=5e-4, workers=0)
 
 
+def _matched() -> TrainingConfig:
+    return TrainingConfig(steps=1, batch=32, lr=5e-4, workers=0)
+
+
 @dataclass
 class Config(ExperimentConfig):
     """A MOAT experiment: one start for all arms of a seed, then every arm alternates by itself."""
@@ -143,6 +147,8 @@ class Config(ExperimentConfig):
     stage0: TrainingConfig = section(_stage0)  # type: ignore[arg-type]
     prefer: TrainingConfig = section(_prefer)  # type: ignore[arg-type]
     improve: TrainingConfig = section(_improve)  # type: ignore[arg-type]
+    # How arms are trained that spend as much as the first one; `steps` follows from that.
+    matched: TrainingConfig = section(_matched)  # type: ignore[arg-type]
     evaluation: EvaluationConfig = section(EvaluationConfig)
 
     def problems(self) -> Iterator[str]:
@@ -159,7 +165,7 @@ class Config(ExperimentConfig):
             yield "arms names one twice"
         if self.parallel > 1 and self.alternation.actors != 0:
             yield f"parallel={self.parallel} needs alternation.actors=0: trainings have the actors"
-        for name in ("stage0", "prefer", "improve"):
+        for name in ("stage0", "prefer", "improve", "matched"):
             if self.parallel > 1 and getattr(self, name).workers != 0:
                 yield f"parallel={self.parallel} needs {name}.workers=0: trainings have the actors"
         if self.model.width % self.model.heads:

@@ -5,6 +5,7 @@ The predictor is built from the artifact alone: it knows no task's gold plan, ac
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -13,6 +14,7 @@ from pathlib import Path
 from mobula import artifacts
 from mobula.agents.language import Called, execute, show
 from mobula.agents.moat.config import Config
+from mobula.agents.moat.setting import State
 from mobula.agents.moat.templates import VERSIONS
 from mobula.agents.moat.workers import Agents, Lengths
 from mobula.agents.worlds import Task, World
@@ -35,11 +37,12 @@ class Solution:
 
 
 class Predictor:
-    """Planner and grounder, greedy and free-running."""
+    """Planner and grounder, greedy and free-running. ``examples``: words of tasks by family."""
 
-    def __init__(self, agents: Agents, most: Lengths) -> None:
+    def __init__(self, agents: Agents, most: Lengths, examples: Mapping[str, Sequence[str]]) -> None:
         self.agents = agents
         self.most = most
+        self.examples = examples
 
     def solve(self, text: str, family: str) -> Solution:
         """Plan, act and answer with the tools of a family.
@@ -56,13 +59,18 @@ class Predictor:
 
 
 def write(
-    directory: Path, config: Config, worlds: Mapping[str, World], planner: Path, grounder: Path, rows: Sequence[Row]
+    directory: Path,
+    config: Config,
+    worlds: Mapping[str, World],
+    state: State,
+    rows: Sequence[Row],
+    examples: Mapping[str, Sequence[str]],
 ) -> Artifact:
-    """Write both agents, the tools that they know, the prompts' versions, the world and the iterations."""
+    """Write both agents, the tools that they know, the prompts' versions, the world, examples and the iterations."""
 
     def fill(folder: Path) -> None:
-        shutil.copytree(planner, folder / "planner")
-        shutil.copytree(grounder, folder / "grounder")
+        shutil.copytree(state.planner, folder / "planner")
+        shutil.copytree(state.grounder, folder / "grounder")
         tools = {
             family: [{"signature": tool.signature, "purpose": tool.purpose} for tool in world.tools().values()]
             for family, world in worlds.items()
@@ -72,6 +80,7 @@ def write(
         write_json(
             folder / "world.json", {"seed": config.tasks.seed, "digests": {f: w.digest for f, w in worlds.items()}}
         )
+        write_json(folder / "examples.json", examples)
         write_json(folder / "iterations.json", list(rows))
 
     meta = {
@@ -88,4 +97,5 @@ def load(artifact: Artifact) -> Predictor:
     """Open planner and grounder of an artifact."""
     meta, folder = artifact.meta, artifact.directory
     agents = Agents(folder / "planner", folder / "grounder", meta["world_seed"], meta["view"])
-    return Predictor(agents, Lengths(meta["max_plan"], meta["max_program"]))
+    examples = json.loads((folder / "examples.json").read_text(encoding="utf-8"))
+    return Predictor(agents, Lengths(meta["max_plan"], meta["max_program"]), examples)

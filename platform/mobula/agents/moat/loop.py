@@ -203,6 +203,7 @@ def _trainer(setting: Setting, name: str, attempt: int, prepare: Prepare) -> Cal
             tokens = spent(setting.budget, context.iteration, name)
             if tokens == 0:
                 return skipped("the first arm trained nothing here")
+            config = setting.config.matched
             config = replace(config, steps=steps_for(tokens, task, config.batch))
         result, tokens = tune(task, config, context.directory, context.seed, name)
         shift = {"chosen_lp_shift": chosen_shift(task, context.directory)} if isinstance(task, DpoTask) else {}

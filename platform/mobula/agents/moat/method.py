@@ -22,6 +22,7 @@ from mobula.experiment import DataFacts, Report, Run
 
 __all__ = ["Config", "load", "run", "train_trial"]
 load = library.load
+EXAMPLES = 5  # of each family, for people who want to try the agents
 
 
 def run(run: Run) -> Report:
@@ -43,8 +44,16 @@ def run(run: Run) -> Report:
     fill(report, Findings(config, tests, outcomes, solved))
     final = comparison.standing(comparison.first, config.seed)
     rows = outcomes[0][comparison.first].rows
-    library.write(run.artifact_directory, config, comparison.worlds, final.planner, final.grounder, rows)
+    library.write(run.artifact_directory, config, comparison.worlds, final, rows, _examples(comparison.tasks["dev"]))
     return report
+
+
+def _examples(tasks: Sequence[Task]) -> dict[str, list[str]]:
+    """The words of some tasks of every family."""
+    found: dict[str, list[str]] = {}
+    for task in tasks:
+        found.setdefault(task.family, []).append(task.text)
+    return {family: texts[:EXAMPLES] for family, texts in found.items()}
 
 
 def _facts(tasks: Mapping[str, Sequence[Task]]) -> DataFacts:

@@ -65,11 +65,12 @@ class Agents:
 
     def programs(
         self, tasks: Sequence[Task], plans: Sequence[str], sampling: Sampling, seeds: Sequence[int]
-    ) -> list[str]:
-        """A program for every plan."""
+    ) -> list[tuple[str, int]]:
+        """A program for every plan: its text and its tokens."""
         model, template = self.grounding
         prompts = [self._prompt(template, task, plan) for task, plan in zip(tasks, plans, strict=True)]
-        return [model.decode(c.ids) for c in model.sample(prompts, sampling, seeds)]
+        drawn = model.sample(prompts, sampling, seeds)
+        return [(model.decode(c.ids), len(c.log_probs)) for c in drawn]
 
     def solve(self, tasks: Sequence[Task], plans: Sequence[str | None], most: Lengths) -> list[tuple[str, str]]:
         """Greedy plan and program of every task; a plan that is given is not written."""
@@ -78,7 +79,7 @@ class Agents:
         found = {i: text for i, (text, _, _) in zip(own, written, strict=True)}
         texts = [found[i] if plan is None else plan for i, plan in enumerate(plans)]
         programs = self.programs(tasks, texts, Sampling(most.program, GREEDY), [0] * len(tasks))
-        return list(zip(texts, programs, strict=True))
+        return [(plan, program) for plan, (program, _) in zip(texts, programs, strict=True)]
 
     def gold_scores(self, tasks: Sequence[Task], plans: Sequence[str]) -> list[Row]:
         """How unlikely the GOLD actions are after each plan: ``nll_sum``, ``nll_mean`` (nats) and ``n_scored``.
@@ -217,7 +218,7 @@ class GroundWorker:
         with one_thread():
             programs = self.agents.programs(tasks, plans, self.sampling, seeds)
         rows = []
-        for item, task, plan, program in zip(items, tasks, plans, programs, strict=True):
+        for item, task, plan, (program, _) in zip(items, tasks, plans, programs, strict=True):
             world = self.agents.worlds[task.family]
             decide = judge(self.critic, world)
             rows.append(asdict(criticise(self.critic, decide, world, task, item["j"], plan, program)))

@@ -1,0 +1,70 @@
+"""What the `agent` application takes and gives: its arguments, requests, events and answers."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import BaseModel, Field, StringConstraints, field_validator, model_validator
+
+from mobula.serving.app import AppArgs, Strict
+from mobula.serving.paths import LocalPath
+
+MOST_STEPS = 8
+
+
+class AgentArgs(AppArgs):
+    """Arguments of the application in cluster.yaml."""
+
+    artifact: LocalPath = Field(description="artifact of a finished moat run")
+    reports: LocalPath | None = Field(None, description="directory whose runs the console shows")
+    max_batch_size: int = Field(16, ge=1, le=1024, description="plans or programs written together")
+    tool_seconds: float = Field(2.0, gt=0, le=60, description="time of one tool call")
+    tool_memory_mb: int = Field(256, ge=16, le=65_536, description="memory that the tools of a conversation may take")
+
+
+class SolveRequest(Strict):
+    """A task for the agents. The task is all that they see of the request, beside the tools."""
+
+    task: Annotated[str, StringConstraints(min_length=1, max_length=2000)]
+    family: str = Field(max_length=64, description="whose tools the agents have, see /agents")
+    max_steps: int = Field(MOST_STEPS, ge=1, le=MOST_STEPS, description="tool calls of a conversation at most")
+    max_tokens: int | None = Field(None, ge=1, le=1024, description="tokens of a plan and of a program; null: trained")
+    temperature: float = Field(0.0, ge=0, le=2, description="0: the likeliest plan and program")
+    n: int = Field(1, ge=1, le=8, description="conversations; the answer that most of them reach is the answer")
+    seed: int = Field(0, ge=0, le=2**31 - 1)
+    stream: bool = Field(True, description="server-sent events as things happen; false: one JSON at the end")
+
+    @field_validator("task")
+    @classmethod
+    def _not_blank(cls, task: str) -> str:
+        if not task.strip():
+            raise ValueError("the task is blank")
+        return task
+
+    @model_validator(mode="after")
+    def _different(self) -> SolveRequest:
+        if self.n > 1 and self.temperature == 0:
+            raise ValueError("n > 1 needs a temperature; without one every conversation is the same")
+        return self
+
+
+class Conversation(BaseModel):
+    """One try: subgoals, tool calls and what they returned, and how it ended."""
+
+    plan: list[str]
+    actions: list[str]
+    observations: list[str]
+    answer: str | None
+    status: str
+    reason: str
+
+
+class Solved(BaseModel):
+    """The answer, every conversation, and what it took. ``version`` names planner and grounder as one."""
+
+    answer: str | None
+    status: str
+    conversations: list[Conversation]
+    tokens: int
+    ms: float
+    version: str

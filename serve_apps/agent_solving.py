@@ -1,0 +1,165 @@
+"""How the `agent` application solves tasks: plans and programs in batches, tools in sandboxes, events as they happen."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from mobula import artifacts, methods
+from mobula.agents.language import ProgramError, parse, serialise
+from mobula.agents.moat.library import KIND, Predictor
+from mobula.agents.sandbox import Limits, Workshop
+from mobula.agents.worlds import Task, read_plan
+from mobula.alternation import seed_of
+from mobula.models.causal import Sampling
+from mobula.serving.app import time_limit
+from mobula.serving.batching import Batcher
+from mobula.serving.errors import RequestRefused
+from mobula.serving.metrics import Metrics
+from mobula.threads import one_thread
+from serve_apps.agent_schema import AgentArgs, SolveRequest
+
+TOOLS = "mobula.agents.worlds:tools"
+TOP_P = 0.95
+Event = tuple[str, dict[str, Any]]
+
+
+class State:
+    """Planner and grounder of an artifact, and a workshop of tools for every family."""
+
+    def __init__(self, args: AgentArgs) -> None:
+        artifact = artifacts.open_artifact(args.artifact, kind=KIND)
+        self.predictor: Predictor = methods.get(artifact.method).load(artifact)
+        self.version = artifact.identity
+        limits = Limits(seconds=args.tool_seconds, memory_mb=args.tool_memory_mb)
+        seed = self.predictor.agents.world_seed
+        families = self.predictor.agents.worlds
+        self.workshops = {name: Workshop(TOOLS, {"family": name, "seed": seed}, limits) for name in families}
+
+    def close(self) -> None:
+        """End the tools' processes."""
+        for workshop in self.workshops.values():
+            workshop.close()
+
+
+@dataclass
+class Conversation:
+    """One try so far; ``status`` is empty while it goes on."""
+
+    plan: list[str] = field(default_factory=list)
+    actions: list[str] = field(default_factory=list)
+    observations: list[str] = field(default_factory=list)
+    answer: str | None = None
+    status: str = ""
+    reason: str = ""
+
+
+class Solving:
+    """Solves tasks with the agents of ``state``."""
+
+    def __init__(self, state: State, args: AgentArgs, metrics: Metrics) -> None:
+        self.state, self.args, self.metrics = state, args, metrics
+        self.batcher = Batcher(self._write, args.max_batch_size, metrics.batch)
+
+    def check(self, request: SolveRequest) -> None:
+        """Refuse what these agents cannot do.
+
+        Raises:
+            RequestRefused: 422 for a family without tools here.
+        """
+        if request.family not in self.state.workshops:
+            known = ", ".join(self.state.workshops)
+            raise RequestRefused(422, "unknown_family", f"no tools for {request.family!r}; there are {known}")
+
+    async def solve(self, request: SolveRequest) -> dict[str, Any]:
+        """The final event's value."""
+        async with time_limit(self.args.time_limit_s):
+            async for name, value in self._conversations(request):
+                if name == "done":
+                    return value
+        raise AssertionError("a solution ends with `done`")
+
+    async def events(self, request: SolveRequest) -> AsyncIterator[Event]:
+        """`plan`, then `call` and `result` in turn, `answer` or `error`, for each conversation; `done` at the end."""
+        async with asyncio.timeout(self.args.time_limit_s):
+            async for event in self._conversations(request):
+                yield event
+
+    async def _conversations(self, request: SolveRequest) -> AsyncIterator[Event]:
+        began, tokens = time.perf_counter(), 0
+        found: list[Conversation] = []
+        for number in range(request.n):
+            found.append(Conversation())
+            async for name, value in self._conversation(request, number, found[-1]):
+                tokens += value.pop("tokens", 0)
+                yield name, {"conversation": number, **value}
+        votes = Counter(each.answer for each in found if each.status == "ok")
+        answer = votes.most_common(1)[0][0] if votes else None
+        status = "ok" if votes else found[0].status
+        ms = round(1000 * (time.perf_counter() - began), 3)
+        self.metrics.solved(status, ms)
+        conversations = [vars(each) for each in found]
+        facts = {"tokens": tokens, "ms": ms, "version": self.state.version}
+        yield "done", {"answer": answer, "status": status, "conversations": conversations, **facts}
+
+    async def _conversation(self, request: SolveRequest, number: int, talk: Conversation) -> AsyncIterator[Event]:
+        tools = tuple(self.state.predictor.agents.worlds[request.family].tools())
+        task = Task("", request.family, "served", request.task, None, tools, None, None, "")
+        plan, spent = await self._ask("plan", request, number, task, "")
+        talk.plan = read_plan(plan) or [line for line in plan.splitlines() if line.strip()]
+        yield "plan", {"subgoals": talk.plan, "tokens": spent}
+        program, spent = await self._ask("program", request, number, task, plan)
+        async for event in self._carry_out(request, program, talk):
+            yield event
+        facts = {"status": talk.status, "tokens": spent}
+        if talk.status == "ok":
+            yield "answer", {"answer": talk.answer, **facts}
+        else:
+            yield "error", {"error": {"code": talk.status, "message": talk.reason}, **facts}
+
+    async def _carry_out(self, request: SolveRequest, program: str, talk: Conversation) -> AsyncIterator[Event]:
+        """Every statement of a program in a sandbox of its own, until one fails."""
+        try:
+            statements = [serialise((statement,)) for statement in parse(program)]
+        except ProgramError as error:
+            talk.status, talk.reason = error.status, f"{error}, in {program!r}"
+            return
+        sandbox = await asyncio.to_thread(self.state.workshops[request.family].open)
+        try:
+            for statement in statements[: request.max_steps]:
+                talk.actions.append(statement)
+                yield "call", {"call": statement}
+                step = await asyncio.to_thread(sandbox.step, statement)
+                talk.status, talk.reason = step.status, step.reason
+                talk.observations.append(step.returned if step.status == "ok" else step.reason)
+                yield "result", {"call": statement, "status": step.status, "returned": talk.observations[-1]}
+                if step.status != "ok":
+                    return
+                talk.answer = step.returned
+        finally:
+            sandbox.close()
+        if len(statements) > request.max_steps:
+            talk.answer, talk.status, talk.reason = None, "limit", f"more than {request.max_steps} tool calls"
+
+    async def _ask(self, what: str, request: SolveRequest, number: int, task: Task, plan: str) -> tuple[str, int]:
+        """A plan or a program, and its tokens."""
+        most = self.state.predictor.most
+        trained = most.plan if what == "plan" else most.program
+        tokens = min(trained, request.max_tokens or trained)
+        sampling = Sampling(tokens, request.temperature, TOP_P if request.temperature else 1.0)
+        seed = seed_of(request.seed, number, what)
+        return await self.batcher.submit((what, sampling), (task, plan, seed))
+
+    def _write(self, group: tuple[str, Sampling], items: Sequence[tuple[Task, str, int]]) -> list[tuple[str, int]]:
+        """Plans or programs of a batch."""
+        what, sampling = group
+        tasks, plans, seeds = zip(*items, strict=True)
+        agents = self.state.predictor.agents
+        with one_thread():
+            if what == "plan":
+                return [(text, count) for text, count, _ in agents.plans(tasks, sampling, seeds)]
+            return agents.programs(tasks, plans, sampling, seeds)
