@@ -1,4 +1,4 @@
-"""How the `agent` application solves tasks: plans and programs in batches, tools in sandboxes, events as they happen."""
+"""How the `agent` application solves tasks: it writes in batches, acts in sandboxes, and tells what happens at once."""
 
 from __future__ import annotations
 

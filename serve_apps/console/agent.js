@@ -103,4 +103,4 @@ function done({ answer, status, tokens, ms, version }) {
 $("form").addEventListener("submit", solve);
 $("family").addEventListener("change", family);
 $("example").addEventListener("change", () => { if ($("example").value) $("task").value = $("example").value; });
-start();
+start().then(() => { document.body.dataset.ready = "yes"; });

@@ -33,14 +33,16 @@ def launched() -> Iterator[Browser]:
         browser.close()
 
 
-def open_console(browser: Browser, url: str, width: int = 1280, dark: bool = False) -> tuple[Page, list[str]]:
+def open_console(
+    browser: Browser, url: str, width: int = 1280, dark: bool = False, path: str = ""
+) -> tuple[Page, list[str]]:
     """The console on a fresh page, and a list that collects everything that goes wrong on it."""
     page = browser.new_page(viewport={"width": width, "height": 1000}, color_scheme="dark" if dark else "light")
     problems: list[str] = []
     page.on("pageerror", lambda error: problems.append(str(error)))
     page.on("console", lambda m: problems.append(m.text) if m.type == "error" else None)
     page.on("request", lambda r: None if r.url.startswith(url) else problems.append(f"asked {r.url}"))
-    page.goto(f"{url}/console/")
+    page.goto(f"{url}/console/{path}")
     expect(page.locator("body")).to_have_attribute("data-ready", "yes")
     return page, problems
 

@@ -71,7 +71,7 @@ def _train(setting: Setting, places: Mapping[str, Path]) -> None:
     root = setting.planner.parents[1]
     if (root / TOKENS).is_file():
         return
-    tokenizer = word_tokenizer(_texts(setting.worlds, setting.tasks))
+    tokenizer = word_tokenizer(world_texts(setting.worlds, setting.tasks))
     learned = {}
     for name, place in places.items():
         task = _fresh(setting, PAIRS[name], tokenizer, place, name)
@@ -92,7 +92,7 @@ def _fresh(
     return SftTask(place / "fresh", place / "pairs.jsonl")
 
 
-def _texts(worlds: Mapping[str, World], tasks: Mapping[str, Sequence[Task]]) -> list[str]:
+def world_texts(worlds: Mapping[str, World], tasks: Mapping[str, Sequence[Task]]) -> list[str]:
     """Every word of the world: tasks, programs, plans of every style. Words, not what is done with them."""
     chance = random.Random(0)
     found = [ACT]
