@@ -112,7 +112,9 @@ def sweep(space: Path, overrides: tuple[str, ...], out: Path | None, resume: str
 @main.command()
 @click.argument("apps", nargs=-1)
 @click.option("--set", "overrides", multiple=True, metavar="APP.KEY=VALUE", help="Argument of an app; repeatable.")
-@click.option("--artifact", type=click.Path(path_type=Path), default=None, help="Same as --set retriever.artifact=DIR.")
+@click.option(
+    "--artifact", type=click.Path(path_type=Path), default=None, help="Artifact of the one application that is named."
+)
 @click.option("--host", default=None, help="Interface to bind; default: the cluster file's (loopback).")
 @click.option("--port", type=int, default=None, help="HTTP port; default: the cluster file's.")
 @CLUSTER
@@ -127,7 +129,9 @@ def serve(
     """Deploy applications of cluster.yaml (all, or those named) with Ray Serve and keep them running."""
     from mobula.running import run_serve
 
-    chosen = [*overrides, *([f"retriever.artifact={artifact}"] if artifact else [])]
+    if artifact and len(apps) != 1:
+        raise click.UsageError("--artifact needs one application, such as `mobula serve retriever --artifact DIR`")
+    chosen = [*overrides, *([f"{apps[0]}.artifact={artifact}"] if artifact else [])]
     run_serve(apps, chosen, cluster_file=cluster_file, host=host, port=port)
 
 

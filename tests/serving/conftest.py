@@ -7,9 +7,16 @@ from pathlib import Path
 import pytest
 
 from tests import tiny
+from tests.agents.moat import small
 
 
 @pytest.fixture(scope="session")
 def trained_artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The artifact of a small trained DiffuGR."""
     return tiny.trained(tmp_path_factory.mktemp("trained"))
+
+
+@pytest.fixture(scope="session")
+def agent_artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The artifact of small agents that know a few tasks by heart."""
+    return small.trained(tmp_path_factory.mktemp("agents"))

@@ -26,8 +26,8 @@ from tests.serving.asgi import ask, client
 
 
 @pytest.fixture(scope="module")
-def args(tmp_path_factory: pytest.TempPathFactory) -> AgentArgs:
-    return AgentArgs(artifact=small.trained(tmp_path_factory.mktemp("agent")), key_required=False, tool_seconds=1)
+def args(agent_artifact: Path) -> AgentArgs:
+    return AgentArgs(artifact=agent_artifact, key_required=False, tool_seconds=1)
 
 
 @pytest.fixture(scope="module")

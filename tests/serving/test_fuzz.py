@@ -4,6 +4,9 @@ import pytest
 import schemathesis
 from hypothesis import HealthCheck, given, settings
 
+from serve_apps import agent
+from serve_apps.agent_schema import AgentArgs
+from serve_apps.agent_solving import State as AgentState
 from serve_apps.retriever import Corpus, RetrieverArgs, State, create_app
 from tests.serving.toy import Toy
 
@@ -42,7 +45,23 @@ CASES = [(*route, POSITIVE) for route in ROUTES] + [(*route, NEGATIVE) for route
 
 @pytest.mark.parametrize(("method", "path", "mode"), CASES, ids=lambda value: getattr(value, "value", value))
 def test_s3_made_up_requests_cause_no_5xx(description, method, path, mode):
-    strategy = description[path][method].as_strategy(generation_mode=mode)
+    try_out(description[path][method].as_strategy(generation_mode=mode))
+
+
+@pytest.mark.parametrize("mode", [POSITIVE, NEGATIVE], ids=lambda mode: mode.value)
+def test_made_up_tasks_cause_no_5xx(agent_artifact, mode):
+    args = AgentArgs(artifact=agent_artifact, key_required=False, requests_per_s=1e6, burst=10**6)
+    state = AgentState(args)
+    try:
+        app = agent.create_app(state, args)
+        description = schemathesis.openapi.from_asgi("/openapi.json", app, headers={"host": "localhost"})
+        try_out(description["/solve"]["POST"].as_strategy(generation_mode=mode))
+    finally:
+        state.close()
+
+
+def try_out(strategy):
+    """Ask what the strategy makes up."""
 
     @settings(max_examples=25, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
     @given(case=strategy)

@@ -19,7 +19,7 @@ from mobula.models.causal import CausalModel
 from mobula.models.sft import SftTask, read_pairs
 from mobula.running import run_experiment
 
-ARMS = ["moat", "moat_no_gate", "noisy_30", "random_pairs", "best_plan", "rft", "extra_steps", "integrated"]
+ARMS = ["moat", "noisy_30", "random_pairs", "best_plan", "rft", "extra_steps", "integrated"]
 CONFIG: dict[str, Any] = {
     "method": "moat",
     "name": "arms",
@@ -103,6 +103,21 @@ def test_self_training_learns_what_was_solved_and_gold(directory: Path) -> None:
     assert sampled.read_bytes() == (phase(directory, "moat", "sample") / "shard-00000.jsonl").read_bytes()
 
 
+def test_every_program_is_counted_and_what_the_critic_left_is_learned(directory: Path) -> None:
+    rows = [row for file in sorted(phase(directory, "moat", "ground").glob("shard-*")) for row in read_jsonl(file)]
+    asked = read_jsonl(phase(directory, "moat", "ground") / "inputs.jsonl")
+    verdicts = [row["verdict"] for row in rows]
+    assert len(asked) == len(rows) == sum(verdicts.count(each) for each in ("accept", "correct", "drop"))
+    kept = [row for row in rows if row["verdict"] != "drop"]
+    assert all((row["used_actions"] is None) == (row["verdict"] == "drop") for row in rows)
+    pairs = read_pairs(phase(directory, "moat", "improve-0") / "pairs.jsonl")
+    assert len(pairs) == len(kept) + CONFIG["tasks"]["train"]
+    model = CausalModel.open(str(directory / "seed-0" / "grounder" / "model"))
+    for row, (prompt, target) in zip(kept, pairs, strict=False):
+        assert model.decode(prompt).endswith("<act>") and target[-1] == model.eos
+        assert model.encode(row["used_actions"]) == list(target[:-1])
+
+
 def test_random_pairs_are_of_the_same_plans_in_any_order(directory: Path) -> None:
     scored = json.loads((phase(directory, "moat", "pair") / "pairs.json").read_text())
     drawn = json.loads((phase(directory, "random_pairs", "pair") / "pairs.json").read_text())
@@ -135,7 +150,17 @@ def test_arms_end_after_their_iterations_and_are_compared_at_equal_ones(director
     assert statements["C5 random_pairs"].startswith("moat T=1 beats")
     assert statements["C6 noisy_30"].startswith("moat T=1 beats")
     assert statements["C7 rft"].startswith("moat beats")
-    assert "C5 moat_no_gate" not in statements
+
+
+def test_plots_show_what_was_trained_and_what_stands(directory: Path) -> None:
+    """Never only the best so far: every candidate of the gate is there, with the number of seeds."""
+    plot = json.loads((directory / "report.json").read_text())["plots"]["surrogate"]
+    assert "1 seeds" in plot["title"]
+    rows = iterations(directory, "moat")[1:]
+    wanted = [[2 * row["iteration"] - 1 + i, row["J_stages"][stage]]
+              for row in rows for i, stage in enumerate(("prefer", "improve")) if stage in row["J_stages"]]  # fmt: skip
+    assert [point[:2] for point in plot["series"]["trained, accepted or not"]] == wanted
+    assert len(plot["series"]["standing after the gate"]) == 1 + len(rows)
 
 
 def test_test_tasks_are_read_after_all_training(directory: Path) -> None:

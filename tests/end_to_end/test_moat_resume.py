@@ -1,0 +1,97 @@
+"""``mobula run`` of MOAT killed in every one of its phases: it ends with the numbers of a run that nothing stopped."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from mobula.alternation import DONE, Row
+from mobula.artifacts import read_jsonl, sha256
+
+pytestmark = [pytest.mark.end_to_end, pytest.mark.timeout(1800)]
+ROOT = Path(__file__).parents[2]
+EXPERIMENT: dict[str, Any] = {
+    "method": "moat",
+    "name": "killed",
+    "arms": ["moat"],
+    "tasks": {"train": 30, "align": 24, "probe": 24, "dev": 24, "test_in": 9, "test_out": 9},
+    "model": {"width": 32, "layers": 1},
+    "moat": {"samples": 4, "margin": 0.0, "fewest_pairs": 1, "max_plan": 24, "max_program": 24, "max_leak": 1.0},
+    "gate": {"retries": 0, "j_slack_se": 100.0, "min_parsed": 0.0, "max_leak": 1.0},
+    "alternation": {"iterations": 1, "actors": 0},
+    "stage0": {"steps": 60, "lr": 5e-3, "checkpoint_every": 20},
+    "prefer": {"steps": 60, "batch": 4, "lr": 1e-3, "checkpoint_every": 20},
+    "improve": {"steps": 60, "batch": 4, "lr": 1e-3, "checkpoint_every": 20},
+    "evaluation": {"decisive": False, "resamples": 100},
+}
+
+
+def start(experiment: Path, out: Path) -> subprocess.Popen[str]:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "platform"), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "mobula.cli", "run", str(experiment), "--out", str(out)]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def finish(experiment: Path, out: Path) -> None:
+    process = start(experiment, out)
+    output, _ = process.communicate(timeout=900)
+    assert process.returncode == 0, output[-3000:]
+
+
+def rows(out: Path) -> list[Row]:
+    return [{**row, "seconds": 0} for row in read_jsonl(out / "seed-0" / "moat" / "iterations.jsonl")]
+
+
+def phases(out: Path) -> list[str]:
+    """Every phase's directory, in the order in which they run."""
+    return [str(p.parent.relative_to(out)) for p in sorted((out / "seed-0" / "moat").glob(f"iteration-*/*/{DONE}"))]
+
+
+def kill_in(process: subprocess.Popen[str], phase: Path, pause: float) -> bool:
+    """SIGKILL a while after a phase has begun; False if it was over by then."""
+    deadline = time.monotonic() + 600
+    while not phase.is_dir():
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0][-3000:]
+        time.sleep(0.002)
+    time.sleep(pause)
+    over = (phase / DONE).is_file()
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    return not over
+
+
+def test_killed_in_every_phase_it_ends_with_the_same_numbers(tmp_path: Path) -> None:
+    experiment = tmp_path / "killed.yaml"
+    experiment.write_text(yaml.safe_dump(EXPERIMENT))
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    finish(experiment, whole)
+    names = phases(whole)
+    # Phases that work, and those that only decide in a moment: any of them may be hit.
+    assert {name.split("-", 3)[-1] for name in names} >= {"sample", "score", "pair", "prefer-0", "plans", "ground"}
+    chance = random.Random(0)
+    inside = 0
+    for name in names:
+        took = json.loads((whole / name / DONE).read_text())["seconds"]
+        inside += kill_in(start(experiment, out), out / name, chance.uniform(0, took))
+    assert inside >= len(names) // 3
+    finish(experiment, out)
+    assert rows(out) == rows(whole)
+    for name in names:
+        again, once = out / name, whole / name
+        assert json.loads((again / DONE).read_text())["facts"] == json.loads((once / DONE).read_text())["facts"]
+        for shard in once.glob("*.jsonl"):
+            assert (again / shard.name).read_bytes() == shard.read_bytes(), f"{name}/{shard.name}"
+    weights = sorted(p.relative_to(whole) for p in whole.rglob("model.safetensors"))
+    assert [sha256(out / path) for path in weights] == [sha256(whole / path) for path in weights]
+    reports = [json.loads((place / "report.json").read_text())["measures"] for place in (out, whole)]
+    assert reports[0] == reports[1]
