@@ -17,6 +17,7 @@ import httpx
 import pytest
 
 from tests import tiny
+from tests.agents.moat import small
 
 pytestmark = [pytest.mark.end_to_end, pytest.mark.timeout(900)]
 ROOT = Path(__file__).parents[2]
@@ -53,10 +54,10 @@ def said(log: Path, text: str, process: subprocess.Popen[bytes]) -> bool:
 
 
 @contextlib.contextmanager
-def serving(artifact: Path, port: int, log: Path) -> Iterator[subprocess.Popen[bytes]]:
+def serving(app: str, artifact: Path, port: int, log: Path, *more: str) -> Iterator[subprocess.Popen[bytes]]:
     """The command, with a Ray of its own; what is left of it at the end is killed."""
-    arguments = [f"--artifact={artifact}", f"--port={port}", "--set=retriever.calibration_s=0"]
-    command = [sys.executable, "-m", "mobula.cli", "serve", "retriever", *arguments]
+    arguments = [f"--artifact={artifact}", f"--port={port}", *more]
+    command = [sys.executable, "-m", "mobula.cli", "serve", app, *arguments]
     with tempfile.TemporaryDirectory(prefix="ray", ignore_cleanup_errors=True) as folder, log.open("w") as stream:
         environment = {**os.environ, "PYTHONPATH": str(ROOT / "platform"), "RAY_TMPDIR": folder}
         process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=stream, stderr=stream)
@@ -73,7 +74,7 @@ def test_the_command_serves_a_real_artifact_and_ends_when_interrupted(tmp_path: 
     url = f"http://127.0.0.1:{port}"
     # Ray gives a node 30 s to come up, which a busy machine may miss: then once more.
     for last in (False, True):
-        with serving(artifact, port, log) as process:
+        with serving("retriever", artifact, port, log, "--set=retriever.calibration_s=0") as process:
             if not answers(url, process):
                 assert not last, log.read_text()[-3000:]
                 continue
@@ -85,4 +86,25 @@ def test_the_command_serves_a_real_artifact_and_ends_when_interrupted(tmp_path: 
             assert said(log, "press Ctrl-C", process), log.read_text()[-3000:]
             process.send_signal(signal.SIGINT)
             assert process.wait(120) == 0, log.read_text()[-3000:]
+        return
+
+
+def test_the_agents_are_served_and_stream(tmp_path: Path) -> None:
+    artifact, task = small.trained(tmp_path), small.known_tasks()[2]
+    port, log = free_port(), tmp_path / "serve.log"
+    url = f"http://127.0.0.1:{port}/agent"
+    for last in (False, True):
+        with serving("agent", artifact, port, log) as process:
+            if not answers(url, process):
+                assert not last, log.read_text()[-3000:]
+                continue
+            request = {"task": task.text, "family": task.family}
+            with httpx.stream("POST", f"{url}/solve", json=request, timeout=60) as answer:
+                assert answer.status_code == 200
+                names = [line.removeprefix("event: ") for line in answer.iter_lines() if line.startswith("event: ")]
+            calls = len(str(task.gold_actions).splitlines())
+            assert names == ["plan", *["call", "result"] * calls, "answer", "done"]
+            found = httpx.post(f"{url}/solve", json={**request, "stream": False}, timeout=60).json()
+            assert found["answer"] == task.answer
+            assert httpx.get(f"{url}/console/agent.html", timeout=60).status_code == 200
         return

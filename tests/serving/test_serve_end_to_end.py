@@ -88,7 +88,7 @@ class Served:
         self.deploy()
 
     def deploy(self):
-        (endpoint,) = deploy.serve(self.file, port=self.port, timeout_s=PATIENCE_S)
+        (endpoint,) = deploy.serve(self.file, ["retriever"], port=self.port, timeout_s=PATIENCE_S)
         assert endpoint.url == f"{self.base}/"
 
     def search(self, http, **options):
