@@ -72,7 +72,7 @@ def test_matched_arms_learn_from_as_many_tokens(directory: Path, arm: str) -> No
 
 def test_an_integrated_agent_learns_from_as_many_tokens_as_both_agents_and_their_alignment(directory: Path) -> None:
     seed = directory / "seed-0"
-    spent = sum(json.loads((seed / "stage0.json").read_text()).values())
+    spent = sum(json.loads((seed / "tokens.json").read_text()).values())
     spent += sum(row.get("tokens", 0) for row in iterations(directory, "moat"))
     task = SftTask(seed / "integrated" / "fresh", seed / "integrated" / "pairs.jsonl")
     steps = read_jsonl(seed / "integrated" / "fit" / "metrics.jsonl")[-1]["step"]

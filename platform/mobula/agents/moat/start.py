@@ -24,7 +24,7 @@ from mobula.models.causal import CausalModel, SmallShape, word_tokenizer
 from mobula.models.sft import Pair, SftTask, write_pairs
 
 TESTS = ("test_in", "test_out")
-TOKENS = "stage0.json"  # target tokens that each agent learned from
+TOKENS = "tokens.json"  # target tokens that models learned from, written when they are there
 PAIRS = {"planner": planner_pairs, "grounder": grounder_pairs}
 log = logging.getLogger(__name__)
 
@@ -57,14 +57,14 @@ def integrated(start: Setting, directory: Path, spent: int) -> Path:
 
     It learns from as many target tokens as the two agents of stage 0 and the ``spent`` ones of their alignment.
     """
-    model = directory / MODEL
-    if not (model / "config.json").is_file():
+    if not (directory / TOKENS).is_file():
         stage0 = json.loads((start.planner.parents[1] / TOKENS).read_text())
         task = _fresh(start, joint_pairs, CausalModel.open(str(start.planner)).tokenizer, directory, INTEGRATED)
         config = start.config.stage0
         config = replace(config, steps=steps_for(sum(stage0.values()) + spent, task, config.batch))
-        tune(task, config, directory, alternation.seed_of(start.seed, INTEGRATED), INTEGRATED)
-    return model
+        _, learned = tune(task, config, directory, alternation.seed_of(start.seed, INTEGRATED), INTEGRATED)
+        write_json(directory / TOKENS, {INTEGRATED: learned})
+    return directory / MODEL
 
 
 def _train(setting: Setting, places: Mapping[str, Path]) -> None:
