@@ -18,7 +18,7 @@ import yaml
 pytestmark = [pytest.mark.end_to_end, pytest.mark.timeout(1800)]
 ROOT = Path(__file__).parents[2]
 SPACE = ROOT / "tune_spaces" / "alignment_iterations.yaml"
-TRIALS = 6
+TRIALS, ITERATIONS = 6, 4
 SMALL: dict[str, Any] = {
     "method": "moat",
     "name": "small",
@@ -42,9 +42,10 @@ def start(space: Path, out: Path, log: Path, ray: str) -> subprocess.Popen[bytes
         )
 
 
-def results(out: Path) -> dict[Path, int]:
-    """Trials that are finished, and when each was."""
-    return {path: path.stat().st_mtime_ns for path in (out / "trials").glob("*/result.json")}
+def finished(out: Path) -> dict[Path, int]:
+    """Alternations that came to their last iteration, and when."""
+    found = (out / "trials").glob("*/loop/iterations.jsonl")
+    return {path: path.stat().st_mtime_ns for path in found if len(path.read_text().splitlines()) == 1 + ITERATIONS}
 
 
 def test_six_trials_survive_a_kill(tmp_path: Path) -> None:
@@ -55,19 +56,18 @@ def test_six_trials_survive_a_kill(tmp_path: Path) -> None:
     with tempfile.TemporaryDirectory(prefix="ray", ignore_cleanup_errors=True) as ray:
         process = start(space, out, log, ray)
         deadline = time.monotonic() + 900
-        while len(results(out)) < 2:
+        while len(finished(out)) < 2:
             assert process.poll() is None and time.monotonic() < deadline, log.read_text()[-3000:]
             time.sleep(0.05)
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-    kept = results(out)
+    kept = finished(out)
     assert 2 <= len(kept) < TRIALS
     with tempfile.TemporaryDirectory(prefix="ray", ignore_cleanup_errors=True) as ray:
         process = start(space, out, log, ray)
         assert process.wait(900) == 0, log.read_text()[-3000:]
-    found = results(out)
-    assert len(found) >= TRIALS
+    found = finished(out)
     assert {path: found[path] for path in kept} == kept  # what was finished is not done again
-    report = json.loads((out / "report.json").read_text())
-    assert report["cost"]["failed"] == 0
+    cost = json.loads((out / "report.json").read_text())["cost"]
+    assert (cost["trials"], cost["failed"]) == (TRIALS, 0)
     assert (out / "report.md").is_file()
