@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import json
-import socket
-import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import uvicorn
 from fastapi import FastAPI
 from playwright.sync_api import expect
 
@@ -166,36 +162,24 @@ def test_facts_for_people_who_try_it(app: FastAPI, state: State) -> None:
 
 @pytest.mark.skipif(console.chromium() is None, reason="no chromium on this machine (apt-get install chromium)")
 def test_the_page_shows_the_run_as_it_happens(app: FastAPI, known: dict[str, Task], tmp_path: Path) -> None:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=port, log_level="warning"))
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    while not server.started:
-        time.sleep(0.05)
     task = known["shop"]
-    try:
-        with console.launched() as browser:
-            page, problems = console.open_console(browser, f"http://127.0.0.1:{port}", path="agent.html")
-            page.locator("#family").select_option("shop")
-            page.locator("#task").fill(task.text)
-            page.get_by_role("button", name="Solve").click()
-            expect(page.locator("#outcome")).to_have_text(task.answer)
-            assert page.locator(".plan li").count() == len(str(task.gold_plan).splitlines())
-            calls = page.locator(".conversation tbody tr")
-            expect(calls).to_have_count(len(str(task.gold_actions).splitlines()))
-            expect(calls.first.locator("code")).to_have_text(str(task.gold_actions).splitlines()[0])
-            page.screenshot(path=tmp_path / "agent.png", full_page=True)
-            print(tmp_path / "agent.png")
-            page.locator("#temperature").fill("0.7")
-            page.locator("#n").fill("3")
-            page.get_by_role("button", name="Solve").click()
-            expect(page.locator(".conversation")).to_have_count(3)
-            page.locator("#temperature").fill("0")
-            page.get_by_role("button", name="Solve").click()
-            expect(page.locator("#notice")).to_contain_text("temperature")
-            assert len(problems) == 1 and "422" in problems[0]
-    finally:
-        server.should_exit = True
-        thread.join()
+    with console.served(app) as url, console.launched() as browser:
+        page, problems = console.open_console(browser, url, path="agent.html")
+        page.locator("#family").select_option("shop")
+        page.locator("#task").fill(task.text)
+        page.get_by_role("button", name="Solve").click()
+        expect(page.locator("#outcome")).to_have_text(task.answer)
+        assert page.locator(".plan li").count() == len(str(task.gold_plan).splitlines())
+        calls = page.locator(".conversation tbody tr")
+        expect(calls).to_have_count(len(str(task.gold_actions).splitlines()))
+        expect(calls.first.locator("code")).to_have_text(str(task.gold_actions).splitlines()[0])
+        page.screenshot(path=tmp_path / "agent.png", full_page=True)
+        print(tmp_path / "agent.png")
+        page.locator("#temperature").fill("0.7")
+        page.locator("#n").fill("3")
+        page.get_by_role("button", name="Solve").click()
+        expect(page.locator(".conversation")).to_have_count(3)
+        page.locator("#temperature").fill("0")
+        page.get_by_role("button", name="Solve").click()
+        expect(page.locator("#notice")).to_contain_text("temperature")
+        assert len(problems) == 1 and "422" in problems[0]

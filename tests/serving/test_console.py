@@ -2,13 +2,9 @@
 
 import json
 import re
-import socket
-import threading
-import time
 
 import httpx
 import pytest
-import uvicorn
 from playwright.sync_api import expect
 
 from serve_apps.retriever import Corpus, RetrieverArgs, State, create_app
@@ -50,17 +46,8 @@ def url(tmp_path_factory, trained_artifact):
     folders = {"reports": root / "runs", "added": root / "added"}
     args = RetrieverArgs(artifact=trained_artifact, key_required=False, calibration_s=60, **folders)
     app = create_app(State(Corpus.load(args)), args)
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=port, log_level="warning"))
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    while not server.started:
-        time.sleep(0.05)
-    yield f"http://127.0.0.1:{port}"
-    server.should_exit = True
-    thread.join()
+    with console.served(app) as address:
+        yield address
 
 
 @pytest.fixture(scope="module")

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import yaml
 
 from mobula.agents.gate import Standing
 from mobula.agents.moat import library
@@ -16,9 +18,18 @@ from mobula.agents.moat.start import world_texts
 from mobula.agents.worlds import Task, build_worlds, generate
 from mobula.models.causal import CausalModel, SmallShape, word_tokenizer
 from mobula.models.sft import SftTask, write_pairs
+from mobula.running import run_experiment
 from mobula.training import TrainingConfig
 
 TRAINING = TrainingConfig(steps=150, batch=12, lr=5e-3, workers=0)
+
+
+def run_in(directory: Path, config: dict[str, Any]) -> Path:
+    """Run an experiment in a directory; the directory."""
+    path = directory.with_name(f"{directory.name}.yaml")
+    path.write_text(yaml.safe_dump(config))
+    run_experiment(path, [], directory)
+    return directory
 
 
 @cache

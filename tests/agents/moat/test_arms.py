@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from mobula.agents.moat.comparison import Comparison
 from mobula.agents.moat.config import Config
@@ -17,7 +16,7 @@ from mobula.artifacts import read_jsonl, sha256
 from mobula.config import build
 from mobula.models.causal import CausalModel
 from mobula.models.sft import SftTask, read_pairs
-from mobula.running import run_experiment
+from tests.agents.moat.small import run_in
 
 ARMS = ["moat", "noisy_30", "random_pairs", "best_plan", "rft", "extra_steps", "integrated"]
 CONFIG: dict[str, Any] = {
@@ -35,13 +34,6 @@ CONFIG: dict[str, Any] = {
     "matched": {"batch": 2, "lr": 1e-3},
     "evaluation": {"decisive": False, "resamples": 200},
 }
-
-
-def run_in(directory: Path, config: dict[str, Any]) -> Path:
-    path = directory.with_name(f"{directory.name}.yaml")
-    path.write_text(yaml.safe_dump(config))
-    run_experiment(path, [], directory)
-    return directory
 
 
 @pytest.fixture(scope="module")

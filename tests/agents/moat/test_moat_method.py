@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from mobula import artifacts, methods
 from mobula.agents.moat.config import Config
@@ -17,7 +16,7 @@ from mobula.alternation import Row
 from mobula.artifacts import sha256
 from mobula.config import build
 from mobula.errors import ConfigError
-from mobula.running import run_experiment
+from tests.agents.moat.small import run_in
 
 CONFIG: dict[str, Any] = {
     "method": "moat",
@@ -33,13 +32,6 @@ CONFIG: dict[str, Any] = {
     "improve": {"steps": 4, "batch": 8},
     "evaluation": {"decisive": False, "resamples": 200},
 }
-
-
-def run_in(directory: Path, config: dict[str, Any]) -> Path:
-    path = directory.with_name(f"{directory.name}.yaml")
-    path.write_text(yaml.safe_dump(config))
-    run_experiment(path, [], directory)
-    return directory
 
 
 @pytest.fixture(scope="module")
