@@ -47,5 +47,5 @@ def test_without_replay_success_on_gold_plans_falls(root: Path) -> None:
         config = replace(small.TRAINING, steps=40)
         tune(SftTask(start, place / "pairs.jsonl"), config, place, 0, name)
         found[name] = gold_plan_success(root, place / MODEL)
-    assert found["start"] == found["with"] == 1.0
-    assert found["without"] < 0.7
+    assert min(found["start"], found["with"]) > 0.8
+    assert found["without"] < 0.6
