@@ -9,9 +9,12 @@ from typing import Any
 import pytest
 
 from mobula.agents.moat.comparison import Comparison
+from mobula.agents.moat.config import ARMS as KINDS
 from mobula.agents.moat.config import Config
+from mobula.agents.moat.loop import _decisions
+from mobula.agents.moat.setting import Setting
 from mobula.agents.moat.stages import steps_for
-from mobula.alternation import Row
+from mobula.alternation import DONE, History, Row
 from mobula.artifacts import read_jsonl, sha256
 from mobula.config import build
 from mobula.models.causal import CausalModel
@@ -55,11 +58,24 @@ def test_matched_arms_learn_from_as_many_tokens(directory: Path, arm: str) -> No
     """Within two per cent, iteration by iteration, as far as both go."""
     first = iterations(directory, "moat")
     found = iterations(directory, arm)
-    assert len(found) > 1
+    assert len(found) == (2 if arm == "best_plan" else 3)  # whatever the gate thought of it
     for mine, theirs in zip(first[1:], found[1:], strict=False):
         assert theirs["tokens"] == pytest.approx(mine["tokens"], rel=0.02)
     report = json.loads((directory / "report.json").read_text())
     assert not any("no equal budget" in note for note in report["notes"])
+
+
+@pytest.mark.parametrize(("arm", "stops"), [("moat_no_gate", True), ("extra_steps", False)])
+def test_a_matched_arm_spends_its_budget_though_all_was_rejected(tmp_path: Path, arm: str, stops: bool) -> None:
+    phases = ["prefer-0", "prefer-0-gate", "improve-0", "improve-0-gate"]
+    facts = {"tokens": 5, "accepted": False, "J": -1.0, "dev_success": 0.5}
+    for name in phases:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / DONE).write_text(json.dumps({"facts": facts, "shards": 0, "seconds": 0}))
+    history = History(tmp_path, [(1, name, tmp_path / name) for name in phases])
+    config = build(Config, {**CONFIG, "gate": {"retries": 0}})
+    row = _decisions(Setting(config, KINDS[arm], {}, {}, tmp_path, tmp_path, 0), history)
+    assert (row["stop"], row["tokens"]) == (stops, 10)
 
 
 def test_an_integrated_agent_learns_from_as_many_tokens_as_both_agents_and_their_alignment(directory: Path) -> None:

@@ -339,4 +339,6 @@ def _decisions(setting: Setting, this: History) -> Row:
         gate[stage] = tried[-1]["accepted"] if tried else None
         if tried:
             trained["J_stages"][stage], trained["dev_stages"][stage] = tried[-1]["J"], tried[-1]["dev_success"]
-    return {"gate": gate, **trained, "tokens": tokens, "stop": not any(gate.values())}
+    # A matched arm that stopped where its stages were rejected would spend less than its budget.
+    stop = not setting.arm.matched and not any(gate.values())
+    return {"gate": gate, **trained, "tokens": tokens, "stop": stop}
