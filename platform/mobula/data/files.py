@@ -16,6 +16,7 @@ from mobula.data.sources import (
     UNSPLIT,
     Collection,
     blocks,
+    hub_rows,
     judged_query,
     read_jsonl,
     read_qrels,
@@ -77,9 +78,9 @@ def load_beir(config: DataConfig) -> Collection:
     """
     name = config.path
     documents = [
-        Document(str(row["_id"]), row.get("title") or "", row["text"]) for row in _hub(name, "corpus", "corpus")
+        Document(str(row["_id"]), row.get("title") or "", row["text"]) for row in hub_rows(name, "corpus", "corpus")
     ]
-    texts = {str(row["_id"]): row["text"] for row in _hub(name, "queries", "queries")}
+    texts = {str(row["_id"]): row["text"] for row in hub_rows(name, "queries", "queries")}
     queries = {}
     for split, rows in _hub_qrels(name):
         qrels: dict[str, dict[str, int]] = {}
@@ -174,25 +175,12 @@ def _judged(texts: dict[str, str], qrels: dict[str, dict[str, int]], where: str)
     return [query for query in found if query is not None]
 
 
-def _hub(name: str, subset: str, split: str) -> Any:
-    import datasets
-
-    try:
-        return datasets.load_dataset(name, subset, split=split)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        first = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise DataError(
-            f"data.path={name}: cannot load {subset!r} from the Hugging Face hub or its cache ({first}); "
-            "check the id, or give a folder with data.name=files"
-        ) from error
-
-
 def _hub_qrels(name: str) -> Iterator[tuple[str, Any]]:
     """(our split name, judgements): ``BeIR/x`` keeps them in ``BeIR/x-qrels``, others in their default subset."""
     separate = name.startswith("BeIR/")
     for split, theirs in (("train", "train"), ("dev", "validation"), ("test", "test")):
         try:
-            yield split, _hub(f"{name}-qrels" if separate else name, "default", theirs)
+            yield split, hub_rows(f"{name}-qrels" if separate else name, "default", theirs)
         except DataError:
             # Few BEIR sets have all three; one without test judgements is of no use.
             if split == "test":

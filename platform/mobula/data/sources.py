@@ -61,6 +61,24 @@ def require_folder(name: str, path: str, needed: str, *, subfolder: str) -> tupl
     return found
 
 
+def hub_rows(name: str, subset: str, split: str) -> Any:
+    """The rows of one split of a data set of the Hugging Face hub, or of its cache.
+
+    Raises:
+        DataError: if the id is unknown or, without a network, not in the cache.
+    """
+    import datasets
+
+    try:
+        return datasets.load_dataset(name, subset, split=split)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise DataError(
+            f"{name}: cannot load {subset!r} from the Hugging Face hub or its cache ({first}); check the id, or give a "
+            "folder"
+        ) from error
+
+
 def read_text(path: Path) -> str:
     """A text file as UTF-8 with universal newlines.
 

@@ -1,4 +1,4 @@
-"""Causal language models: building small ones, opening pretrained ones, scoring and sampling in batches.
+"""Causal language models: building small ones, opening and adapting pretrained ones, scoring and sampling in batches.
 
 One class for all: a network of transformers with its tokenizer. Scores and samples of a text do not depend on what is
 beside it in the batch (up to the rounding of float sums), and a sample depends on its own seed alone.
@@ -7,18 +7,23 @@ beside it in the batch (up to the rounding of float sums), and a sample depends 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
 
+from mobula.artifacts import write_json
 from mobula.errors import ModelError
+from mobula.models.encoders import read_json
+from mobula.models.lora import add_lora, leave_out_frozen
 from mobula.models.pretrained import Pretrained, without_progress
 
 PAD, EOS, UNKNOWN = "<pad>", "<eos>", "<unk>"
+ADAPTER, ADAPTER_WEIGHTS = "adapter.json", "adapter.safetensors"
 # What stands alone in a text of words: line ends, and the marks of programs and numbered steps.
 _MARKS = Regex(r"\n|[()=,:]")
 
@@ -32,6 +37,16 @@ class SmallShape:
     heads: int = 4
     positions: int = 256
     dropout: float = 0.0
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """LoRA on a frozen pretrained model: which one, the hash of its files, and the low-rank parts' shape."""
+
+    base: str
+    base_hash: str
+    rank: int
+    alpha: float
 
 
 @dataclass(frozen=True)
@@ -56,12 +71,16 @@ class Continuation:
 
 
 class CausalModel:
-    """A network that continues token ids, with the tokenizer that makes them."""
+    """A network that continues token ids, with the tokenizer that makes them.
 
-    def __init__(self, network: nn.Module, tokenizer: Any, name: str) -> None:
+    With an ``adapter``, the network's trained weights are low-rank parts alone, and only they are saved.
+    """
+
+    def __init__(self, network: nn.Module, tokenizer: Any, name: str, adapter: Adapter | None = None) -> None:
         self.network = network.eval()
         self.tokenizer = tokenizer
         self.name = name
+        self.adapter = adapter
         if tokenizer.eos_token_id is None:
             raise ModelError(f"model {name!r}: its tokenizer has no end-of-sequence token")
         self.eos: int = tokenizer.eos_token_id
@@ -91,20 +110,64 @@ class CausalModel:
             return cls(GPT2LMHeadModel(config), tokenizer, "small")
 
     @classmethod
-    def open(cls, name: str) -> CausalModel:
-        """A pretrained one, by folder or Hugging Face id.
+    def adapted(cls, base: str, rank: int, alpha: float, seed: int) -> CausalModel:
+        """A pretrained one, frozen, with fresh low-rank parts on every linear layer below its output layer.
 
         Raises:
-            ModelError: if there is none, or it is not a causal language model.
+            ModelError: as :meth:`open`.
         """
-        found = Pretrained.find(name)
-        return cls(found.load("AutoModelForCausalLM"), found.tokenizer(), name)
+        return cls._with_adapter(Adapter(base, Pretrained.find(base).hash, rank, alpha), seed)
+
+    @classmethod
+    def open(cls, name: str) -> CausalModel:
+        """A pretrained one, by folder, Hugging Face id or package, or what :meth:`save` wrote.
+
+        Raises:
+            ModelError: if there is none, it is not a causal language model, or the model under an adapter is not the
+                one that it was trained on.
+        """
+        folder = Path(name).expanduser()
+        if not (folder / ADAPTER).is_file():
+            found = Pretrained.find(name)
+            return cls(found.load("AutoModelForCausalLM"), found.tokenizer(), name)
+        adapter = Adapter(**read_json(folder / ADAPTER))
+        if Pretrained.find(adapter.base).hash != adapter.base_hash:
+            raise ModelError(f"{folder}: was trained on other files of {adapter.base!r} than those that are here")
+        model = cls._with_adapter(adapter, seed=0)
+        model.network.load_state_dict(load_file(folder / ADAPTER_WEIGHTS))
+        return model
+
+    @classmethod
+    def _with_adapter(cls, adapter: Adapter, seed: int) -> CausalModel:
+        found = Pretrained.find(adapter.base)
+        network: Any = found.load("AutoModelForCausalLM").requires_grad_(False)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            add_lora(network.base_model, adapter.rank, adapter.alpha)
+        if not any(p.requires_grad for p in network.parameters()):
+            raise ModelError(f"model {adapter.base!r} has no linear layer for LoRA; choose another")
+        leave_out_frozen(network)
+        return cls(network, found.tokenizer(), adapter.base, adapter)
 
     def save(self, folder: Path) -> None:
-        """Write weights (safetensors), configuration and tokenizer as transformers reads them."""
-        with without_progress():
-            self.network.save_pretrained(folder)  # type: ignore[operator]
-        self.tokenizer.save_pretrained(folder)
+        """Write weights (safetensors), configuration and tokenizer as transformers reads them.
+
+        With an adapter, only that is written, with the name and hash of the model under it.
+        """
+        if self.adapter is None:
+            with without_progress():
+                self.network.save_pretrained(folder)  # type: ignore[operator]
+            self.tokenizer.save_pretrained(folder)
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(self.network.state_dict(), folder / ADAPTER_WEIGHTS)
+        write_json(folder / ADAPTER, asdict(self.adapter))
+
+    def placed(self) -> CausalModel:
+        """Itself, on the accelerator if this process has one."""
+        if torch.cuda.is_available():
+            self.network.to("cuda")
+        return self
 
     def encode(self, text: str) -> list[int]:
         """Token ids, no special tokens added."""

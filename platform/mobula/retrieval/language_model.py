@@ -9,13 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mobula.errors import ModelError
-from mobula.models.lora import add_lora
+from mobula.models.lora import add_lora, leave_out_frozen
 from mobula.retrieval.network import DocidModel, Paradigm
 
 
@@ -100,9 +99,7 @@ class LanguageModel(DocidModel):
             row.requires_grad_(True)
         if next(self.pretrained(), None) is None:
             raise ModelError(f"model {self.shape.base!r} has no linear layer for LoRA; set model.finetune=true")
-        frozen = [name for name, p in self.named_parameters(remove_duplicate=False) if not p.requires_grad]
-        self.register_state_dict_post_hook(_Leave(frozen))
-        self.register_load_state_dict_post_hook(_Expect(frozen))
+        leave_out_frozen(self)
 
     def pretrained(self) -> Iterator[nn.Parameter]:
         """Weights that are trained besides the docid tokens' rows."""
@@ -111,33 +108,6 @@ class LanguageModel(DocidModel):
 
     def _docid_rows(self) -> list[nn.Parameter]:
         return [self.rows.weight, self.head.weight]
-
-
-@dataclass
-class _Leave:
-    """Takes frozen weights out of a ``state_dict``."""
-
-    frozen: list[str]
-
-    def __call__(self, module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
-        for name in self.frozen:
-            state.pop(prefix + name, None)
-
-
-@dataclass
-class _Expect:
-    """Lets a ``state_dict`` without the frozen weights be loaded; the model may be part of a larger module."""
-
-    frozen: list[str]
-
-    def __call__(self, module: nn.Module, keys: Any) -> None:
-        known = set(self.frozen)
-        keys.missing_keys[:] = [key for key in keys.missing_keys if not _endings(key) & known]
-
-
-def _endings(name: str) -> set[str]:
-    parts = name.split(".")
-    return {".".join(parts[i:]) for i in range(len(parts))}
 
 
 def _mean_rows(table: Tensor, count: int) -> Tensor:

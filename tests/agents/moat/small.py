@@ -15,7 +15,8 @@ from mobula.agents.moat.config import ARMS, Config, TasksConfig
 from mobula.agents.moat.setting import MODEL, Setting, State, grounding_pairs, planner_pairs
 from mobula.agents.moat.stages import tune
 from mobula.agents.moat.start import world_texts
-from mobula.agents.worlds import Task, build_worlds, generate
+from mobula.agents.worlds import Task, WorldSet
+from mobula.agents.worlds.tool_world import generate
 from mobula.models.causal import CausalModel, SmallShape, word_tokenizer
 from mobula.models.sft import SftTask, write_pairs
 from mobula.running import run_experiment
@@ -35,13 +36,13 @@ def run_in(directory: Path, config: dict[str, Any]) -> Path:
 @cache
 def known_tasks() -> list[Task]:
     """The tasks that the agents know, of all families."""
-    return generate(build_worlds(0), {"train": 12}, seed=0)["train"]
+    return generate(WorldSet("tools", 0).build(), {"train": 12}, seed=0)["train"]
 
 
 def trained(root: Path) -> Path:
     """The artifact."""
     config = Config(method="moat", tasks=TasksConfig(seed=0))
-    worlds, tasks = build_worlds(0), {"train": known_tasks()}
+    worlds, tasks = WorldSet("tools", 0).build(), {"train": known_tasks()}
     places = {name: root / name for name in ("planner", "grounder")}
     setting = Setting(
         config, ARMS["moat"], tasks, worlds, places["planner"] / MODEL, places["grounder"] / MODEL, seed=0

@@ -10,7 +10,8 @@ import pytest
 from mobula.agents.language import parse
 from mobula.agents.moat.candidates import Pair, PlanSample, examined, leak, preferred
 from mobula.agents.moat.templates import Markers, ground_text, template_of
-from mobula.agents.worlds import PLANNER_STYLES, Task, World, build_worlds, generate
+from mobula.agents.worlds import PLANNER_STYLES, Task, World, WorldSet
+from mobula.agents.worlds.tool_world import generate
 from mobula.models.causal import CausalModel, SmallShape, word_tokenizer
 
 MOST_LEAK = 0.6
@@ -18,7 +19,7 @@ MOST_LEAK = 0.6
 
 @pytest.fixture(scope="module")
 def worlds() -> dict[str, World]:
-    return build_worlds(0)
+    return WorldSet("tools", 0).build()
 
 
 @pytest.fixture(scope="module")

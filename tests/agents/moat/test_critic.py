@@ -13,14 +13,15 @@ import pytest
 
 from mobula.agents.language import execute
 from mobula.agents.moat.critic import KINDS, CriticFailed, CriticSettings, canary_rate, criticise, judge
-from mobula.agents.worlds import Task, World, build_worlds, generate
+from mobula.agents.worlds import Task, World, WorldSet
+from mobula.agents.worlds.tool_world import generate
 
 EXECUTABLE = CriticSettings("executable")
 
 
 @pytest.fixture(scope="module")
 def worlds() -> dict[str, World]:
-    return build_worlds(0)
+    return WorldSet("tools", 0).build()
 
 
 @pytest.fixture(scope="module")

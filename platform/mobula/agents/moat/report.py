@@ -11,16 +11,12 @@ import numpy as np
 from mobula.agents.moat.comparison import GOLD
 from mobula.agents.moat.config import ARMS, INDEPENDENT, INTEGRATED, Config
 from mobula.agents.moat.setting import State
-from mobula.agents.worlds import Task
+from mobula.agents.worlds import SOURCES, Task
 from mobula.alternation import Outcome, Row
 from mobula.evaluation.claims import compare
 from mobula.evaluation.intervals import mean_interval
 from mobula.experiment import Claim, Measure, Report, Verdict
 
-HEADER = (
-    "agents of well under 2 M parameters in a procedural world; not the paper's 7B models and benchmarks, whose "
-    "figures are quoted, not reproduced"
-)
 STAGES = ("prefer", "improve")
 MOST_OFF = 0.02  # by how much the training of a matched arm may differ from the first one's
 # Which claim of the spec an arm is the other side of.
@@ -71,7 +67,7 @@ class Findings:
 
 def fill(report: Report, found: Findings) -> None:
     """Measures, tables, plots and claims."""
-    report.notes.append(HEADER)
+    report.notes.append(_header(found.config))
     report.notes.extend(f"tasks {split}: {len(tasks)}" for split, tasks in found.tests.items())
     report.notes.append(f"training seeds: {len(found.solved)}; intervals: 95 %, over seeds and tasks")
     resamples = found.config.evaluation.resamples
@@ -80,6 +76,7 @@ def fill(report: Report, found: Findings) -> None:
             report.measures[f"{name}/{split}"] = mean_interval(found.success(name, split), resamples=resamples)
     report.tables["Success on test tasks, per cent"] = _success_table(report.measures, found)
     report.tables["Success by family, per cent"] = _family_table(found)
+    report.tables["Valid plans and exact calls, per cent"] = _quality_table(found)
     report.tables["Iterations, mean of seeds"] = _iterations(found)
     report.tables["Training, target tokens, mean of seeds"] = _training(found)
     report.notes.extend(_budget_notes(found))
@@ -91,6 +88,15 @@ def fill(report: Report, found: Findings) -> None:
     report.claims.extend(_claims(found))
     rows = [row for outcomes in found.outcomes for outcome in outcomes.values() for row in outcome.rows]
     report.cost["alternation_s"] = sum(row["seconds"] for row in rows)
+
+
+def _header(config: Config) -> str:
+    """What was compared, and what it is not."""
+    agents = f"{config.model.base} adapted twice" if config.model.base else "small networks trained here"
+    return (
+        f"agents: {agents}; tasks: {SOURCES[config.tasks.source].title}; not the paper's 7B models and benchmarks, "
+        "whose figures are quoted, not reproduced"
+    )
 
 
 def _success_table(measures: Mapping[str, Measure], found: Findings) -> list[list[Any]]:
@@ -112,6 +118,21 @@ def _family_table(found: Findings) -> list[list[Any]]:
             cells += [round(100 * float(values[:, names == family].mean()), 1) for family in families]
         rows.append([name, *cells])
     return rows
+
+
+def _quality_table(found: Findings) -> list[list[Any]]:
+    """How many plans are valid, and how many gold calls the programs have at their places, where there are any."""
+
+    def mean(rows: Sequence[Row], name: str) -> Any:
+        values = [row[name] for row in rows if row[name] is not None]
+        return round(100 * float(np.mean(values)), 1) if values else ""
+
+    measured = (("valid", "valid plans"), ("calls", "exact calls"))
+    table: list[list[Any]] = [["agents", *(f"{title}, {split}" for split in found.tests for _, title in measured)]]
+    for name in found.agents:
+        rows = {split: [row for seed in found.solved for row in seed[name][split]] for split in found.tests}
+        table.append([name, *(mean(rows[split], column) for split in found.tests for column, _ in measured)])
+    return table
 
 
 def _iterations(found: Findings) -> list[list[Any]]:

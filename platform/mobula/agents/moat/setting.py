@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 
 from mobula.agents.gate import GateConfig, Standing
-from mobula.agents.language import parse
 from mobula.agents.moat.config import Arm, Config
 from mobula.agents.moat.critic import CriticSettings
 from mobula.agents.moat.templates import View, template_of
@@ -43,7 +42,7 @@ class Setting:
 
     def agents(self, planner: Path, grounder: Path) -> Agents:
         """A planner and a grounder in these worlds."""
-        return Agents(planner, grounder, self.config.tasks.seed, self.view)
+        return Agents(planner, grounder, self.config.tasks.worlds, self.view)
 
     @property
     def view(self) -> View:
@@ -148,8 +147,7 @@ def grounder_pairs(setting: Setting, model: CausalModel) -> list[Pair]:
     styles = GROUNDER_STYLES if setting.config.tasks.style_mismatch else PLANNER_STYLES
     rows = []
     for task in setting.tasks["train"]:
-        program = parse(str(task.gold_actions))
-        plan = setting.worlds[task.family].plan(program, styles, random.Random(f"grounder {task.id}"))
+        plan = setting.worlds[task.family].annotated(task, styles, random.Random(f"grounder {task.id}"))
         rows.append((task, plan, str(task.gold_actions)))
     return grounding_pairs(setting, model, rows)
 

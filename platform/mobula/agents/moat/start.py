@@ -12,12 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from mobula import alternation
-from mobula.agents.language import parse
 from mobula.agents.moat.config import ARMS, INTEGRATED, Config, TasksConfig
 from mobula.agents.moat.setting import MODEL, Setting, grounder_pairs, joint_pairs, planner_pairs
 from mobula.agents.moat.stages import steps_for, tune
 from mobula.agents.moat.templates import ACT, ground_text, plan_text
-from mobula.agents.worlds import Task, World, build_worlds, generate
+from mobula.agents.worlds import Task, World
 from mobula.agents.worlds.world import STYLES
 from mobula.artifacts import write_json
 from mobula.models.causal import CausalModel, SmallShape, word_tokenizer
@@ -31,10 +30,7 @@ log = logging.getLogger(__name__)
 
 def world_tasks(config: TasksConfig) -> tuple[dict[str, World], dict[str, list[Task]]]:
     """The worlds, and the tasks of every split."""
-    worlds = build_worlds(config.seed)
-    sizes = {"train": config.train, "align": config.align, "probe": config.probe, "dev": config.dev}
-    sizes |= {"test_in": config.test_in, "test_out": config.test_out}
-    return worlds, generate(worlds, sizes, config.seed)
+    return config.worlds.build(), config.worlds.tasks(config.sizes, config.path)
 
 
 def independent(
@@ -83,10 +79,13 @@ def _train(setting: Setting, places: Mapping[str, Path]) -> None:
 def _fresh(
     setting: Setting, pairs: Callable[[Setting, CausalModel], list[Pair]], tokenizer: Any, place: Path, name: str
 ) -> SftTask:
-    """A model with fresh weights in ``place``, and what it is to learn."""
-    shape = setting.config.model
-    small = SmallShape(shape.layers, shape.width, shape.heads, shape.positions)
-    model = CausalModel.small(tokenizer, small, alternation.seed_of(setting.seed, name) % 2**31)
+    """An untrained model in ``place``, and what it is to learn."""
+    shape, seed = setting.config.model, alternation.seed_of(setting.seed, name) % 2**31
+    if shape.base:
+        model = CausalModel.adapted(shape.base, shape.lora_rank, shape.lora_alpha, seed)
+    else:
+        small = SmallShape(shape.layers, shape.width, shape.heads, shape.positions)
+        model = CausalModel.small(tokenizer, small, seed)
     model.save(place / "fresh")
     write_pairs(place / "pairs.jsonl", pairs(setting, model))
     return SftTask(place / "fresh", place / "pairs.jsonl")
@@ -97,11 +96,14 @@ def world_texts(worlds: Mapping[str, World], tasks: Mapping[str, Sequence[Task]]
     chance = random.Random(0)
     found = [ACT]
     for task in (task for split in tasks.values() for task in split):
+        found.append(plan_text(task))
+        if task.gold_actions is None:
+            continue
         world = worlds[task.family]
-        program = parse(str(task.gold_actions))
-        plans = [world.plan(program, [float(i == s) for i in range(len(STYLES))], chance) for s in range(len(STYLES))]
         tools = list(world.tools().values())
-        found += [plan_text(task), str(task.gold_actions), *(ground_text(task, p, tools, "full") for p in plans)]
+        shares = [[float(i == s) for i in range(len(STYLES))] for s in range(len(STYLES))]
+        plans = [world.annotated(task, styles, chance) for styles in shares]
+        found += [task.gold_actions, *(ground_text(task, plan, tools, "full") for plan in plans)]
     return found
 
 

@@ -11,11 +11,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from mobula.agents.language import execute
+from mobula.agents.language import ANSWER, ProgramError, execute, parse
 from mobula.agents.moat.candidates import PlanSample, examined, leak
 from mobula.agents.moat.critic import CriticSettings, criticise, judge
 from mobula.agents.moat.templates import Template, View, template_of
-from mobula.agents.worlds import Task, World, build_worlds, read_plan
+from mobula.agents.worlds import Task, World, WorldSet, read_plan
 from mobula.alternation import Row, seed_of
 from mobula.models.causal import CausalModel, Sampling
 from mobula.threads import one_thread
@@ -33,29 +33,29 @@ class Lengths:
 
 @dataclass
 class Agents:
-    """Where a planner and a grounder are saved, and the world they act in; opened on first use."""
+    """Where a planner and a grounder are saved, and the worlds they act in; opened on first use."""
 
     planner: Path
     grounder: Path
-    world_seed: int
+    world_set: WorldSet
     view: View
 
     @cached_property
     def planning(self) -> tuple[CausalModel, Template]:
         """The planner and its prompts."""
-        model = CausalModel.open(str(self.planner))
+        model = CausalModel.open(str(self.planner)).placed()
         return model, template_of(model, self.view)
 
     @cached_property
     def grounding(self) -> tuple[CausalModel, Template]:
         """The grounder and its prompts."""
-        model = CausalModel.open(str(self.grounder))
+        model = CausalModel.open(str(self.grounder)).placed()
         return model, template_of(model, self.view)
 
     @cached_property
     def worlds(self) -> Mapping[str, World]:
         """The worlds by family."""
-        return build_worlds(self.world_seed)
+        return self.world_set.build()
 
     def plans(self, tasks: Sequence[Task], sampling: Sampling, seeds: Sequence[int]) -> list[tuple[str, int, float]]:
         """A plan for every task: its text, its tokens, and its log-probability, EOS included."""
@@ -99,7 +99,7 @@ class Agents:
         return template.ground(task, plan, list(self.worlds[task.family].tools().values()))
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in ("planner", "grounder", "world_seed", "view")}
+        return {name: getattr(self, name) for name in ("planner", "grounder", "world_set", "view")}
 
 
 @dataclass
@@ -107,19 +107,19 @@ class Integrated:
     """One model that writes plan and program, in place of both agents."""
 
     model: Path
-    world_seed: int
+    world_set: WorldSet
     view: View
 
     @cached_property
     def writing(self) -> tuple[CausalModel, Template]:
         """The model and its prompts."""
-        model = CausalModel.open(str(self.model))
+        model = CausalModel.open(str(self.model)).placed()
         return model, template_of(model, self.view)
 
     @cached_property
     def worlds(self) -> Mapping[str, World]:
         """The worlds by family."""
-        return build_worlds(self.world_seed)
+        return self.world_set.build()
 
     def solve(self, tasks: Sequence[Task], plans: Sequence[str | None], most: Lengths) -> list[tuple[str, str]]:
         """As :meth:`Agents.solve`; no plan can be given."""
@@ -131,7 +131,7 @@ class Integrated:
         return [template.parted(model.decode(c.ids)) for c in drawn]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in ("model", "world_seed", "view")}
+        return {name: getattr(self, name) for name in ("model", "world_set", "view")}
 
 
 @dataclass
@@ -247,9 +247,25 @@ class SolveWorker:
             reward = world.reward(task, done)
             rows.append(
                 {"task_id": task.id, "family": task.family, "plan": plan, "program": program, "status": done.status,
-                 "reward": reward, "success": float(reward == 1), "valid": world.ground_plan(plan) is not None}
+                 "reward": reward, "success": float(reward == 1), "valid": world.valid(plan),
+                 "calls": calls_matched(program, task)}
             )  # fmt: skip
         return rows
+
+
+def calls_matched(program: str, task: Task) -> float | None:
+    """The share of the gold calls that a program has at their places, written as the language writes them.
+
+    None for a task without gold actions.
+    """
+    if task.gold_actions is None:
+        return None
+    gold = [statement for statement in parse(task.gold_actions) if statement.name != ANSWER]
+    try:
+        mine = parse(program)
+    except ProgramError:
+        return 0.0
+    return sum(one == other for one, other in zip(gold, mine, strict=False)) / len(gold)
 
 
 def read_task(row: Mapping[str, Any]) -> Task:

@@ -19,7 +19,7 @@ from mobula.agents.language import (
     ToolError,
     show,
 )
-from mobula.agents.worlds.world import Form, Task, World, matched, operand
+from mobula.agents.worlds.world import Form, Generated, Task, matched, operand
 
 HELD_OUT_PAIRS = {("-", "*"), ("*", "+")}
 PAIRS = sorted(set(product("+-*", repeat=2)) - HELD_OUT_PAIRS)
@@ -59,7 +59,7 @@ _PATTERNS = {
 }
 
 
-class Arith(World):
+class Arith(Generated):
     """Chains of two operations of +, -, * on numbers 0 to 9, a third of them with a number too many.
 
     Held out: the pairs (-, *) and (*, +), chains of three operations, and a distractor between the operations.

@@ -9,7 +9,7 @@ from itertools import pairwise, product
 from typing import Any
 
 from mobula.agents.language import ANSWER, Argument, Execution, Program, Result, Statement, Tool, ToolError, show
-from mobula.agents.worlds.world import Form, Task, World, matched, operand
+from mobula.agents.worlds.world import Form, Generated, Task, matched, operand
 from mobula.data.records import Document
 from mobula.models.encoders import load_encoder
 from mobula.retrieval.dense import Dense
@@ -41,7 +41,7 @@ _PATTERNS = {
 }
 
 
-class Kb(World):
+class Kb(Generated):
     """Two hops over a knowledge base in which every relation leads from each of 24 entities to exactly one.
 
     Held out: four pairs of relations, three hops, and comparisons of two one-hop questions.

@@ -9,7 +9,7 @@ from itertools import product
 from typing import Any
 
 from mobula.agents.language import Argument, Execution, Program, Result, Statement, Tool, ToolError
-from mobula.agents.worlds.world import Form, Task, World, matched
+from mobula.agents.worlds.world import Form, Generated, Task, matched
 
 TYPES = (
     "bag", "belt", "book", "bowl", "chair", "clock", "coat", "cup", "desk", "dress",
@@ -51,7 +51,7 @@ class Item:
         return f"item{self.id}"
 
 
-class Shop(World):
+class Shop(Generated):
     """Search a type, filter a colour and then a size, buy.
 
     Held out: three pairs of colour and size, the size before the colour, and a price cap as third filter. A type has

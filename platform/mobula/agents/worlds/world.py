@@ -1,8 +1,8 @@
 """What a world of tasks is: tasks that are told in words, solved by programs, planned in sentences.
 
-A :class:`Form` is a task before it is told: its gold program and the composition that it tests. A world tells it,
-writes the plan of a program in one of three styles, reads such a plan back (the canonical plan grounder), and scores
-what an execution has reached.
+A world has tools and scores what an execution has reached; its tasks are written by people or generated. In a generated
+world, a :class:`Form` is a task before it is told: its gold program and the composition that it tests. The world tells
+it, writes the plan of a program in one of three styles, and reads such a plan back (the canonical plan grounder).
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
-from mobula.agents.language import ANSWER, Execution, Program, Result, Statement, Tool, serialise
+from mobula.agents.language import ANSWER, Execution, Program, Result, Statement, Tool, parse, serialise
 
 STYLES = ("formal", "paraphrase", "swapped")
 # Shares of the styles. The planner's annotations vary more than the grounder's: that is the capability gap.
@@ -28,8 +28,8 @@ _SUBGOAL = re.compile(r"S(\d+)\s*:\s*(.*\S)")
 class Task:
     """A task. ``gold_plan`` and ``gold_actions`` are what annotators wrote; ``align`` tasks have no gold plan.
 
-    ``answer`` is the answer as text; ``meta`` holds ``composition``, ``n_steps``, ``distractor`` and
-    ``world_digest``.
+    Some test tasks of data sets have neither. ``answer`` is the answer as text; ``meta`` holds what a world says of its
+    tasks, such as ``composition``, ``n_steps`` and ``world_digest``.
     """
 
     id: str
@@ -59,13 +59,45 @@ class Form:
 
 
 class World(ABC):
-    """A family of tasks with tools that really run. Worlds are built from a seed and never change afterwards."""
+    """A family of tasks with tools that really run. A world never changes after it is made."""
 
-    family: ClassVar[str]
+    family: str
 
     @abstractmethod
     def tools(self) -> dict[str, Tool]:
         """The tools by name."""
+
+    @abstractmethod
+    def reward(self, task: Task, execution: Execution) -> float:
+        """From 0 to 1; success is 1."""
+
+    @abstractmethod
+    def annotated(self, task: Task, styles: Sequence[float], chance: random.Random) -> str:
+        """The gold plan of a task in the words of annotators who use the styles in these shares."""
+
+    def ground_plan(self, plan: str) -> Program | None:
+        """The program that a plan means; None where it cannot be understood, as free sentences cannot."""
+        return None
+
+    def valid(self, plan: str) -> bool:
+        """Whether a plan is one: here, numbered steps."""
+        return read_plan(plan) is not None
+
+    def warm(self) -> None:  # noqa: B027
+        """Open what tools would open on first use; nothing by default."""
+
+    def facts(self) -> Any:
+        """What was drawn when the world was made; nothing by default."""
+        return None
+
+    @property
+    def digest(self) -> str:
+        """Identity of the world's facts."""
+        return hashlib.sha256(repr(self.facts()).encode()).hexdigest()[:16]
+
+
+class Generated(World):
+    """A world that makes its tasks itself, divided by composition."""
 
     @abstractmethod
     def draw(self, chance: random.Random, held_out: bool) -> Form:
@@ -86,21 +118,9 @@ class World(ABC):
         None: it cannot be understood.
         """
 
-    @abstractmethod
-    def reward(self, task: Task, execution: Execution) -> float:
-        """From 0 to 1; success is 1."""
-
-    @property
-    def digest(self) -> str:
-        """Identity of the world's facts."""
-        return hashlib.sha256(repr(self.facts()).encode()).hexdigest()[:16]
-
-    def warm(self) -> None:  # noqa: B027
-        """Open what tools would open on first use; nothing by default."""
-
-    def facts(self) -> Any:
-        """What was drawn when the world was made; nothing by default."""
-        return None
+    def annotated(self, task: Task, styles: Sequence[float], chance: random.Random) -> str:
+        """A plan for the gold program."""
+        return self.plan(parse(str(task.gold_actions)), styles, chance)
 
     def plan(self, program: Program, styles: Sequence[float], chance: random.Random) -> str:
         """A plan for a program: a numbered subgoal for every call but ``Answer``, its style drawn by its share."""
@@ -110,6 +130,10 @@ class World(ABC):
             (style,) = chance.choices(STYLES, styles)
             lines.append(f"S{number}: {self.subgoal(statement, style, chance)}")
         return "\n".join(lines)
+
+    def valid(self, plan: str) -> bool:
+        """Whether it can be understood."""
+        return self.ground_plan(plan) is not None
 
     def ground_plan(self, plan: str) -> Program | None:
         """The program that a plan means, the same one whatever its style; None where it cannot be understood."""

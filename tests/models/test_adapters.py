@@ -1,0 +1,83 @@
+"""Pretrained models under adapters: what is trained, written and read again, and the model of a package."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+from mobula.errors import ModelError
+from mobula.models import pretrained
+from mobula.models.causal import ADAPTER, ADAPTER_WEIGHTS, CausalModel, Sampling, SmallShape, word_tokenizer
+from mobula.models.sft import SftTask, write_pairs
+from mobula.training import TrainingConfig, fit, load_weights
+
+WORDS = ["say", "red", "blue", "one", "two"]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama of random weights."""
+    folder = tmp_path_factory.mktemp("base")
+    tokenizer = word_tokenizer(WORDS)
+    config = transformers.LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=32, eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.eos_token_id, tie_word_embeddings=True,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    CausalModel(transformers.LlamaForCausalLM(config), tokenizer, "base").save(folder)
+    return folder
+
+
+def scores(model: CausalModel) -> torch.Tensor:
+    (found,) = model.log_probs([model.encode("say red")], [model.encode("one two")])
+    return found
+
+
+def test_a_fresh_adapter_changes_nothing(base: Path) -> None:
+    plain, adapted = CausalModel.open(str(base)), CausalModel.adapted(str(base), 4, 8.0, seed=0)
+    torch.testing.assert_close(scores(adapted), scores(plain))
+
+
+def test_only_low_rank_parts_are_trained_and_saved(base: Path, tmp_path: Path) -> None:
+    CausalModel.adapted(str(base), 4, 8.0, seed=0).save(tmp_path / "start")
+    model = CausalModel.open(str(tmp_path / "start"))
+    before = {name: p.clone() for name, p in model.network.named_parameters()}
+    pairs = [(model.encode("say red"), [*model.encode("one"), model.eos])] * 8
+    write_pairs(tmp_path / "pairs.jsonl", pairs)
+    task = SftTask(tmp_path / "start", tmp_path / "pairs.jsonl")
+    result = fit(task, TrainingConfig(steps=20, batch=8, lr=0.05, workers=0), tmp_path / "fit", seed=0, name="adapter")
+    load_weights(model.network, result.weights)
+    changed = {name for name, p in model.network.named_parameters() if not torch.equal(p, before[name])}
+    assert changed
+    assert all("lora" in name for name in changed)
+    model.save(tmp_path / "trained")
+    assert {path.name for path in (tmp_path / "trained").iterdir()} == {ADAPTER, ADAPTER_WEIGHTS}
+    again = CausalModel.open(str(tmp_path / "trained"))
+    torch.testing.assert_close(scores(again), scores(model))
+    (said,) = again.sample([again.encode("say red")], Sampling(4, 0.0), [0])
+    assert again.decode(said.ids) == "one"
+
+
+def test_an_adapter_knows_its_model(base: Path, tmp_path: Path) -> None:
+    CausalModel.adapted(str(base), 4, 8.0, seed=0).save(tmp_path)
+    facts = json.loads((tmp_path / ADAPTER).read_text())
+    (tmp_path / ADAPTER).write_text(json.dumps({**facts, "base_hash": "other"}))
+    with pytest.raises(ModelError, match="was trained on other files of"):
+        CausalModel.open(str(tmp_path))
+
+
+def test_a_model_without_linear_layers_is_refused(tmp_path: Path) -> None:
+    CausalModel.small(word_tokenizer(WORDS), SmallShape(width=32), seed=0).save(tmp_path)
+    with pytest.raises(ModelError, match="has no linear layer for LoRA"):
+        CausalModel.adapted(str(tmp_path), 4, 8.0, seed=0)
+
+
+def test_a_package_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(pretrained.PACKAGES, "llm-nothing", ("llm_nothing", "nothing.gguf"))
+    with pytest.raises(ModelError, match="package llm_nothing is not installed"):
+        CausalModel.open("llm-nothing")
