@@ -113,9 +113,9 @@ def test_most_training_solutions_are_usable() -> None:
 
 def test_missing_and_damaged_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"no train\.jsonl"):
-        WorldSet("gsm8k", 0).tasks(SIZES, str(tmp_path))
+        WorldSet("gsm8k", 0, str(tmp_path)).tasks(SIZES)
     (tmp_path / "train.jsonl").write_text(json.dumps({"question": "q", "answer": "no number"}) + "\n")
     with pytest.raises(BadRecord, match=r"train\.jsonl, line 1: field answer must end in ####"):
-        WorldSet("gsm8k", 0).tasks(SIZES, str(tmp_path))
+        WorldSet("gsm8k", 0, str(tmp_path)).tasks(SIZES)
     with pytest.raises(DataError, match="the tool world makes its tasks itself"):
-        WorldSet("tools", 0).tasks(SIZES, str(tmp_path))
+        WorldSet("tools", 0, str(tmp_path)).tasks(SIZES)

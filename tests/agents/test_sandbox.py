@@ -80,7 +80,7 @@ def test_the_worlds_work_inside(family: str) -> None:
     world = WorldSet("tools", 0).build()[family]
     tasks = generate({family: world}, {"test_in": 5}, seed=0)["test_in"]
     try:
-        workshop = Workshop("mobula.agents.worlds:tools", {"source": "tools", "family": family, "seed": 0})
+        workshop = Workshop("mobula.agents.worlds:tools", {"source": "tools", "seed": 0, "path": "", "family": family})
     except SandboxError as error:
         if "ModelError" in str(error):
             pytest.skip(str(error))

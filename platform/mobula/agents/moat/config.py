@@ -63,15 +63,17 @@ class TasksConfig:
     dev: int = key(300, "tasks on which the gate decides", ge=3)
     test_in: int = key(600, "test tasks of trained compositions", ge=1)
     test_out: int = key(600, "test tasks of compositions that no other split has", ge=1)
-    source: str = key("tools", "tools: generated, with tools that run; gsm8k: word problems", choices=tuple(SOURCES))
-    path: str = key("", "gsm8k: folder of its files or a Hugging Face id (openai/gsm8k); empty: MOBULA_DATA")
+    source: str = key(
+        "tools", "tools: a generated world; gsm8k: word problems; hotpotqa: searches", choices=tuple(SOURCES)
+    )
+    path: str = key("", "folder with the source's files, or openai/gsm8k of the Hugging Face hub; empty: MOBULA_DATA")
     seed: int = key(0, "seed of worlds and tasks, apart from the experiment's: seeds share their tests", ge=0)
     style_mismatch: bool = key(True, "false: the grounder's annotations vary as the planner's do (the control world)")
 
     @property
     def worlds(self) -> WorldSet:
         """The worlds that the tasks are of."""
-        return WorldSet(self.source, self.seed)
+        return WorldSet(self.source, self.seed, self.path)
 
     @property
     def sizes(self) -> dict[str, int]:

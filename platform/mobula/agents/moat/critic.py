@@ -1,7 +1,7 @@
 """Critics: what becomes of the programs that a grounder writes for the planner's own plans.
 
-A critic sees the gold answer, at training time only. It accepts a program, corrects it or drops it; a failure of the
-critic drops.
+A critic may see the gold answer, at training time only. It accepts a program, corrects it or drops it; a failure of
+the critic drops.
 """
 
 from __future__ import annotations
@@ -9,17 +9,19 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 from mobula.agents.language import Execution, ProgramError, execute, parse, serialise
 from mobula.agents.moat.llm_critic import LlmCritic
+from mobula.agents.moat.verifier import Verifier
 from mobula.agents.worlds import Task, World
 from mobula.errors import MobulaError
 
 Verdict = Literal["accept", "correct", "drop"]
-KINDS = ("executable", "execution", "oracle", "always_accept", "always_reject", "noisy", "llm")
+KINDS = ("executable", "execution", "oracle", "verifier", "llm", "noisy", "always_accept", "always_reject")
 # Critics that mean to judge; the others are there to be compared with.
-JUDGING = ("executable", "execution", "oracle", "llm")
+JUDGING = ("executable", "execution", "oracle", "verifier", "llm")
 MOST_CANARIES = 0.1
 
 
@@ -27,7 +29,8 @@ MOST_CANARIES = 0.1
 class Grounding:
     """A program that was written for a plan, how it ran, and what the critic made of it.
 
-    ``used_actions`` is what the grounder is trained on: the program itself, the correction, or nothing.
+    ``used_actions`` is what the grounder is trained on: the program itself, the correction, or nothing. ``right``: the
+    program reaches the gold answer, whatever the critic says.
     """
 
     task_id: str
@@ -40,6 +43,7 @@ class Grounding:
     used_actions: str | None
     critic: str
     reason: str
+    right: bool
 
 
 Judge = Callable[[Task, str, str, Execution], tuple[Verdict, str | None, str]]
@@ -47,7 +51,7 @@ Judge = Callable[[Task, str, str, Execution], tuple[Verdict, str | None, str]]
 
 @dataclass(frozen=True)
 class CriticSettings:
-    """Which critic, and what it needs: see :func:`judge` and :class:`.LlmCritic`."""
+    """Which critic, and what it needs: see :func:`judge`, :class:`.LlmCritic` and :class:`.Verifier`."""
 
     kind: str
     noise: float = 0.0
@@ -55,6 +59,7 @@ class CriticSettings:
     url: str = ""
     model: str = ""
     key: str = field(default="", repr=False)
+    verifier: Path | None = None
 
 
 class CriticFailed(MobulaError):
@@ -67,7 +72,7 @@ def judge(settings: CriticSettings, world: World) -> Judge:
     ``executable``: accepts what reaches the gold answer; corrects only to what the plan itself means, and only if that
     reaches the gold answer. ``execution``: the same without corrections. ``oracle``: corrects to the gold actions.
     ``noisy``: flips the executable critic's accept and drop with probability ``noise``, by seed, task and plan.
-    ``llm``: an endpoint's judgement.
+    ``verifier``: a model that was trained to tell right programs from wrong ones. ``llm``: an endpoint's judgement.
 
     Raises:
         KeyError: for another name.
@@ -78,6 +83,7 @@ def judge(settings: CriticSettings, world: World) -> Judge:
         "oracle": _Oracle(world),
         "always_accept": lambda task, plan, program, done: ("accept", None, "accepts everything"),
         "always_reject": lambda task, plan, program, done: ("drop", None, "rejects everything"),
+        "verifier": Verifier(settings.verifier or Path()),
         "noisy": _Noisy(_Executable(world), settings.noise, settings.seed),
         "llm": LlmCritic(world, settings.url, settings.model, settings.key),
     }
@@ -115,7 +121,8 @@ def criticise(
         verdict, correction, reason = "drop", None, f"the critic failed: {type(error).__name__}: {error}"
     used = {"accept": _canonical(program), "correct": correction, "drop": None}[verdict]
     answer = "" if done.answer is None else str(done.answer)
-    return Grounding(task.id, j, plan, program, done.status, answer, verdict, used, settings.kind, reason)
+    right = world.reward(task, done) == 1
+    return Grounding(task.id, j, plan, program, done.status, answer, verdict, used, settings.kind, reason, right)
 
 
 @dataclass(frozen=True)

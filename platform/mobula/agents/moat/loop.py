@@ -19,31 +19,36 @@ import numpy as np
 
 from mobula.agents.gate import Standing, decide
 from mobula.agents.moat.candidates import PlanSample, preferred
-from mobula.agents.moat.critic import canary_rate
+from mobula.agents.moat.critic import CriticSettings, canary_rate
 from mobula.agents.moat.preference import DpoTask, Preference, write_preferences
 from mobula.agents.moat.setting import MODEL, Setting, State
 from mobula.agents.moat.stages import GROUNDER, PLANNER, Prepare, chosen_shift, steps_for, tune
+from mobula.agents.moat.start import fresh, world_texts
+from mobula.agents.moat.templates import VERDICTS
+from mobula.agents.moat.verifier import Judged, gold_cases, verifier_pairs
 from mobula.agents.moat.workers import Agents, GroundWorker, PlanWorker, ProbeWorker, ScoreWorker, SolveWorker
 from mobula.agents.worlds import Task
 from mobula.alternation import DONE, Context, History, Loop, Phase, Row, Sharded, Step, seed_of
 from mobula.artifacts import write_json
 from mobula.config import digest
 from mobula.experiment import identity
-from mobula.models.causal import Sampling
+from mobula.models.causal import Sampling, word_tokenizer
 
 CANARIES = 20  # known-bad programs an iteration
 
 
 def moat_loop(setting: Setting) -> Loop:
     """The phases of an arm."""
-    start = [*_measured(setting, "start", lambda history: (setting.planner, setting.grounder)), _begin(setting)]
     arm = setting.arm
+    start = [*_measured(setting, "start", lambda history: (setting.planner, setting.grounder)), _begin(setting)]
+    if arm.grounder == "criticised" and setting.critic.kind == "verifier":
+        start += _verifier(setting)
     phases: list[Phase] = [*_before_planner(setting)]
     if arm.planner:
         phases += _stage(setting, "prefer", PLANNER[arm.planner])
     if arm.grounder == "criticised":
         phases += [_canaries(setting), _propose(setting, "plans", setting.config.moat.plans_per_task)]
-        phases += [_ground(setting, "plans")]
+        phases += [_ground(setting, "plans", "ground")]
     if arm.grounder:
         phases += _stage(setting, "improve", GROUNDER[arm.grounder])
     decides = [identity(setting.config), asdict(arm), setting.seed]
@@ -64,7 +69,7 @@ def _before_planner(setting: Setting) -> list[Phase]:
         "preferred": [sample, _score(setting), _pair(setting, _scored)],
         "best": [sample, _score(setting), _pair(setting, _scored)],
         "random": [sample, _pair(setting, _by_chance)],
-        "solved": [_canaries(setting), sample, _ground(setting, "sample")],
+        "solved": [_canaries(setting), sample, _ground(setting, "sample", "ground")],
     }.get(setting.arm.planner, [])
 
 
@@ -72,13 +77,13 @@ def _items(tasks: Sequence[Task]) -> list[Row]:
     return [{"task": asdict(task)} for task in tasks]
 
 
-def _propose(setting: Setting, name: str, count: int) -> Phase:
+def _propose(setting: Setting, name: str, count: int, split: str = "align") -> Phase:
     def worker(context: Context) -> PlanWorker:
         state = State.latest(context.history)
         agents = setting.agents(state.planner, state.grounder)
         return PlanWorker(agents, count, setting.proposing, context.iteration)
 
-    return Sharded(name, lambda context: _items(setting.tasks["align"]), worker, size=32)
+    return Sharded(name, lambda context: _items(setting.tasks[split]), worker, size=32)
 
 
 def _score(setting: Setting) -> Phase:
@@ -154,15 +159,33 @@ def _canaries(setting: Setting) -> Phase:
     def run(context: Context) -> Row:
         every = list(setting.tasks["align"])
         tasks = random.Random(context.seed).sample(every, min(CANARIES, len(every)))
-        return {"canary_rate": canary_rate(setting.critic, setting.worlds, tasks)}
+        return {"canary_rate": canary_rate(_critic(setting, context.history), setting.worlds, tasks)}
 
     return Step("canaries", run)
 
 
-def _ground(setting: Setting, plans: str) -> Phase:
+def _critic(setting: Setting, history: History) -> CriticSettings:
+    """The arm's critic, with the verifier that was trained at the start if it is one."""
+    directory = history.latest("verifier")
+    return setting.critic if directory is None else replace(setting.critic, verifier=directory / MODEL)
+
+
+def _ground(setting: Setting, plans: str, name: str) -> Phase:
     """Programs for the plans that a phase proposed, judged."""
-    by_id = {task.id: task for task in setting.tasks["align"]}
-    moat, critic = setting.config.moat, setting.critic
+    moat = setting.config.moat
+    sampling = Sampling(moat.max_program, moat.ground_temperature, moat.top_p)
+    return _programs(setting, plans, name, "align", sampling, lambda history: _critic(setting, history))
+
+
+def _programs(
+    setting: Setting,
+    plans: str,
+    name: str,
+    split: str,
+    sampling: Sampling,
+    critic: Callable[[History], CriticSettings],
+) -> Phase:
+    by_id = {task.id: task for task in setting.tasks[split]}
 
     def items(context: Context) -> list[Row]:
         usable = _usable(setting, context.history, plans)
@@ -171,10 +194,36 @@ def _ground(setting: Setting, plans: str) -> Phase:
     def worker(context: Context) -> GroundWorker:
         state = State.latest(context.history)
         agents = setting.agents(state.planner, state.grounder)
-        sampling = Sampling(moat.max_program, moat.ground_temperature, moat.top_p)
-        return GroundWorker(agents, sampling, critic)
+        return GroundWorker(agents, sampling, critic(context.history))
 
-    return Sharded("ground", items, worker, size=64)
+    return Sharded(name, items, worker, size=64)
+
+
+def _verifier(setting: Setting) -> list[Phase]:
+    """What the independent agents do on training tasks, right or wrong, and a verifier that has learned which."""
+    moat, train = setting.config.moat, setting.tasks["train"]
+    by_id = {task.id: task for task in train}
+    # As varied as plans are: at the low temperature of training rows there would be few errors to learn from.
+    varied = Sampling(moat.max_program, moat.temperature, moat.top_p)
+
+    def learn(context: Context) -> Row:
+        written = [
+            Judged(by_id[row["task_id"]], row["plan"], row["generated"], row["right"])
+            for row in context.history.rows("verifier-programs")
+            if row["status"] == "ok"
+        ]
+        cases = [*written, *gold_cases(setting.worlds, train)]
+        tokenizer = word_tokenizer([*world_texts(setting.worlds, setting.tasks), *VERDICTS])
+        task = fresh(setting, lambda _, model: verifier_pairs(model, cases), tokenizer, context.directory, "verifier")
+        tune(task, setting.config.stage0, context.directory, context.seed, "verifier")
+        return {"written": len(written), "right": sum(case.right for case in written)}
+
+    judge = CriticSettings("execution")
+    return [
+        _propose(setting, "verifier-plans", moat.plans_per_task, "train"),
+        _programs(setting, "verifier-plans", "verifier-programs", "train", varied, lambda _: judge),
+        Step("verifier", learn),
+    ]
 
 
 def _stage(setting: Setting, name: str, prepare: Prepare) -> list[Phase]:
@@ -317,10 +366,22 @@ def _row(setting: Setting, history: History, iteration: int) -> Row:
         row |= this.facts("pair")
         row["chosen_lp_shift"] = this.facts("prefer-0").get("chosen_lp_shift", 0.0)
     if this.ran("ground"):
-        verdicts = [grounding["verdict"] for grounding in this.rows("ground")]
         row |= this.facts("canaries")
-        row |= {f"critic_{v}": verdicts.count(v) / max(1, len(verdicts)) for v in ("accept", "correct", "drop")}
+        row |= _critic_facts(this.rows("ground"))
     return {**row, **_decisions(setting, this)}
+
+
+def _critic_facts(groundings: Sequence[Row]) -> Row:
+    """How often the critic accepted, corrected and dropped, and how well accepting agrees with execution."""
+    verdicts = [grounding["verdict"] for grounding in groundings]
+    facts: Row = {f"critic_{v}": verdicts.count(v) / max(1, len(verdicts)) for v in ("accept", "correct", "drop")}
+    accepted = [grounding["right"] for grounding in groundings if grounding["verdict"] == "accept"]
+    right = [grounding["verdict"] == "accept" for grounding in groundings if grounding["right"]]
+    if accepted:
+        facts["critic_precision"] = float(np.mean(accepted))
+    if right:
+        facts["critic_recall"] = float(np.mean(right))
+    return facts
 
 
 def _decisions(setting: Setting, this: History) -> Row:

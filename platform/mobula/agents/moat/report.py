@@ -137,7 +137,8 @@ def _quality_table(found: Findings) -> list[list[Any]]:
 
 def _iterations(found: Findings) -> list[list[Any]]:
     names = ("J", "dev_success", "gap_nll", "n_pairs", "margin", "chosen_lp_shift", "dup_rate", "parse_rate",
-             "leak_rate", "critic_accept", "critic_correct", "critic_drop", "canary_rate")  # fmt: skip
+             "leak_rate", "critic_accept", "critic_correct", "critic_drop",
+             "critic_precision", "critic_recall", "canary_rate")  # fmt: skip
     rows: list[list[Any]] = [["arm", "iteration", *names]]
     for arm in found.outcomes[0]:
         runs = [outcomes[arm].rows for outcomes in found.outcomes]

@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 
 def world_tasks(config: TasksConfig) -> tuple[dict[str, World], dict[str, list[Task]]]:
     """The worlds, and the tasks of every split."""
-    return config.worlds.build(), config.worlds.tasks(config.sizes, config.path)
+    return config.worlds.build(), config.worlds.tasks(config.sizes)
 
 
 def independent(
@@ -55,7 +55,7 @@ def integrated(start: Setting, directory: Path, spent: int) -> Path:
     """
     if not (directory / TOKENS).is_file():
         stage0 = json.loads((start.planner.parents[1] / TOKENS).read_text())
-        task = _fresh(start, joint_pairs, CausalModel.open(str(start.planner)).tokenizer, directory, INTEGRATED)
+        task = fresh(start, joint_pairs, CausalModel.open(str(start.planner)).tokenizer, directory, INTEGRATED)
         config = start.config.stage0
         config = replace(config, steps=steps_for(sum(stage0.values()) + spent, task, config.batch))
         _, learned = tune(task, config, directory, alternation.seed_of(start.seed, INTEGRATED), INTEGRATED)
@@ -70,13 +70,13 @@ def _train(setting: Setting, places: Mapping[str, Path]) -> None:
     tokenizer = word_tokenizer(world_texts(setting.worlds, setting.tasks))
     learned = {}
     for name, place in places.items():
-        task = _fresh(setting, PAIRS[name], tokenizer, place, name)
+        task = fresh(setting, PAIRS[name], tokenizer, place, name)
         log.info("seed %d: training the %s", setting.seed, name)
         _, learned[name] = tune(task, setting.config.stage0, place, alternation.seed_of(setting.seed, name), name)
     write_json(root / TOKENS, learned)
 
 
-def _fresh(
+def fresh(
     setting: Setting, pairs: Callable[[Setting, CausalModel], list[Pair]], tokenizer: Any, place: Path, name: str
 ) -> SftTask:
     """An untrained model in ``place``, and what it is to learn."""

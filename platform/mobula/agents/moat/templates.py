@@ -14,7 +14,7 @@ from mobula.agents.language import Tool
 from mobula.agents.worlds import Task
 from mobula.models.causal import CausalModel
 
-VERSIONS = {"plan": "plan.v1", "ground": "ground.v1", "critic": "critic.v1"}
+VERSIONS = {"plan": "plan.v1", "ground": "ground.v1", "critic": "critic.v1", "check": "check.v1"}
 View = Literal["full", "plan_only"]
 PLAN_SYSTEM = (
     "You plan; another agent acts. Turn the task into numbered steps, one per line, S1:, S2:, ... Say what each step "
@@ -24,7 +24,12 @@ GROUND_SYSTEM = (
     "You operate tools. Carry out the planned steps with the listed tools only, one call per line, "
     "R<k> = Tool(arguments)."
 )
+CHECK_SYSTEM = (
+    "You check another agent's work. Say right if the tool calls carry out the plan and solve the task, and wrong if "
+    "they do not."
+)
 ACT, CALLS = "<act>", "\n\nCalls:\n"
+VERDICTS = ("right", "wrong")  # what a trained verifier says
 
 
 class Template(Protocol):
@@ -36,6 +41,10 @@ class Template(Protocol):
 
     def ground(self, task: Task, plan: str, tools: Sequence[Tool]) -> list[int]:
         """What the grounder is asked."""
+        ...
+
+    def check(self, task: Task, plan: str, program: str) -> list[int]:
+        """What a trained verifier is asked."""
         ...
 
     def joined(self, plan: str, program: str) -> str:
@@ -62,6 +71,10 @@ class Markers:
         """The names of the tools, the task if grounders see it, and the plan."""
         return self.model.encode(ground_text(task, plan, tools, self.view))
 
+    def check(self, task: Task, plan: str, program: str) -> list[int]:
+        """Task, plan and program, with markers between them."""
+        return self.model.encode(f"{plan_text(task)} {self.joined(plan, program)}")
+
     def joined(self, plan: str, program: str) -> str:
         """A marker between both."""
         return f"{plan} {ACT} {program}"
@@ -87,6 +100,10 @@ class Chat:
         listed = "\n".join(f"{tool.signature}: {tool.purpose}" for tool in tools)
         asked = f"Task: {task.text}\n" if self.view == "full" else ""
         return self._turns(GROUND_SYSTEM, f"Tools:\n{listed}\n\n{asked}Plan:\n{plan}")
+
+    def check(self, task: Task, plan: str, program: str) -> list[int]:
+        """``check.v1``."""
+        return self._turns(CHECK_SYSTEM, f"Task: {task.text}\nPlan:\n{self.joined(plan, program)}")
 
     def joined(self, plan: str, program: str) -> str:
         """A heading between both."""

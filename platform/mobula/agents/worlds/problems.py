@@ -59,8 +59,8 @@ class Solved:
 class Problems(World):
     """Word problems whose answer is a number. A family is the set that they come from."""
 
-    def __init__(self, family: str) -> None:
-        self.family = family
+    def __init__(self, family: str, path: str = "") -> None:
+        self.family, self.path = family, path
 
     def tools(self) -> dict[str, Tool]:
         """Calc."""
@@ -75,22 +75,24 @@ class Problems(World):
         return str(task.gold_plan)
 
 
-def build(seed: int) -> dict[str, World]:
-    """The families; nothing in them is drawn."""
-    return {family: Problems(family) for family in (GSM8K, *HELD_OUT)}
+def build(seed: int, path: str = "") -> dict[str, World]:
+    """The families; nothing in them is drawn.
+
+    ``path`` is a folder with GSM8K's files or a Hugging Face id such as openai/gsm8k; empty: MOBULA_DATA.
+    """
+    return {family: Problems(family, path if family == GSM8K else "") for family in (GSM8K, *HELD_OUT)}
 
 
-def load(worlds: Mapping[str, World], sizes: Mapping[str, int], seed: int, path: str = "") -> dict[str, list[Task]]:
+def load(worlds: Mapping[str, Problems], sizes: Mapping[str, int], seed: int) -> dict[str, list[Task]]:
     """Tasks of every split, drawn with the seed.
 
     Training splits are GSM8K's training problems that have a plan and a program; ``test_in`` are its test problems,
-    with or without; ``test_out`` are the held-out sets in turn, of which only the answer is known. ``path`` is a folder
-    with GSM8K's files or a Hugging Face id such as openai/gsm8k; empty: MOBULA_DATA.
+    with or without; ``test_out`` are the held-out sets in turn, of which only the answer is known.
 
     Raises:
         DataError: if a file is missing or there are not as many problems.
     """
-    chance = random.Random(f"problems {seed}")
+    chance, path = random.Random(f"problems {seed}"), worlds[GSM8K].path
     known = [problem for problem in _gsm8k(path, "train") if problem.program]
     chance.shuffle(known)
     tasks: dict[str, list[Task]] = {}

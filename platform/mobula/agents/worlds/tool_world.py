@@ -19,23 +19,25 @@ UNPLANNED = ("align",)  # tasks whose plans nobody annotated
 MOST_DRAWS = 2000  # in a row without a new form
 
 
-def build(seed: int) -> dict[str, Generated]:
-    """The three worlds, their facts drawn from the seed."""
+def build(seed: int, path: str = "") -> dict[str, Generated]:
+    """The three worlds, their facts drawn from the seed.
+
+    Raises:
+        DataError: for a path, as there is nothing to read.
+    """
+    if path:
+        raise DataError(f"tasks.path={path}: the tool world makes its tasks itself; set tasks.source or leave it empty")
     return {world.family: world for world in (Arith(), Kb(seed), Shop(seed))}
 
 
-def generate(
-    worlds: Mapping[str, Generated], sizes: Mapping[str, int], seed: int, path: str = ""
-) -> dict[str, list[Task]]:
+def generate(worlds: Mapping[str, Generated], sizes: Mapping[str, int], seed: int) -> dict[str, list[Task]]:
     """Tasks of every split, the families in turn; ``test_out`` has compositions that no other split has.
 
     No two tasks have the same gold program, in one split or in several.
 
     Raises:
-        DataError: for a path, as there is nothing to read, or if a family has fewer different tasks than are asked for.
+        DataError: if a family has fewer different tasks than are asked for.
     """
-    if path:
-        raise DataError(f"tasks.path={path}: the tool world makes its tasks itself; set tasks.source or leave it empty")
     used: set[str] = set()
     tasks: dict[str, list[Task]] = {}
     for split, size in sizes.items():
