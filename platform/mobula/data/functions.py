@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from importlib import metadata, util
 from pathlib import Path
 from typing import Any
@@ -58,8 +59,9 @@ def load(config: DataConfig) -> Collection:
             for function in _functions(record, f"BFCL_v4_{category}.json, line {number}"):
                 definitions.setdefault(function["name"], []).append(function)
                 offered.setdefault(function["name"], category)
-    for category in WITH_GOLD:
-        queries.extend(_requests(folder, category, definitions))
+    for request in requests(config.path):
+        gold = tuple(dict.fromkeys(name for call in request.calls for name in call))
+        queries.append(Query(request.id, request.text, gold))
     documents = [_document(name, found, offered[name]) for name, found in definitions.items()]
     notes: dict[str, float | str] = {
         "definitions": sum(len({json.dumps(d, sort_keys=True) for d in found}) for found in definitions.values()),
@@ -96,19 +98,42 @@ def _functions(record: dict[str, Any], where: str) -> list[dict[str, Any]]:
     return functions
 
 
-def _requests(folder: Path, category: str, known: dict[str, Any]) -> Iterator[Query]:
-    answers = folder / "possible_answer" / f"BFCL_v4_{category}.json"
-    calls = {record["id"]: record["ground_truth"] for _, record in read_jsonl(answers)}
-    questions = folder / f"BFCL_v4_{category}.json"
-    for number, record in read_jsonl(questions):
-        where = f"{questions.name}, line {number}"
-        gold = tuple(dict.fromkeys(name for call in calls.get(record["id"], []) for name in call))
-        if not gold:
-            raise BadRecord(f"{where}: request {record['id']} has no gold call in {answers.name}")
-        unknown = [name for name in gold if name not in known]
-        if unknown:
-            raise BadRecord(f"{where}: gold function {unknown[0]} is not among the functions offered")
-        yield Query(record["id"], _user_text(record), gold)
+@dataclass(frozen=True)
+class Request:
+    """A request with the functions it is offered, as BFCL defines them, and its gold calls.
+
+    A call is ``{function: {parameter: accepted values}}``.
+    """
+
+    id: str
+    category: str
+    text: str
+    functions: list[dict[str, Any]]
+    calls: list[dict[str, dict[str, list[Any]]]]
+
+
+def requests(path: str = "", categories: Sequence[str] = WITH_GOLD) -> Iterator[Request]:
+    """The requests of categories that have gold calls.
+
+    Raises:
+        DataError: if the files are nowhere to be found.
+        BadRecord: for a request without gold calls, or whose gold call names a function that is not offered.
+    """
+    folder, _ = _folder(path)
+    for category in categories:
+        answers = folder / "possible_answer" / f"BFCL_v4_{category}.json"
+        calls = {record["id"]: record["ground_truth"] for _, record in read_jsonl(answers)}
+        questions = folder / f"BFCL_v4_{category}.json"
+        for number, record in read_jsonl(questions):
+            where = f"{questions.name}, line {number}"
+            gold = calls.get(record["id"], [])
+            if not gold:
+                raise BadRecord(f"{where}: request {record['id']} has no gold call in {answers.name}")
+            functions = _functions(record, where)
+            unknown = {name for call in gold for name in call} - {function["name"] for function in functions}
+            if unknown:
+                raise BadRecord(f"{where}: gold function {min(unknown)} is not among the functions offered")
+            yield Request(record["id"], category, _user_text(record), functions, gold)
 
 
 def _user_text(record: dict[str, Any]) -> str:

@@ -157,7 +157,7 @@ def grounding_pairs(setting: Setting, model: CausalModel, rows: Sequence[tuple[T
     template = template_of(model, setting.view)
     found = []
     for task, plan, actions in rows:
-        tools = list(setting.worlds[task.family].tools().values())
+        tools = setting.worlds[task.family].offered(task)
         found.append((template.ground(task, plan, tools), [*model.encode(actions), model.eos]))
     return found
 

@@ -100,7 +100,7 @@ def world_texts(worlds: Mapping[str, World], tasks: Mapping[str, Sequence[Task]]
         if task.gold_actions is None:
             continue
         world = worlds[task.family]
-        tools = list(world.tools().values())
+        tools = world.offered(task)
         shares = [[float(i == s) for i in range(len(STYLES))] for s in range(len(STYLES))]
         plans = [world.annotated(task, styles, chance) for styles in shares]
         found += [task.gold_actions, *(ground_text(task, plan, tools, "full") for plan in plans)]

@@ -96,7 +96,7 @@ class Agents:
         ]
 
     def _prompt(self, template: Template, task: Task, plan: str) -> list[int]:
-        return template.ground(task, plan, list(self.worlds[task.family].tools().values()))
+        return template.ground(task, plan, self.worlds[task.family].offered(task))
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in ("planner", "grounder", "world_set", "view")}
@@ -157,7 +157,7 @@ class PlanWorker:
                 PlanSample(task.id, self.iteration, j, text, tokens, logprob, parsed=False, leak=0.0)
                 for j, (text, tokens, logprob) in enumerate(mine)
             ]
-            tools = list(self.agents.worlds[task.family].tools().values())
+            tools = self.agents.worlds[task.family].offered(task)
             rows.extend(asdict(sample) for sample in examined(samples, task, tools))
         return rows
 
@@ -195,7 +195,7 @@ class ProbeWorker:
             gold = self.agents.gold_scores(tasks, [str(task.gold_plan) for task in tasks])
         rows = []
         for task, plan, score, best in zip(tasks, plans, scores, gold, strict=True):
-            leaks = leak(plan, task, list(self.agents.worlds[task.family].tools().values())) == 1.0
+            leaks = leak(plan, task, self.agents.worlds[task.family].offered(task)) == 1.0
             parsed = read_plan(plan) is not None
             facts = {"leaks": leaks, "parsed": parsed, "nll_gold": best["nll_mean"]}
             rows.append({"task_id": task.id, "plan": plan, **score, **facts})

@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -130,7 +131,7 @@ def _task(world: Lookup, question: Question, split: str) -> Task:
     )
     if world.reward(task, execute(program, tools)) == 1:
         return task
-    return Task(**{**vars(task), "gold_plan": None, "gold_actions": None})
+    return replace(task, gold_plan=None, gold_actions=None)
 
 
 def searches(question: Question) -> tuple[list[str], Program]:

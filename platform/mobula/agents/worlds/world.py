@@ -75,6 +75,11 @@ class World(ABC):
     def annotated(self, task: Task, styles: Sequence[float], chance: random.Random) -> str:
         """The gold plan of a task in the words of annotators who use the styles in these shares."""
 
+    def offered(self, task: Task) -> list[Tool]:
+        """The tools of a task."""
+        tools = self.tools()
+        return [tools[name] for name in task.tools]
+
     def ground_plan(self, plan: str) -> Program | None:
         """The program that a plan means; None where it cannot be understood, as free sentences cannot."""
         return None
