@@ -1,0 +1,1 @@
+"""Retrieval-augmented generation learned by expectation maximisation over latent searches and selections."""

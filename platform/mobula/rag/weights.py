@@ -1,0 +1,131 @@
+"""Weights of a query's sampled latents: the E-step of Monte-Carlo EM.
+
+A latent z (a search trajectory, a permutation of passages) is sampled from p(z|x), and l = log p(y|x,z) says how likely
+it makes the gold answer y. Since z comes from the model's own prior, p(z|x,y) / p(z|x) is proportional to p(y|x,z): the
+prior cancels (Shi et al., arXiv 2505.20128 and 2505.03075). A query's weights use that query's samples alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from mobula.config import key
+
+GATES = ("none", "skip", "scale")
+CORRECTIONS = ("none", "exact")
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """A query's m samples, those that a filter rejected left out.
+
+    ``log_lik`` f64[m]: l, the sum over the ``answer_tokens`` tokens of the gold answer, end of turn included.
+    ``log_ratio`` f64[m]: log p(z|x) minus the log-probability that z was drawn with; zeros where they are the same.
+    ``reward`` and ``exact`` f64[m]: how good the sample's own prediction is, and whether it is the answer.
+    """
+
+    log_lik: np.ndarray
+    answer_tokens: int
+    log_ratio: np.ndarray
+    reward: np.ndarray
+    exact: np.ndarray
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A query's weights f64[m], zero where a sample has no finite likelihood.
+
+    ``ess``: effective sample size, 1 / sum of the squared normalised weights, from 1 to m. ``log_mean_lik``: log of the
+    mean likelihood, a lower bound of log p(y|x) in expectation. ``all_fail``: even the best sample makes the answer
+    unlikely. ``skipped``: why the query has no weights, or nothing.
+    """
+
+    values: np.ndarray
+    ess: float
+    log_mean_lik: float
+    all_fail: bool
+    skipped: str = ""
+
+
+@dataclass
+class WeightConfig:
+    """How samples are weighed."""
+
+    rule: str = key("lik_softmax", "how likelihoods or rewards become weights; lik_softmax in both papers")
+    tau: float = key(1.0, "rule=lik_softmax_len: temperature", gt=0)
+    correction: str = key("none", "exact: correct for sampling at another temperature", choices=CORRECTIONS)
+    gate: str = key("none", "queries that all samples fail: kept, skipped, or scaled by the best", choices=GATES)
+    fail_eps: float = key(0.05, "a query fails if no sample gives the answer's tokens this much each", gt=0, lt=1)
+
+    def problems(self) -> list[str]:
+        """Values that are not known."""
+        return [] if self.rule in RULES else [f"rule={self.rule} is unknown; expected {', '.join(RULES)}"]
+
+
+Rule = Callable[[Sampled, float], np.ndarray]
+
+
+def weigh(sampled: Sampled, config: WeightConfig) -> Weights:
+    """The weights of one query's samples, in float64.
+
+    Samples without a finite likelihood leave before normalisation. A query is skipped, never weighed uniformly, if
+    none is left, if every reward is 0, or if the gate skips it.
+    """
+    finite = np.isfinite(sampled.log_lik)
+    nothing = np.zeros(len(finite))
+    if not finite.any():
+        return Weights(nothing, 0.0, -np.inf, True, "no sample has a finite likelihood")
+    kept = Sampled(
+        sampled.log_lik[finite],
+        sampled.answer_tokens,
+        sampled.log_ratio[finite] if config.correction == "exact" else nothing[finite],
+        sampled.reward[finite],
+        sampled.exact[finite],
+    )
+    best = float(np.max(kept.log_lik)) / kept.answer_tokens
+    bound = float(np.logaddexp.reduce(kept.log_lik) - np.log(len(kept.log_lik)))
+    failed = best < np.log(config.fail_eps)
+    values = RULES[config.rule](kept, config.tau)
+    if not values.any():
+        return Weights(nothing, 0.0, bound, failed, "no sample has a reward")
+    if failed and config.gate == "skip":
+        return Weights(nothing, 0.0, bound, failed, "every sample fails")
+    if config.gate == "scale":
+        values = values * np.exp(best)
+    whole = nothing.copy()
+    whole[finite] = values
+    return Weights(whole, float(values.sum() ** 2 / (values**2).sum()), bound, failed)
+
+
+def _softmax(scores: np.ndarray) -> np.ndarray:
+    shifted = np.exp(scores - scores.max())
+    return shifted / shifted.sum()
+
+
+def _share(values: np.ndarray) -> np.ndarray:
+    total = values.sum()
+    return values / total if total > 0 else np.zeros_like(values)
+
+
+def _one_hot(scores: np.ndarray) -> np.ndarray:
+    """The first of the largest."""
+    return np.eye(len(scores))[int(scores.argmax())]
+
+
+RULES: dict[str, Rule] = {
+    # Self-normalised importance weights: consistent for the gradient of log p(y|x); no signal with one sample.
+    "lik_softmax": lambda s, tau: _softmax(s.log_lik + s.log_ratio),
+    # Flatter for long answers.
+    "lik_softmax_len": lambda s, tau: _softmax((s.log_lik + s.log_ratio) / (tau * s.answer_tokens)),
+    # Unbiased for the gradient of p(y|x) instead of its logarithm.
+    "lik_raw": lambda s, tau: np.exp(s.log_lik + s.log_ratio) / len(s.log_lik),
+    "lik_mean_exp": lambda s, tau: 4 * np.exp(s.log_lik / s.answer_tokens) / len(s.log_lik),
+    "reward": lambda s, tau: _share(s.reward),
+    "binary": lambda s, tau: _share(s.exact),
+    "uniform": lambda s, tau: np.full(len(s.log_lik), 1 / len(s.log_lik)),
+    # Hard EM.
+    "best": lambda s, tau: _one_hot(s.log_lik),
+}
