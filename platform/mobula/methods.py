@@ -39,6 +39,11 @@ METHODS = {
         "mobula.agents.moat.method",
         "a planner and a grounder aligned jointly, each tuned on what the other makes of its work",
     ),
+    "dro": Entry(
+        "rag",
+        "mobula.rag.dro.method",
+        "a selector of passages and a generator of answers learned together by EM over permutations",
+    ),
 }
 
 

@@ -1,0 +1,136 @@
+"""Every arm of every seed: where it is, how it is trained, and what it does with test questions."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mobula import alternation
+from mobula.alternation import AlternationConfig, Outcome, Row
+from mobula.artifacts import read_jsonl
+from mobula.cluster.spec import ClusterSpec
+from mobula.rag.dro.config import ARMS, COLD, Config
+from mobula.rag.dro.loop import Setting, distance, dro_loop, split_of
+from mobula.rag.dro.pair import Measured, Pair, measure
+from mobula.rag.dro.start import cold_start
+from mobula.threads import one_thread
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Comparison:
+    """The arms and seeds of an experiment, in a directory. What is finished there is found and not done again."""
+
+    config: Config
+    directory: Path
+    cluster: ClusterSpec | None = None
+
+    @property
+    def first(self) -> str:
+        """The arm that the others are compared with, and that is served."""
+        return self.config.arms[0]
+
+    @property
+    def seeds(self) -> Sequence[int]:
+        """The training seeds."""
+        return range(self.config.seed, self.config.seed + self.config.evaluation.seeds)
+
+    def run(self) -> None:
+        """Train every arm of every seed."""
+        actors = self.config.parallel if self.config.parallel > 1 else 0
+        with alternation.workers(AlternationConfig(actors=actors), self.cluster) as pool:
+            for names in ([COLD], self.config.arms):
+                items: list[Row] = [{"name": name, "seed": seed} for name in names for seed in self.seeds]
+                shards = [(shard, [item], 0) for shard, item in enumerate(items)]
+                for done, (shard, _) in enumerate(pool.process(_Trainer(self), shards), 1):
+                    log.info("%s, seed %d (%d of %d)", *items[shard].values(), done, len(items))
+
+    def start(self, seed: int) -> Pair:
+        """The cold start of a seed."""
+        return cold_start(self.config, self._place(seed) / COLD, seed)
+
+    def setting(self, name: str, seed: int) -> Setting:
+        """An arm."""
+        return Setting(self.config, ARMS[name], self.start(seed), seed)
+
+    def outcome(self, name: str, seed: int) -> Outcome:
+        """An arm's alternation."""
+
+        def progress(row: Row) -> None:
+            log.info("%s, seed %d, iteration %d: dev EM %.3f", name, seed, row["iteration"], row["dev_em"])
+
+        loop, place = dro_loop(self.setting(name, seed)), self._place(seed) / name
+        config = self.config.alternation
+        return alternation.run(loop, config, place, seed=seed, cluster=self.cluster, progress=progress)
+
+    def standing(self, name: str, seed: int) -> Pair:
+        """The pair of an arm's best iteration by ``alternation.monitor``, of its last one without it."""
+        if name == COLD:
+            return self.start(seed)
+        outcome = self.outcome(name, seed)
+        return self.setting(name, seed).standing(outcome.history.until(outcome.best))
+
+    def tested(self, name: str) -> list[Measured]:
+        """What an arm's pairs, or the cold start's, do with the test questions, by seed."""
+        with one_thread():
+            questions = split_of(self.config, "test").draw()
+            return [measure(self.standing(name, seed), questions) for seed in self.seeds]
+
+    def distances(self, name: str) -> list[list[float]]:
+        """By seed and iteration, how far weighted samples are from the exact posterior (total variation)."""
+        found = []
+        for seed in self.seeds:
+            history, setting = self.outcome(name, seed).history, self.setting(name, seed)
+            row = []
+            for iteration, phase, directory in history.finished:
+                if phase == "weigh":
+                    pair = setting.standing(history.until(iteration - 1))
+                    row.append(distance(pair, setting, read_jsonl(directory / "weights.jsonl")[:500]))
+            found.append(row)
+        return found
+
+    def variances(self, name: str, samples: Sequence[int], queries: int = 200) -> dict[int, list[float]]:
+        """By samples m and iteration: the variance of (1/m) sum_k p(y|x,d_zk) over re-draws.
+
+        The mean over some dev questions; the first seed.
+        """
+        seed = self.config.seed
+        setting, history = self.setting(name, seed), self.outcome(name, seed).history
+        questions = setting.split("dev").draw()
+        chance, redraws = np.random.default_rng(seed), self.config.evaluation.redraws
+        found: dict[int, list[float]] = {m: [] for m in samples}
+        for iteration in range(len(self.outcome(name, seed).rows)):
+            pair = setting.standing(history.until(iteration))
+            prior, likelihood = pair.log_prior(questions).exp().numpy(), pair.log_lik(questions).exp().numpy()
+            for m in samples:
+                drawn = [
+                    np.var(chance.choice(p, size=(redraws, m), p=q / q.sum()).mean(1), ddof=1)
+                    for p, q in zip(likelihood[:queries], prior[:queries], strict=True)
+                ]
+                found[m].append(float(np.mean(drawn)))
+        return found
+
+    def _place(self, seed: int) -> Path:
+        return self.directory / f"seed-{seed}"
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in ("config", "directory", "cluster")}
+
+
+@dataclass
+class _Trainer:
+    """Trains, on an actor. Results are on disk."""
+
+    comparison: Comparison
+
+    def process(self, items: Sequence[Row], seed: int) -> Sequence[Row]:
+        for item in items:
+            with one_thread():
+                self.comparison.standing(item["name"], item["seed"])
+        return []

@@ -1,0 +1,131 @@
+"""The config of a `dro` experiment."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from mobula.alternation import AlternationConfig
+from mobula.config import key, nearest, section
+from mobula.experiment import ExperimentConfig
+from mobula.rag.weights import WeightConfig
+from mobula.training import TrainingConfig
+
+COLD = "cold_start"
+BOTH = ("selector", "generator")
+
+
+@dataclass(frozen=True)
+class Arm:
+    """An arm of the comparison: the rule of its weights, its samples a query, which networks learn.
+
+    None: as configured.
+    """
+
+    rule: str | None = None
+    samples: int | None = None
+    train: tuple[str, ...] = BOTH
+
+
+ARMS = {
+    "dro": Arm(),
+    "selector_only": Arm(train=("selector",)),
+    "generator_only": Arm(train=("generator",)),
+    "uniform": Arm(rule="uniform"),
+    "best": Arm(rule="best"),
+    "binary": Arm(rule="binary"),
+    "lik_raw": Arm(rule="lik_raw"),
+    "m_1": Arm(samples=1),
+    "m_2": Arm(samples=2),
+    "m_4": Arm(samples=4),
+    "m_14": Arm(samples=14),
+    "raw_m_1": Arm(rule="lik_raw", samples=1),
+    "raw_m_2": Arm(rule="lik_raw", samples=2),
+    "raw_m_4": Arm(rule="lik_raw", samples=4),
+    "raw_m_14": Arm(rule="lik_raw", samples=14),
+}
+
+
+@dataclass
+class DataConfig:
+    """How many questions each split has; every question has facts of its own."""
+
+    labelled: int = key(1500, "questions with their gold facts, for the cold start alone", ge=1)
+    train: int = key(3000, "questions with answers alone, for EM", ge=1)
+    dev: int = key(500, "questions that choose the best iteration", ge=2)
+    test: int = key(1000, "questions that are looked at once, after all training", ge=2)
+    seed: int = key(0, "seed of the questions, apart from the experiment's: seeds share their tests", ge=0)
+
+
+@dataclass
+class ModelConfig:
+    """Selector and generator: two encoders."""
+
+    layers: int = key(2, "layers of each", ge=1)
+    selector_width: int = key(48, "width of the selector", ge=4)
+    generator_width: int = key(48, "width of the generator", ge=4)
+    heads: int = key(4, "attention heads of each", ge=1)
+
+
+@dataclass
+class ColdConfig:
+    """The cold start: weak enough to leave something to learn."""
+
+    selector_steps: int = key(200, "steps on which the selector learns gold orders", ge=1)
+    generator_steps: int = key(30, "steps on which the generator learns answers from gold facts", ge=1)
+
+
+@dataclass
+class EmConfig:
+    """The E-step."""
+
+    samples: int = key(8, "orders sampled a question (m)", ge=1, le=1000)
+    weights: WeightConfig = section(WeightConfig)
+
+
+@dataclass
+class EvaluationConfig:
+    """What is measured, on dev questions each iteration and on test questions once."""
+
+    seeds: int = key(1, "training seeds: seed, seed + 1, ...", ge=1, le=20)
+    resamples: int = key(10_000, "bootstrap resamples", ge=100)
+    redraws: int = key(32, "re-draws that the variance of the estimate is measured with", ge=2)
+    decisive: bool = key(True, "false: too small to decide; every claim is undecided (smoke)")
+
+
+def _fit() -> TrainingConfig:
+    return TrainingConfig(steps=80, batch=64, lr=2e-3, warmup=0.0, decay=0.0, workers=0)
+
+
+@dataclass
+class Config(ExperimentConfig):
+    """A DRO experiment: one cold start for all arms of a seed, then every arm alternates by itself."""
+
+    arms: list[str] = key(["dro"], f"what is compared with the cold start: {', '.join(ARMS)}")
+    parallel: int = key(1, "trainings that run at the same time, each on a Ray actor; 1: in this process", ge=1)
+    data: DataConfig = section(DataConfig)
+    model: ModelConfig = section(ModelConfig)
+    cold: ColdConfig = section(ColdConfig)
+    em: EmConfig = section(EmConfig)
+    alternation: AlternationConfig = section(AlternationConfig)
+    fit: TrainingConfig = section(_fit)  # type: ignore[arg-type]
+    evaluation: EvaluationConfig = section(EvaluationConfig)
+
+    def of(self, arm: Arm) -> EmConfig:
+        """The E-step of an arm."""
+        weights = replace(self.em.weights, rule=arm.rule or self.em.weights.rule)
+        return EmConfig(arm.samples or self.em.samples, weights)
+
+    def problems(self) -> Iterator[str]:
+        """Contradictions across sections."""
+        for name in self.arms:
+            if name not in ARMS:
+                yield f"arms: unknown {name!r}{nearest(name, list(ARMS))}; expected {', '.join(ARMS)}"
+        if not self.arms or len(set(self.arms)) < len(self.arms):
+            yield "arms is empty or names one twice; the first one is served"
+        if self.parallel > 1 and (self.alternation.actors != 0 or self.fit.workers != 0):
+            yield f"parallel={self.parallel} needs alternation.actors=0 and fit.workers=0: trainings have the actors"
+        for name in ("selector_width", "generator_width"):
+            width = getattr(self.model, name)
+            if width % self.model.heads:
+                yield f"model.{name}={width} does not divide among model.heads={self.model.heads}"

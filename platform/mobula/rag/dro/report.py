@@ -1,0 +1,158 @@
+"""The report of a `dro` run: exact match, likelihood by iteration, weights, variance, and the claims of the spec."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+
+from mobula.alternation import Row
+from mobula.evaluation.claims import compare
+from mobula.evaluation.intervals import mean_interval
+from mobula.experiment import Claim, Measure, Report, Verdict
+from mobula.rag.dro.config import ARMS, COLD, Config
+from mobula.rag.dro.pair import Measured
+
+HEADER = (
+    "selector and generator of about 0.05 M parameters in a world of generated facts; not the paper's 8B models and "
+    "benchmarks, whose figures are quoted, not reproduced"
+)
+FALL = 0.02  # nats by which the likelihood of training questions may fall in an iteration
+SHOWN = ("dev_em", "dev_gold", "dev_log_p", "train_log_p", "sample_em", "ess", "bound", "all_fail", "unique")
+
+
+@dataclass(frozen=True)
+class Findings:
+    """Rows of metrics and test results by arm and seed; the cold start has test results alone."""
+
+    config: Config
+    rows: Mapping[str, Sequence[Sequence[Row]]]
+    tested: Mapping[str, Sequence[Measured]]
+    distances: Sequence[Sequence[float]]
+    variances: Mapping[int, Sequence[float]]
+
+    @property
+    def first(self) -> str:
+        """The arm that the others are compared with."""
+        return self.config.arms[0]
+
+    def values(self, name: str, what: str) -> np.ndarray:
+        """f[S, Q] by seed and test question."""
+        return np.array([getattr(found, what) for found in self.tested[name]])
+
+
+def fill(report: Report, found: Findings) -> None:
+    """Measures, tables, plots and claims."""
+    evaluation = found.config.evaluation
+    report.notes.append(HEADER)
+    report.notes.append(f"test questions: {found.config.data.test}; training seeds: {evaluation.seeds}")
+    report.notes.extend(_warnings(found))
+    for name in found.tested:
+        for what in ("exact", "gold", "log_p"):
+            report.measures[f"{name}/{what}"] = mean_interval(found.values(name, what), resamples=evaluation.resamples)
+    report.tables["Test questions"] = _tests(report.measures, list(found.tested))
+    report.tables["Iterations, mean of seeds"] = _iterations(found)
+    report.tables["Weighted samples and the exact posterior"] = _distances(found)
+    report.tables["Variance of the estimate by samples and iteration"] = _variances(found)
+    for what, label in (
+        ("dev_em", "exact match, dev"),
+        ("dev_log_p", "log p(y|x), dev"),
+        ("train_log_p", "log p, train"),
+    ):
+        report.plots[what] = _plot(found, what, label)
+    report.claims.extend(_claims(found))
+
+
+def _warnings(found: Findings) -> Iterator[str]:
+    for name in found.rows:
+        em = found.config.of(ARMS[name])
+        if em.samples == 1 and em.weights.rule == "lik_softmax":
+            yield f"{name}: no signal, one sample has weight 1 whatever its likelihood"
+
+
+def _tests(measures: Mapping[str, Measure], names: Sequence[str]) -> list[list[Any]]:
+    def cell(measure: Measure, scale: float) -> str:
+        return f"{scale * measure.value:.2f} [{scale * measure.low:.2f}, {scale * measure.high:.2f}]"
+
+    table: list[list[Any]] = [["arm", "exact match, per cent", "both gold facts chosen, per cent", "log p(y|x)"]]
+    columns = (("exact", 100.0), ("gold", 100.0), ("log_p", 1.0))
+    return table + [[name, *(cell(measures[f"{name}/{what}"], s) for what, s in columns)] for name in names]
+
+
+def _iterations(found: Findings) -> list[list[Any]]:
+    table: list[list[Any]] = [["arm", "iteration", *SHOWN]]
+    for name, runs in found.rows.items():
+        for iteration in range(max(map(len, runs))):
+            at = [run[iteration] for run in runs if iteration < len(run)]
+            values = [[row[column] for row in at if column in row] for column in SHOWN]
+            table.append([name, iteration, *(round(float(np.mean(v)), 4) if v else "" for v in values)])
+    return table
+
+
+def _distances(found: Findings) -> list[list[Any]]:
+    table: list[list[Any]] = [["iteration", "total variation, mean of seeds"]]
+    for iteration, values in enumerate(zip(*found.distances, strict=False), 1):
+        table.append([iteration, round(float(np.mean(values)), 4)])
+    return table
+
+
+def _variances(found: Findings) -> list[list[Any]]:
+    iterations = max((len(values) for values in found.variances.values()), default=0)
+    table: list[list[Any]] = [["samples", *(f"iteration {i}" for i in range(iterations))]]
+    return table + [[m, *(f"{value:.2e}" for value in values)] for m, values in found.variances.items()]
+
+
+def _plot(found: Findings, what: str, label: str) -> dict[str, Any]:
+    series = {}
+    for name, runs in found.rows.items():
+        length = min(map(len, runs))
+        means = [float(np.mean([run[i][what] for run in runs])) for i in range(length)]
+        series[name] = list(enumerate(means))
+    return {
+        "kind": "line",
+        "x": "iteration",
+        "y": label,
+        "title": f"mean of {len(found.tested[COLD])} seeds",
+        "series": series,
+    }
+
+
+def _claims(found: Findings) -> Iterator[Claim]:
+    yield from _monotone(found)
+    first, arms = found.first, found.config.arms
+    pairs = [(first, COLD, "joint EM beats the cold start")]
+    pairs += [(first, half, f"joint EM beats {half}") for half in ("generator_only", "selector_only") if half in arms]
+    if "generator_only" in arms:
+        pairs.append(("generator_only", COLD, "the generator alone beats the cold start"))
+    pairs += [(first, rule, f"weights by likelihood beat {rule}") for rule in ("uniform", "best") if rule in arms]
+    for prefix in ("m_", "raw_m_"):
+        sizes = [name for name in (f"{prefix}{m}" for m in (1, 2, 4, 14)) if name in arms]
+        pairs += [(more, fewer, f"{more} beats {fewer}") for fewer, more in pairwise(sizes)]
+    for one, other, statement in pairs:
+        a, b = found.values(one, "exact"), found.values(other, "exact")
+        evaluation = found.config.evaluation
+        name = f"{one} - {other}"
+        yield compare(name, statement, a, b, decisive=evaluation.decisive, resamples=evaluation.resamples)
+
+
+def _monotone(found: Findings) -> Iterator[Claim]:
+    """The exact likelihood of training questions never falls by more than it may, in any seed and iteration."""
+    changes = [
+        after["train_log_p"] - before["train_log_p"]
+        for run in found.rows[found.first]
+        for before, after in pairwise(run)
+    ]
+    if changes:
+        holds: Verdict = "holds" if min(changes) >= -FALL else "does_not_hold"
+        yield Claim(
+            "monotone",
+            f"log p(y|x) of training questions never falls by more than {FALL} nats (smallest and largest change)",
+            float(np.mean(changes)),
+            min(changes),
+            max(changes),
+            len(changes),
+            holds if found.config.evaluation.decisive else "undecided",
+        )
