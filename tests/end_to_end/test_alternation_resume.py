@@ -1,4 +1,4 @@
-"""``mobula run`` of MOAT killed in every one of its phases: it ends with the numbers of a run that nothing stopped."""
+"""``mobula run`` killed in every phase of an alternation: it ends with the numbers of a run that nothing stopped."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from mobula.artifacts import read_jsonl, sha256
 
 pytestmark = [pytest.mark.end_to_end, pytest.mark.timeout(1800)]
 ROOT = Path(__file__).parents[2]
-EXPERIMENT: dict[str, Any] = {
+MOAT: dict[str, Any] = {
     "method": "moat",
     "name": "killed",
     "arms": ["moat"],
@@ -33,6 +33,21 @@ EXPERIMENT: dict[str, Any] = {
     "prefer": {"steps": 60, "batch": 4, "lr": 1e-3, "checkpoint_every": 20},
     "improve": {"steps": 60, "batch": 4, "lr": 1e-3, "checkpoint_every": 20},
     "evaluation": {"decisive": False, "resamples": 100},
+}
+DRO: dict[str, Any] = {
+    "method": "dro",
+    "name": "killed",
+    "arms": ["dro"],
+    "data": {"labelled": 200, "train": 1500, "dev": 100, "test": 100},
+    "cold": {"selector_steps": 20, "generator_steps": 10},
+    "alternation": {"iterations": 2, "actors": 0},
+    "fit": {"steps": 40, "batch": 32, "checkpoint_every": 10},
+    "evaluation": {"decisive": False, "resamples": 100, "redraws": 4},
+}
+# What a method's iterations are made of, at least.
+PHASES = {
+    "moat": {"sample", "score", "pair", "prefer-0", "plans", "ground"},
+    "dro": {"sample", "score", "weigh", "fit", "measure"},
 }
 
 
@@ -48,13 +63,13 @@ def finish(experiment: Path, out: Path) -> None:
     assert process.returncode == 0, output[-3000:]
 
 
-def rows(out: Path) -> list[Row]:
-    return [{**row, "seconds": 0} for row in read_jsonl(out / "seed-0" / "moat" / "iterations.jsonl")]
+def rows(loop: Path) -> list[Row]:
+    return [{**row, "seconds": 0} for row in read_jsonl(loop / "iterations.jsonl")]
 
 
-def phases(out: Path) -> list[str]:
+def phases(loop: Path) -> list[str]:
     """Every phase's directory, in the order in which they run."""
-    return [str(p.parent.relative_to(out)) for p in sorted((out / "seed-0" / "moat").glob(f"iteration-*/*/{DONE}"))]
+    return [str(p.parent.relative_to(loop)) for p in sorted(loop.glob(f"iteration-*/*/{DONE}"))]
 
 
 def kill_in(process: subprocess.Popen[str], phase: Path, pause: float) -> bool:
@@ -70,28 +85,31 @@ def kill_in(process: subprocess.Popen[str], phase: Path, pause: float) -> bool:
     return not over
 
 
-def test_killed_in_every_phase_it_ends_with_the_same_numbers(tmp_path: Path) -> None:
+@pytest.mark.parametrize("config", [MOAT, DRO], ids=["moat", "dro"])
+def test_killed_in_every_phase_it_ends_with_the_same_numbers(tmp_path: Path, config: dict[str, Any]) -> None:
     experiment = tmp_path / "killed.yaml"
-    experiment.write_text(yaml.safe_dump(EXPERIMENT))
-    whole, out = tmp_path / "whole", tmp_path / "out"
-    finish(experiment, whole)
+    experiment.write_text(yaml.safe_dump(config))
+    (arm,) = config["arms"]
+    finish(experiment, tmp_path / "whole")
+    whole, out = (tmp_path / name / "seed-0" / arm for name in ("whole", "out"))
     names = phases(whole)
     # Phases that work, and those that only decide in a moment: any of them may be hit.
-    assert {name.split("-", 3)[-1] for name in names} >= {"sample", "score", "pair", "prefer-0", "plans", "ground"}
+    assert {name.split("-", 2)[-1] for name in names} >= PHASES[config["method"]]
     chance = random.Random(0)
     inside = 0
     for name in names:
         took = json.loads((whole / name / DONE).read_text())["seconds"]
-        inside += kill_in(start(experiment, out), out / name, chance.uniform(0, took))
+        inside += kill_in(start(experiment, tmp_path / "out"), out / name, chance.uniform(0, took))
     assert inside >= len(names) // 3
-    finish(experiment, out)
+    finish(experiment, tmp_path / "out")
     assert rows(out) == rows(whole)
     for name in names:
         again, once = out / name, whole / name
         assert json.loads((again / DONE).read_text())["facts"] == json.loads((once / DONE).read_text())["facts"]
         for shard in once.glob("*.jsonl"):
             assert (again / shard.name).read_bytes() == shard.read_bytes(), f"{name}/{shard.name}"
-    weights = sorted(p.relative_to(whole) for p in whole.rglob("model.safetensors"))
+    weights = sorted(p.relative_to(whole) for p in whole.rglob("*.safetensors"))
+    assert weights
     assert [sha256(out / path) for path in weights] == [sha256(whole / path) for path in weights]
-    reports = [json.loads((place / "report.json").read_text())["measures"] for place in (out, whole)]
+    reports = [json.loads((tmp_path / name / "report.json").read_text())["measures"] for name in ("out", "whole")]
     assert reports[0] == reports[1]
