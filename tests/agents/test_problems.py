@@ -119,3 +119,34 @@ def test_missing_and_damaged_files_are_named(tmp_path: Path) -> None:
         WorldSet("gsm8k", 0, str(tmp_path)).tasks(SIZES)
     with pytest.raises(DataError, match="the tool world makes its tasks itself"):
         WorldSet("tools", 0, str(tmp_path)).tasks(SIZES)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("ASDiv.xml", "<Problem ID='1'><Body>b</Body></Problem>", r"ASDiv\.xml, problem 1: expected one Body"),
+        ("AddSub.json", "[", r"AddSub\.json: not JSON"),
+        ("MultiArith.json", '[{"sQuestion": "q"}]', r"MultiArith\.json, record 1: expected sQuestion and lSolutions"),
+    ],
+)
+def test_damaged_held_out_sets_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, text: str, message: str
+) -> None:
+    solved = [{"question": QUESTION + str(n), "answer": SOLUTION} for n in range(8)]
+    (tmp_path / "gsm8k").mkdir()
+    for split in ("train", "test"):
+        (tmp_path / "gsm8k" / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in solved))
+    whole = {
+        "ASDiv.xml": "<Problem ID='1'><Body>b</Body><Question>q</Question><Answer>9 (apples)</Answer></Problem>",
+        "AddSub.json": '[{"sQuestion": "q", "lSolutions": ["3"]}]',
+        "MultiArith.json": '[{"sQuestion": "q", "lSolutions": [4.0]}]',
+    }
+    (tmp_path / "math_small").mkdir()
+    for file, content in whole.items():
+        (tmp_path / "math_small" / file).write_text(content)
+    monkeypatch.setenv("MOBULA_DATA", str(tmp_path))
+    sizes = {"train": 2, "align": 1, "probe": 1, "dev": 1, "test_in": 2, "test_out": 3}
+    assert [task.answer for task in WorldSet("gsm8k", 0).tasks(sizes)["test_out"]] == ["9", "3", "4.0"]
+    (tmp_path / "math_small" / name).write_text(text)
+    with pytest.raises(DataError, match=message):
+        WorldSet("gsm8k", 0).tasks(sizes)

@@ -241,18 +241,20 @@ def _small(family: str) -> Iterator[Solved]:
 
 
 def _asdiv(path: Path) -> Iterator[tuple[str, str]]:
-    for problem in blocks_of(read_text(path)):
-        (body,), (question,), (answer,) = (blocks(problem, tag) for tag in ("Body", "Question", "Answer"))
+    problems = re.findall(r"<Problem [^>]*>(.*?)</Problem>", read_text(path), flags=re.DOTALL)
+    for number, problem in enumerate(problems, 1):
+        parts = [blocks(problem, tag) for tag in ("Body", "Question", "Answer")]
+        if any(len(part) != 1 for part in parts):
+            raise BadRecord(f"{path}, problem {number}: expected one Body, one Question and one Answer")
+        body, question, answer = (part[0] for part in parts)
         yield f"{body} {question}", answer.split("(")[0].strip().replace(",", "")
 
 
-def blocks_of(text: str) -> list[str]:
-    """The problems of ASDiv's file."""
-    return re.findall(r"<Problem [^>]*>(.*?)</Problem>", text, flags=re.DOTALL)
-
-
 def _solutions(path: Path) -> Iterator[tuple[str, str]]:
-    rows: Any = json.loads(read_text(path))
+    try:
+        rows = json.loads(read_text(path))
+    except ValueError as error:
+        raise DataError(f"{path}: not JSON ({error})") from error
     for number, row in enumerate(rows, 1):
         try:
             yield row["sQuestion"], str(row["lSolutions"][0])
