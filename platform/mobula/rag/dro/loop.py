@@ -119,7 +119,10 @@ class SampleWorker:
 
 @dataclass
 class ScoreWorker:
-    """Rows of samples to rows ``{query, orders, log_lik}``: log p(y|x,d_z) of the gold answer after each order."""
+    """Rows of samples to rows ``{query, orders, log_lik, right}``: log p(y|x,d_z) of the gold answer after each order.
+
+    ``right`` says whether the generator's own answer is the gold one.
+    """
 
     setting: Setting
     history: History
@@ -139,17 +142,11 @@ class ScoreWorker:
             raise SnapshotMismatch(f"samples of {', '.join(sorted(others))} cannot be scored by {self._pair.snapshot}")
         questions = self.setting.split("train").draw()[torch.tensor([item["query"] for item in items])]
         orders = torch.tensor([item["orders"] for item in items])
-        found = self._pair.log_lik(questions, orders)
-        said = self._right(questions, orders)
+        found, said = self._pair.judged(questions, orders)
         return [
             {"query": item["query"], "orders": item["orders"], "log_lik": scores, "right": right}
-            for item, scores, right in zip(items, found.tolist(), said, strict=True)
+            for item, scores, right in zip(items, found.tolist(), said.double().tolist(), strict=True)
         ]
-
-    def _right(self, questions: Any, orders: torch.Tensor) -> list[list[float]]:
-        """Whether the generator's own answer after each order is the gold one."""
-        columns = [self._pair.predict(questions, column) == questions.answers for column in orders.unbind(1)]
-        return torch.stack(columns, 1).double().tolist()
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in ("setting", "history")}

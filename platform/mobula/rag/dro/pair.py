@@ -17,7 +17,7 @@ from mobula.artifacts import sha256, write_json
 from mobula.config import digest
 from mobula.errors import MobulaError
 from mobula.rag.dro.networks import Shape
-from mobula.rag.dro.training import answer_log_probs, open_network
+from mobula.rag.dro.training import of_answers, open_network
 from mobula.rag.dro.world import ORDERS, Questions
 
 STATE = "state.json"
@@ -55,17 +55,20 @@ class Pair:
         parts = (questions[rows] for rows in torch.arange(len(questions)).split(BATCH))
         return torch.cat([self.networks[0](part.asked, part.facts).sum(-1) for part in parts]).double()
 
+    def log_lik(self, questions: Questions) -> Tensor:
+        """log p(y|x,d_z) [N, 30] of every order."""
+        return self.judged(questions, torch.arange(len(ORDERS)).expand(len(questions), -1))[0]
+
     @torch.inference_mode()
-    def log_lik(self, questions: Questions, orders: Tensor | None = None) -> Tensor:
-        """log p(y|x,d_z) [N, m] of the orders i64[N, m], or [N, 30] of all."""
-        if orders is None:
-            orders = torch.arange(len(ORDERS)).expand(len(questions), -1)
-        found = []
+    def judged(self, questions: Questions, orders: Tensor) -> tuple[Tensor, Tensor]:
+        """log p(y|x,d_z) [N, m] after orders i64[N, m], and whether the likeliest answer is the gold one."""
+        scores, right = [], []
         for rows in torch.arange(len(questions)).split(BATCH):
             part = questions[rows]
-            batch = {"asked": part.asked, "answers": part.answers, "context": part.context(orders[rows])}
-            found.append(answer_log_probs(self.networks[1], batch))
-        return torch.cat(found).double()
+            said = self.networks[1](part.asked, part.context(orders[rows]))
+            scores.append(of_answers(said, part.answers))
+            right.append(said.argmax(-1) == part.answers.unsqueeze(-1))
+        return torch.cat(scores).double(), torch.cat(right)
 
     @torch.inference_mode()
     def predict(self, questions: Questions, orders: Tensor) -> Tensor:

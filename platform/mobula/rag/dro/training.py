@@ -42,11 +42,9 @@ def open_network(kind: str, shape: Shape, start: Path | None, seed: int) -> Any:
     return network
 
 
-def answer_log_probs(generator: Generator, batch: dict[str, Tensor]) -> Tensor:
-    """log p(y|x,d_z) [B, m] of the answers i64[B] after m contexts each."""
-    said = generator(batch["asked"], batch["context"])
-    wanted = batch["answers"].view(-1, 1, 1).expand(-1, said.shape[1], 1)
-    return said.gather(-1, wanted).squeeze(-1)
+def of_answers(said: Tensor, answers: Tensor) -> Tensor:
+    """log p(y|x,d_z) [B, m] of the answers i64[B], from that of every answer f[B, m, 80]."""
+    return said.gather(-1, answers.view(-1, 1, 1).expand(-1, said.shape[1], 1)).squeeze(-1)
 
 
 @dataclass
@@ -108,7 +106,8 @@ class WeightedTask:
             orders = batch["orders"].unsqueeze(-1).expand(-1, -1, CHOSEN)
             log_probs, learned = steps.gather(1, orders).flatten(0, 1), LATENT
         else:
-            log_probs, learned = answer_log_probs(model, batch).view(-1, 1), ANSWER  # type: ignore[arg-type]
+            said = model(batch["asked"], batch["context"])
+            log_probs, learned = of_answers(said, batch["answers"]).view(-1, 1), ANSWER
         mask = torch.full(log_probs.shape, learned, device=log_probs.device)
         return em_loss(log_probs, mask, batch["weights"].flatten(), len(batch["answers"]), log_probs.shape[1]), {}
 

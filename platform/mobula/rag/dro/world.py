@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -44,8 +45,9 @@ class Questions:
         return self.facts[rows, places]
 
 
+@lru_cache(maxsize=8)
 def questions(count: int, seed: int) -> Questions:
-    """Questions drawn with a seed."""
+    """Questions drawn with a seed; the same object to all who ask, since drawing takes longer than most of its uses."""
     chance = np.random.default_rng(seed)
     drawn = [_draw(chance) for _ in range(count)]
     asked, facts, answers, gold = (torch.tensor(np.array(column)) for column in zip(*drawn, strict=True))
