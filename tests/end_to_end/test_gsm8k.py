@@ -66,7 +66,8 @@ def test_every_phase_ran_and_only_adapters_were_written(run: Path) -> None:
     assert row["n_pairs"] >= 1
     assert row["J_stages"].keys() >= {"prefer"}
     assert list(run.rglob("adapter.safetensors"))
-    assert not list(run.rglob("model.safetensors"))
+    # The model under the adapters takes 500 MB.
+    assert max(path.stat().st_size for path in run.rglob("*.safetensors")) < 50_000_000
 
 
 def test_the_artifact_solves_a_problem(run: Path) -> None:

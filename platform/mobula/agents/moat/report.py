@@ -108,15 +108,16 @@ def _success_table(measures: Mapping[str, Measure], found: Findings) -> list[lis
 
 
 def _family_table(found: Findings) -> list[list[Any]]:
-    families = list(dict.fromkeys(task.family for tasks in found.tests.values() for task in tasks))
-    rows: list[list[Any]] = [["agents", *(f"{f}, {split}" for split in found.tests for f in families)]]
+    members = {
+        (split, family): np.array([task.family == family for task in tasks])
+        for split, tasks in found.tests.items()
+        for family in dict.fromkeys(task.family for task in tasks)
+    }
+    rows: list[list[Any]] = [["agents", *(f"{family}, {split}" for split, family in members)]]
     for name in found.agents:
-        cells = []
-        for split, tasks in found.tests.items():
-            names = np.array([task.family for task in tasks])
-            values = found.success(name, split)
-            cells += [round(100 * float(values[:, names == family].mean()), 1) for family in families]
-        rows.append([name, *cells])
+        success = {split: found.success(name, split) for split in found.tests}
+        cells = [100 * float(success[split][:, mine].mean()) for (split, _), mine in members.items()]
+        rows.append([name, *(round(cell, 1) for cell in cells)])
     return rows
 
 
