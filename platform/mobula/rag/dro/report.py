@@ -21,6 +21,7 @@ HEADER = (
     "benchmarks, whose figures are quoted, not reproduced"
 )
 FALL = 0.02  # nats by which the likelihood of training questions may fall in an iteration
+PLOTTED = {"dev_em": "exact match, dev", "dev_log_p": "log p(y|x), dev", "train_log_p": "log p(y|x), train"}
 SHOWN = ("dev_em", "dev_gold", "dev_log_p", "train_log_p", "sample_em", "ess", "bound", "all_fail", "unique")
 
 
@@ -57,12 +58,12 @@ def fill(report: Report, found: Findings) -> None:
     report.tables["Iterations, mean of seeds"] = _iterations(found)
     report.tables["Weighted samples and the exact posterior"] = _distances(found)
     report.tables["Variance of the estimate by samples and iteration"] = _variances(found)
-    for what, label in (
-        ("dev_em", "exact match, dev"),
-        ("dev_log_p", "log p(y|x), dev"),
-        ("train_log_p", "log p, train"),
-    ):
-        report.plots[what] = _plot(found, what, label)
+    sized = [name for name in found.rows if ARMS[name].samples]
+    others = [name for name in found.rows if name not in sized]
+    for what, label in PLOTTED.items():
+        report.plots[what] = _plot(found, others, what, label)
+    if sized:
+        report.plots["samples"] = _plot(found, [found.first, *sized], "dev_em", PLOTTED["dev_em"])
     report.claims.extend(_claims(found))
 
 
@@ -105,19 +106,15 @@ def _variances(found: Findings) -> list[list[Any]]:
     return table + [[m, *(f"{value:.2e}" for value in values)] for m, values in found.variances.items()]
 
 
-def _plot(found: Findings, what: str, label: str) -> dict[str, Any]:
+def _plot(found: Findings, names: Sequence[str], what: str, label: str) -> dict[str, Any]:
     series = {}
-    for name, runs in found.rows.items():
+    for name in dict.fromkeys(names):
+        runs = found.rows[name]
         length = min(map(len, runs))
         means = [float(np.mean([run[i][what] for run in runs])) for i in range(length)]
         series[name] = list(enumerate(means))
-    return {
-        "kind": "line",
-        "x": "iteration",
-        "y": label,
-        "title": f"mean of {len(found.tested[COLD])} seeds",
-        "series": series,
-    }
+    title = f"mean of {len(found.tested[COLD])} seeds"
+    return {"kind": "line", "x": "iteration", "y": label, "title": title, "series": series}
 
 
 def _claims(found: Findings) -> Iterator[Claim]:
