@@ -224,6 +224,7 @@ def test_measures_are_greedy_and_exact(directory: Path) -> None:
         ({"parallel": 2, "alternation": {"actors": 1}}, "parallel=2 needs alternation.actors=0"),
         ({"model": {"selector_width": 18}}, "model.selector_width=18 does not divide"),
         ({"em": {"weights": {"rule": "nll"}}}, "rule=nll is unknown"),
+        ({"em": {"weights": {"correction": "exact"}}}, "there is nothing to correct"),
     ],
 )
 def test_contradictions_are_named(change: dict[str, Any], message: str) -> None:

@@ -125,6 +125,8 @@ class Config(ExperimentConfig):
             yield "arms is empty or names one twice; the first one is served"
         if self.parallel > 1 and (self.alternation.actors != 0 or self.fit.workers != 0):
             yield f"parallel={self.parallel} needs alternation.actors=0 and fit.workers=0: trainings have the actors"
+        if self.em.weights.correction != "none":
+            yield "em.weights.correction=exact: orders are drawn from the selector itself, there is nothing to correct"
         for name in ("selector_width", "generator_width"):
             width = getattr(self.model, name)
             if width % self.model.heads:
