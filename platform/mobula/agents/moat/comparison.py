@@ -16,9 +16,10 @@ from mobula.agents.moat.setting import Setting, State
 from mobula.agents.moat.start import TESTS, independent, integrated, world_tasks
 from mobula.agents.moat.workers import Agents, Integrated, SolveWorker
 from mobula.agents.worlds import Task, World
-from mobula.alternation import AlternationConfig, Outcome, Pool, Row
+from mobula.alternation import Outcome, Row
 from mobula.artifacts import read_jsonl, write_jsonl
 from mobula.cluster.spec import ClusterSpec
+from mobula.comparing import crew
 
 GOLD = " gold plan"
 SHARD = 100
@@ -61,11 +62,10 @@ class Comparison:
         """Train every arm of every seed, and only then look at the test tasks, once."""
         last = [name for name in self.config.arms if name == INTEGRATED or ARMS[name].matched]
         waves = [[INDEPENDENT], [name for name in self.config.arms if name not in last], last]
-        actors = self.config.parallel if self.config.parallel > 1 else 0
-        with alternation.workers(AlternationConfig(actors=actors), self.cluster) as pool:
+        with crew(self.config.parallel, self.cluster) as staff:
             for wave in waves:
-                self._each(pool, "train", wave)
-            self._each(pool, "solve", list(self.agents(self.config.seed)))
+                staff.each(self.train, wave, self.seeds)
+            staff.each(self.solve, list(self.agents(self.config.seed)), self.seeds)
 
     def train(self, name: str, seed: int) -> None:
         """Train one arm of one seed, or its independent agents."""
@@ -160,25 +160,5 @@ class Comparison:
     def _rows_file(self, name: str, split: str, seed: int) -> Path:
         return self.directory / "runs" / f"seed-{seed}" / f"{name}-{split}.jsonl".replace(" ", "-")
 
-    def _each(self, pool: Pool, what: str, names: Sequence[str]) -> None:
-        """Do something for every seed of the names."""
-        items: list[Row] = [{"name": name, "seed": seed} for name in names for seed in self.seeds]
-        shards = [(shard, [item], 0) for shard, item in enumerate(items)]
-        for done, (shard, _) in enumerate(pool.process(_Worker(self, what), shards), 1):
-            log.info("%s: %s, seed %d (%d of %d)", what, items[shard]["name"], items[shard]["seed"], done, len(items))
-
     def __getstate__(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in ("config", "directory", "cluster")}
-
-
-@dataclass
-class _Worker:
-    """Trains or solves, on an actor. Results are on disk."""
-
-    comparison: Comparison
-    what: str
-
-    def process(self, items: Sequence[Row], seed: int) -> Sequence[Row]:
-        for item in items:
-            getattr(self.comparison, self.what)(item["name"], item["seed"])
-        return []

@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 
 from mobula import alternation
-from mobula.alternation import AlternationConfig, Outcome, Row
+from mobula.alternation import Outcome, Row
 from mobula.artifacts import read_jsonl
 from mobula.cluster.spec import ClusterSpec
+from mobula.comparing import crew
 from mobula.rag.dro.config import ARMS, COLD, Config
 from mobula.rag.dro.loop import Setting, distance, dro_loop, split_of
 from mobula.rag.dro.pair import Measured, Pair, measure
@@ -43,13 +44,14 @@ class Comparison:
 
     def run(self) -> None:
         """Train every arm of every seed."""
-        actors = self.config.parallel if self.config.parallel > 1 else 0
-        with alternation.workers(AlternationConfig(actors=actors), self.cluster) as pool:
+        with crew(self.config.parallel, self.cluster) as staff:
             for names in ([COLD], self.config.arms):
-                items: list[Row] = [{"name": name, "seed": seed} for name in names for seed in self.seeds]
-                shards = [(shard, [item], 0) for shard, item in enumerate(items)]
-                for done, (shard, _) in enumerate(pool.process(_Trainer(self), shards), 1):
-                    log.info("%s, seed %d (%d of %d)", *items[shard].values(), done, len(items))
+                staff.each(self.train, names, self.seeds)
+
+    def train(self, name: str, seed: int) -> None:
+        """Train one arm of one seed, or its cold start."""
+        with one_thread():
+            self.standing(name, seed)
 
     def start(self, seed: int) -> Pair:
         """The cold start of a seed."""
@@ -121,16 +123,3 @@ class Comparison:
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in ("config", "directory", "cluster")}
-
-
-@dataclass
-class _Trainer:
-    """Trains, on an actor. Results are on disk."""
-
-    comparison: Comparison
-
-    def process(self, items: Sequence[Row], seed: int) -> Sequence[Row]:
-        for item in items:
-            with one_thread():
-                self.comparison.standing(item["name"], item["seed"])
-        return []
