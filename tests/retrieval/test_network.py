@@ -11,9 +11,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from mobula.data.records import Document
 from mobula.errors import ArtifactError
 from mobula.retrieval.arms import Arm
-from mobula.retrieval.build import ModelConfig, build_model, codeword_table, construct, load_model, save_model
+from mobula.retrieval.build import ModelConfig, build_model, codeword_table, construct, load_model, over, save_model
 from mobula.retrieval.docids.lookup import LookupRetriever
 from mobula.retrieval.docids.table import DocidTable
 from mobula.retrieval.network import NetworkShape
@@ -263,6 +264,27 @@ def test_codes_that_are_tokens_share_the_frozen_table(functions, paradigm: str) 
     logits = model(functions.token_query(QUERIES), some_codes(table))
     assert logits.shape == (QUERIES, table.levels, table.width)
     assert torch.isfinite(logits).all()
+
+
+@pytest.mark.parametrize("paradigm", PARADIGMS)
+def test_new_token_admission(functions, paradigm: str) -> None:
+    """A docid with a token that no docid had before can be generated, and no weight changes."""
+    model, table = network(functions, paradigm, family="text.title")
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    grown, _ = table.insert([Document("new", "xylophone zither", "xylophone zither")])
+    assert len(grown.tokens) > 0
+    wider = over(model, grown)
+    query, code = functions.token_query(1), torch.from_numpy(grown.codes[-1:].astype(np.int64))
+    assert int(code.max()) >= table.width
+    with torch.no_grad():
+        logits = wider(query, code)
+        old = model(query, some_codes(table)[:1])
+        same = wider(query, some_codes(table)[:1])
+    assert logits.shape[-1] == grown.width
+    assert torch.isfinite(logits.gather(-1, code.unsqueeze(-1))).all()
+    assert_close(same[..., : table.width], old)
+    assert all(torch.equal(value, before[name]) for name, value in wider.state_dict().items())
+    assert over(model, table) is model
 
 
 @pytest.mark.parametrize(("tower", "prior", "family"), [("tokens", False, "text.lead"), ("states", True, "opq")])

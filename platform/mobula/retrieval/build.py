@@ -233,6 +233,17 @@ def code_table(table: DocidTable) -> Tensor | None:
     return rows
 
 
+def over(model: DocidModel, table: DocidTable) -> DocidModel:
+    """A trained model over a table whose documents have brought tokens that it was not built with (text families).
+
+    Their vectors go through the trained projections like all others; no weight changes.
+    """
+    if not len(table.tokens) or not isinstance(model, DocidTransformer):
+        return model
+    vectors = torch.from_numpy(load_static("wordllama").table[table.tokens])
+    return model.grown(vectors, table.sizes.tolist())
+
+
 def save_model(directory: Path, model: DocidModel, space_hash: str) -> None:
     """Write model.safetensors and model.json (shape and docid space)."""
     export_weights(directory / "model.safetensors", model.state_dict())

@@ -11,6 +11,7 @@ d width, D size of the sentence embedding. A code of -1 is [MASK].
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -279,6 +280,12 @@ class TokenCodes(nn.Module):
         """As :meth:`LearnedCodes.score`."""
         return (hidden * hidden.shape[-1] ** -0.5) @ self.project_out(self.table).T
 
+    def grown(self, vectors: Tensor) -> TokenCodes:
+        """The same projections over further tokens with vectors f32[m, ·]."""
+        codes = copy.copy(self)
+        codes._buffers = {**self._buffers, "table": torch.cat([self.table, vectors.to(self.table)])}
+        return codes
+
 
 class CodewordPrior(nn.Module):
     """Logits from the quantiser itself (ours): what asymmetric distance computation knows, given the visible codes.
@@ -331,12 +338,16 @@ class DocidModel(nn.Module, ABC):
     def __init__(self, shape: Any) -> None:
         super().__init__()
         self.shape, self.paradigm = shape, shape.paradigm
-        self.levels, self.width = len(shape.sizes), max(shape.sizes)
-        sizes = torch.tensor(shape.sizes)
-        self.register_buffer("sizes", sizes, persistent=False)
-        self.register_buffer("impossible", torch.arange(self.width) >= sizes[:, None], persistent=False)
+        self.levels = len(shape.sizes)
         self.register_buffer("index", torch.arange(self.levels), persistent=False)
-        self.uneven = len(set(shape.sizes)) > 1
+        self._size(torch.tensor(shape.sizes))
+
+    def _size(self, sizes: Tensor) -> None:
+        """Take sizes i64[L] for those of the levels."""
+        self.width, self.uneven = int(sizes.max()), len(set(sizes.tolist())) > 1
+        self.register_buffer("sizes", sizes, persistent=False)
+        impossible = torch.arange(self.width, device=sizes.device) >= sizes[:, None]
+        self.register_buffer("impossible", impossible, persistent=False)
 
     def forward(self, query: dict[str, Tensor], z: Tensor) -> Tensor:
         """Logits f32[B, L, K] for queries and codes z i64[B, L] (training)."""
@@ -389,6 +400,22 @@ class DocidTransformer(DocidModel):
     def stack(self) -> list[Layer]:
         """The layers, typed."""
         return list(self.layers)  # type: ignore[arg-type]
+
+    def grown(self, vectors: Tensor, sizes: Sequence[int]) -> DocidTransformer:
+        """The same network over levels of these sizes, for codes that are tokens, with further ones' vectors f32[m, ·].
+
+        Every weight is shared; nothing is trained.
+
+        Raises:
+            ValueError: if the codes are not tokens.
+        """
+        if not isinstance(self.codes, TokenCodes):
+            raise ValueError("codes that are not tokens cannot be added without training")
+        network = copy.copy(self)
+        network._buffers = dict(self._buffers)
+        network._modules = {**self._modules, "codes": self.codes.grown(vectors)}
+        network._size(torch.tensor(list(sizes), device=self.get_buffer("sizes").device))
+        return network
 
     def memory(self, query: dict[str, Tensor]) -> Memory:
         """As :meth:`DocidModel.memory`."""

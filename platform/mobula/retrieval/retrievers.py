@@ -12,6 +12,7 @@ from mobula.data.records import Document
 from mobula.data.views import body
 from mobula.models.encoders import TextEncoder
 from mobula.retrieval.arms import parse
+from mobula.retrieval.build import over
 from mobula.retrieval.decoding import ArDecoder, Decoder
 from mobula.retrieval.dense import FlatRetriever
 from mobula.retrieval.docids.table import DocidTable, InsertReport
@@ -108,7 +109,7 @@ class DocidRetriever:
 
     def _make(self, table: DocidTable) -> Decoder | ArDecoder:
         kind = ArDecoder if self.model.paradigm == "autoregressive" else Decoder
-        return kind(self.model, table)
+        return kind(over(self.model, table), table)
 
 
 class DualRetriever(FlatRetriever):

@@ -253,7 +253,7 @@ def test_title_docids_are_padded_and_fall_back_to_the_body(words: StaticEmbeddin
     documents = [Document("a", "Two words", "The body."), Document("b", " ", "Body without a title here")]
     space = fit("text.title", documents, np.zeros((2, 256)), words)
     codes = space.encode(documents, None)
-    tokens = text.tokens(space.arrays, codes)
+    tokens = text.tokens(space.arrays["vocabulary"], codes)
     assert tokens[0] == words.encode(["Two words"])[0][:4]
     assert tokens[1] == words.encode(["Body without a title here"])[0][:4]
     assert codes[0, len(tokens[0]) :].tolist() == [space.eos] * (4 - len(tokens[0]))
@@ -277,17 +277,29 @@ def test_keywords_are_the_highest_tf_idf_rarest_first(
     sets = [set(row) for row in tokens]
     idf = {t: np.log(len(corpus) / sum(t in row for row in sets)) for t in sets[7]}
     weight = {t: tokens[7].count(t) * idf[t] for t in idf}
-    (chosen,) = text.tokens(space.arrays, space.encode(corpus[7:8], None))
+    (chosen,) = text.tokens(space.arrays["vocabulary"], space.encode(corpus[7:8], None))
     assert len(set(chosen)) == 4
     assert min(weight[t] for t in chosen) >= sorted(weight.values())[-4] - 1e-5
     assert [idf[t] for t in chosen] == sorted((idf[t] for t in chosen), reverse=True)
 
 
-def test_tokens_unknown_at_the_fit_are_skipped(words: StaticEmbedding) -> None:
+def test_tokens_that_the_fit_has_not_seen_come_behind_the_others(words: StaticEmbedding) -> None:
     space = fit("text.title", [Document("a", "alpha beta gamma", "")], np.zeros((1, 256)), words)
-    known, unknown = space.encode([Document("b", "zebra gamma", ""), Document("c", "!!!", "!!!")], None)
-    assert words.encode(["gamma"])[0][-1] in text.tokens(space.arrays, known[None])[0]
-    assert unknown.tolist() == [space.eos] * 4
+    documents = [Document("b", "zebra gamma", ""), Document("c", "", "")]
+    codes, vocabulary = space.encode_text(documents, space.arrays["vocabulary"])
+    assert text.tokens(vocabulary, codes)[0] == words.encode(["zebra gamma"])[0][:4]
+    assert vocabulary[: space.sizes[0]].tolist() == space.arrays["vocabulary"].tolist()
+    assert len(vocabulary) > space.sizes[0]
+    assert codes[1].tolist() == [space.eos] * 4
+
+
+def test_a_keyword_of_no_document_of_the_fit_counts_as_the_rarest(words: StaticEmbedding) -> None:
+    first = [Document(str(i), "", f"common {word}") for i, word in enumerate(("one", "two", "three"))]
+    space = fit("text.keywords", first, np.zeros((3, 256)), words, replace(SMALL, levels=1))
+    codes, vocabulary = space.encode_text([Document("b", "", "common one zebra")], space.arrays["vocabulary"])
+    # log 4 for what no document had, log 3 for what one of three had, 0 for what all had.
+    assert words.decode(text.tokens(vocabulary, codes)[0]).strip() in words.decode(words.encode(["zebra"])[0])
+    assert space.arrays["idf_documents"].item() == 3
 
 
 @pytest.mark.parametrize("family", [*TEXT, "random", "atomic"])

@@ -15,6 +15,7 @@ from mobula.retrieval.docids.bitset import Bitset
 from mobula.retrieval.docids.config import FAMILIES, DocidConfig, HkConfig
 from mobula.retrieval.docids.space import DocidSpace, fit_space
 from mobula.retrieval.docids.table import ARRAYS, FACTS, DocidSpaceMismatch, DocidTable
+from mobula.retrieval.docids.text import tokens
 from mobula.retrieval.docids.trie import Trie
 from mobula.retrieval.search import Unsupported
 
@@ -172,12 +173,29 @@ def test_atomic_tables_take_no_documents(corpus: list[Document]) -> None:
         table.insert(corpus[9:10])
 
 
-def test_text_documents_without_known_tokens_are_counted(words: StaticEmbedding) -> None:
+def test_text_documents_without_tokens_are_counted(words: StaticEmbedding) -> None:
     config = DocidConfig(family="text.lead", levels=3)
     documents = [Document("a", "", "one two three"), Document("b", "", "four five six")]
     table = DocidTable.build(fit_space(config, documents, None, seed=0, tokenizer=words), documents)
-    _, report = table.insert([Document("c", "", "two six"), Document("d", "", "!!!")])
+    _, report = table.insert([Document("c", "", "two seven"), Document("d", "", "")])
     assert (report.documents, report.empty) == (2, 1)
+
+
+def test_a_text_table_grows_by_the_tokens_that_documents_bring(words: StaticEmbedding, tmp_path: Path) -> None:
+    config = DocidConfig(family="text.title", levels=3)
+    documents = [Document("a", "one two", ""), Document("b", "four", "")]
+    table = DocidTable.build(fit_space(config, documents, None, seed=0, tokenizer=words), documents)
+    grown, _ = table.insert([Document("c", "seven two", "")])
+    again, _ = grown.insert([Document("d", "seven", "")])
+    assert (grown.sizes - table.sizes).tolist() == [len(grown.tokens)] * 3
+    assert again.tokens.tolist() == grown.tokens.tolist()
+    np.testing.assert_array_equal(grown.codes[:2], table.codes)
+    assert grown.hash == table.hash  # a model of the first table fits the grown one
+    assert tokens(grown.vocabulary, grown.codes[2:])[0] == words.encode(["seven two"])[0][:3]
+    again.save(tmp_path)
+    back = DocidTable.load(tmp_path, expect_hash=table.hash, tokenizer=words)
+    assert back.tokens.tolist() == again.tokens.tolist()
+    np.testing.assert_array_equal(back.sizes, again.sizes)
 
 
 def test_ids_must_be_unique(coarse: DocidSpace, corpus: list[Document], embeddings: np.ndarray) -> None:

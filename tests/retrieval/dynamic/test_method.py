@@ -22,6 +22,7 @@ from mobula.data import DataConfig, load_retrieval
 from mobula.data.records import Document, Query
 from mobula.data.sessions import SessionRow, plan_sessions
 from mobula.errors import ConfigError, DataError, ModelError
+from mobula.retrieval.docids.text import tokens
 from mobula.retrieval.dynamic import trial
 from mobula.retrieval.dynamic.chunks import owner
 from mobula.retrieval.dynamic.config import Config
@@ -48,7 +49,7 @@ CONFIG: dict[str, Any] = {
     "name": "tiny",
     "systems": [
         "bm25", "dense", "dual_hn", "adc", "autoregressive/rq", "diffusion/hkmeans", "autoregressive/random",
-        "autoregressive/atomic", "diffusion/multi_chunk", "ngram", "hybrid",
+        "autoregressive/atomic", "autoregressive/text.title", "diffusion/multi_chunk", "ngram", "hybrid",
     ],
     "data": {"name": "functions", "max_documents": 160, "keep": "relevant"},
     "sessions": {"split": "source", "sessions": 2},
@@ -108,6 +109,21 @@ def _system(config: Config, trained: Trained, name: str) -> System:
 def _protocol(sessions: Sessions, folder: Path | None = None) -> Protocol:
     rows = [sample_rows(sessions.plan.rows(i), 10, 0) for i in range(sessions.count)]
     return Protocol(sessions, rows, 20, 2, folder)
+
+
+def test_titles_bring_their_tokens_with_them(config: Config, trained: Trained, sessions: Sessions) -> None:
+    """A later title is its document's docid word by word, and the model that was trained before can generate it."""
+    retriever = _system(config, trained, "autoregressive/text.title").make(0)
+    retriever.insert(sessions.documents(1))
+    table = retriever.table
+    assert len(table.tokens) > 0
+    tokenizer = table.space.require_tokenizer()
+    for document in sessions.documents(1)[:10]:
+        wanted = tokenizer.encode([document.title.strip() or document.text])[0][: table.space.levels]
+        assert tokens(table.vocabulary, table.codes[[table.rows[document.id]]]) == [wanted]
+    (found,) = retriever.search(["anything"], [SearchOptions(k=len(table), decoder="exhaustive")])
+    scores = {hit.doc_id: hit.score for hit in found.hits}
+    assert all(np.isfinite(scores[document.id]) for document in sessions.documents(1))
 
 
 def test_every_cell_of_every_system_is_measured(report: dict[str, Any]) -> None:

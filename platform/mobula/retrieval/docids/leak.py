@@ -24,7 +24,7 @@ def docid_leak(queries: Sequence[Query], table: DocidTable) -> float:
     if table.space.family not in TEXT or not queries:
         return 0.0
     rows = sorted({table.rows[g] for q in queries for g in q.gold if g in table.rows})
-    tokens = dict(zip(rows, text.tokens(table.space.arrays, table.codes[rows]), strict=True))
+    tokens = dict(zip(rows, text.tokens(table.vocabulary, table.codes[rows]), strict=True))
     golds = [[tokens[table.rows[g]] for g in q.gold if g in table.rows] for q in queries]
     tokenizer = table.space.require_tokenizer()
     if table.space.family == "text.keywords":

@@ -77,13 +77,14 @@ class DocidSpace:
         """Codes i32[N, L] of documents, ``embeddings`` f32[N, D] being those of the fitted encoder.
 
         Neither order nor company changes a document's code, except where codes are handed out: the random
-        rows and the leaf indices of ``hkmeans`` avoid the rows in ``taken`` i32[M, L].
+        rows and the leaf indices of ``hkmeans`` avoid the rows in ``taken`` i32[M, L]. In text families
+        tokens that the fit has not seen have codes behind the others: see :meth:`encode_text`.
 
         Raises:
             Unsupported: for ``atomic`` documents that were not there at the fit.
         """
         if self.family in TEXT:
-            return text.encode(self.family, self.levels, self.arrays, documents, self.require_tokenizer())
+            return self.encode_text(documents, self.arrays["vocabulary"])[0]
         if self.family == "random":
             return controls.encode_random(self.sizes, self.meta["seed"], documents, taken)
         if self.family == "atomic":
@@ -94,6 +95,15 @@ class DocidSpace:
         if self.family == "hkmeans":
             return hierarchy.encode(self.arrays, self.levels, int(self.sizes[0]), documents, vectors, taken)
         return quantised.encode(self.arrays, vectors)
+
+    def encode_text(self, documents: Sequence[Document], vocabulary: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Codes i32[N, L] of documents, and the vocabulary i64[K'] with the tokens that they bring behind the others.
+
+        ``vocabulary`` i64[K] is that of the fit with what came since.
+        """
+        rows = text.docid_tokens(self.family, self.levels, self.arrays, documents, self.require_tokenizer())
+        grown = np.append(vocabulary, text.unseen(vocabulary, rows))
+        return text.encode(grown, self.levels, rows), grown
 
     def encode_queries(self, embeddings: np.ndarray) -> np.ndarray:
         """Codes i32[B, L] of queries, put through the same quantiser (``hkmeans``: the path without leaf index).

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ class InsertReport:
     """What became of inserted documents.
 
     ``unreachable`` counts those the model cannot know to produce (random codes), ``empty`` those whose text
-    docid has no token of the vocabulary, ``overflow`` those that share the last index of a full bucket or leaf,
+    has no token, ``overflow`` those that share the last index of a full bucket or leaf,
     ``collisions`` those whose code another document has too.
     """
 
@@ -52,7 +52,8 @@ class DocidTable:
 
     ``codes`` i32[N, L]; ``live`` bool[N] is False for deleted documents, whose rows stay until more are inserted.
     ``sizes`` i32[L] are those of the space and, with collision ``append``, of one more level: the largest bucket
-    at the build.
+    at the build. ``tokens`` i64[m], of text families: what documents that the fit has not seen brought into the
+    vocabulary; every level of the space is larger by as many codes.
     """
 
     space: DocidSpace
@@ -62,6 +63,7 @@ class DocidTable:
     sizes: np.ndarray
     collision: str = "bucket"
     rows_version: int = 0
+    tokens: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
 
     @classmethod
     def build(
@@ -81,12 +83,14 @@ class DocidTable:
             raise ConfigError([f"collision={collision!r}: expected one of {', '.join(COLLISIONS)}"], "docid")
         doc_ids = [d.id for d in documents]
         _require_unique(doc_ids)
-        codes, sizes = space.encode(documents, embeddings), space.sizes
+        nothing = np.zeros(0, np.int64)
+        codes, tokens = _encode(space, documents, embeddings, None, nothing)
+        sizes = space.sizes + np.int32(len(tokens))
         if collision == "append":
             index = _free_index(codes, doc_ids, {})
             codes = np.column_stack([codes, index])
             sizes = np.append(sizes, index.max(initial=0) + 1).astype(np.int32)
-        return cls(space, codes, doc_ids, np.ones(len(doc_ids), bool), sizes, collision)
+        return cls(space, codes, doc_ids, np.ones(len(doc_ids), bool), sizes, collision, tokens=tokens)
 
     def __len__(self) -> int:
         """Rows, deleted ones included."""
@@ -109,6 +113,11 @@ class DocidTable:
             return self.space.hash
         return digest([self.space.hash, self.collision, int(self.sizes[-1])])
 
+    @property
+    def vocabulary(self) -> np.ndarray:
+        """The token i64[K] of every code of a text family."""
+        return np.append(self.space.arrays["vocabulary"], self.tokens)
+
     @cached_property
     def columns(self) -> np.ndarray:
         """Codes as i64[L, N], contiguous: the layout look-ups per level want."""
@@ -124,6 +133,8 @@ class DocidTable:
     ) -> tuple[DocidTable, InsertReport]:
         """A table with more rows, and what became of them; no other code and nothing of the space changes.
 
+        The codes of text families may be tokens that the table did not have: levels are larger by them.
+
         Rows of deleted documents go; their codes can be given again.
 
         Raises:
@@ -137,7 +148,9 @@ class DocidTable:
             raise DataError(f"document {known!r} is already in the corpus; delete it first to replace it")
         stay = np.flatnonzero(self.live)
         taken, levels = self.codes[stay], self.space.levels
-        codes = self.space.encode(documents, embeddings, taken=taken[:, :levels])
+        codes, tokens = _encode(self.space, documents, embeddings, taken[:, :levels], self.tokens)
+        sizes = self.sizes.copy()
+        sizes[:levels] += len(tokens) - len(self.tokens)
         if self.collision == "append":
             index = _free_index(codes, doc_ids, _used(taken))
             codes = np.column_stack([codes, np.minimum(index, self.sizes[-1] - 1)]).astype(np.int32)
@@ -155,7 +168,9 @@ class DocidTable:
             codes=np.concatenate([taken, codes]),
             doc_ids=[self.doc_ids[row] for row in stay.tolist()] + doc_ids,
             live=np.ones(len(stay) + len(doc_ids), bool),
+            sizes=sizes,
             rows_version=self.rows_version + 1,
+            tokens=tokens,
         )
         return table, report
 
@@ -196,6 +211,7 @@ class DocidTable:
         directory.mkdir(parents=True, exist_ok=True)
         arrays = {f"space.{name}": np.ascontiguousarray(array) for name, array in self.space.arrays.items()}
         arrays |= {"codes": np.ascontiguousarray(self.codes), "live": self.live, "sizes": self.sizes}
+        arrays |= {"tokens": self.tokens}
         save_file(arrays, directory / ARRAYS)
         write_json(
             directory / FACTS,
@@ -224,11 +240,12 @@ class DocidTable:
         try:
             facts = json.loads((directory / FACTS).read_text(encoding="utf-8"))
             arrays = load_file(directory / ARRAYS)
-            sizes, levels = arrays["sizes"], facts["levels"]
+            sizes, levels, tokens = arrays["sizes"], facts["levels"], arrays["tokens"]
             books = {name.removeprefix("space."): a for name, a in arrays.items() if name.startswith("space.")}
-            space = DocidSpace(facts["family"], sizes[:levels], books, facts["meta"], tokenizer)
+            fitted = (sizes[:levels] - len(tokens)).astype(sizes.dtype)
+            space = DocidSpace(facts["family"], fitted, books, facts["meta"], tokenizer)
             collision, version = facts["collision"], facts["rows_version"]
-            table = cls(space, arrays["codes"], facts["doc_ids"], arrays["live"], sizes, collision, version)
+            table = cls(space, arrays["codes"], facts["doc_ids"], arrays["live"], sizes, collision, version, tokens)
             stored = facts["hash"]
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             raise ArtifactError(f"{directory}: no readable docid table ({error.__class__.__name__}: {error})") from None
@@ -242,6 +259,21 @@ class DocidTable:
         if tokenizer is not None and tokenizer.hash != space.meta.get("tokenizer_hash"):
             raise DocidSpaceMismatch(f"{directory}: docids were made with another tokenizer than {tokenizer.hash[:12]}")
         return table
+
+
+def _encode(
+    space: DocidSpace,
+    documents: Sequence[Document],
+    embeddings: np.ndarray | None,
+    taken: np.ndarray | None,
+    tokens: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Codes i32[N, L] of documents, and the table's ``tokens`` with those that these documents bring behind them."""
+    if space.family not in TEXT:
+        return space.encode(documents, embeddings, taken=taken), tokens
+    first = space.arrays["vocabulary"]
+    codes, vocabulary = space.encode_text(documents, np.append(first, tokens))
+    return codes, vocabulary[len(first) :]
 
 
 def _free_index(codes: np.ndarray, doc_ids: Sequence[str], used: dict[Hashable, set[int]]) -> np.ndarray:

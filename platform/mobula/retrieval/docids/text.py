@@ -1,9 +1,9 @@
 """Docids made of a document's own tokens (families ``text.title``, ``text.lead``, ``text.keywords``).
 
-The output vocabulary is the set of tokens that occur in the docid of some document of the fit. Code 0 is EOS,
-which pads every docid to L; code j > 0 is token ``vocabulary[j]`` (entry 0 is -1, no token). A document that
-arrives later is described by the tokens of that vocabulary alone (others are skipped), so no code ever lies
-outside the model's output; one without a single known token gets the all-EOS docid.
+The output vocabulary is the set of tokens that occur in the docid of some document. Code 0 is EOS, which pads every
+docid to L; code j > 0 is token ``vocabulary[j]`` (entry 0 is -1, no token). A document that arrives later may bring
+tokens that no docid had before: they are put behind the others, so no old code changes. Keywords are weighed by the idf
+of the fit; a token that occurred in none of its N documents counts as log(N + 1).
 """
 
 from __future__ import annotations
@@ -26,42 +26,48 @@ NO_TOKEN = -1
 def fit(
     family: str, levels: int, documents: Sequence[Document], tokenizer: DocidTokenizer
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """Sizes i32[L] (all K), the token of each code i64[K] and, for keywords, its idf f32[K]."""
-    tokens = _source(family, documents, tokenizer)
+    """Sizes i32[L] (all K), the token of each code i64[K] and, for keywords, the idf of every token of the fit."""
+    arrays: dict[str, np.ndarray] = {}
     if family == "text.keywords":
-        idf = _idf(tokens)
-        rows = [_keywords(row, levels, idf) for row in tokens]
-    else:
-        idf = {}
-        rows = [row[:levels] for row in tokens]
-    vocabulary = [NO_TOKEN, *sorted({token for row in rows for token in row})]
-    arrays: dict[str, np.ndarray] = {"vocabulary": np.array(vocabulary, np.int64)}
-    if family == "text.keywords":
-        arrays["idf"] = np.array([idf.get(token, 0.0) for token in vocabulary], np.float32)
-    return np.full(levels, len(vocabulary), np.int32), arrays
+        arrays |= _idf(_source(family, documents, tokenizer))
+    known = np.array([NO_TOKEN], np.int64)
+    first = {token for row in docid_tokens(family, levels, arrays, documents, tokenizer) for token in row}
+    arrays["vocabulary"] = np.append(known, sorted(first)).astype(np.int64)
+    return np.full(levels, len(arrays["vocabulary"]), np.int32), arrays
 
 
-def encode(
+def docid_tokens(
     family: str,
     levels: int,
     arrays: dict[str, np.ndarray],
     documents: Sequence[Document],
     tokenizer: DocidTokenizer,
-) -> np.ndarray:
-    """Codes i32[N, L]: the first L known tokens, or the L known tokens of highest tf·idf."""
-    code = {token: j for j, token in enumerate(arrays["vocabulary"].tolist())}
-    idf = dict(zip(code, arrays["idf"].tolist(), strict=True)) if family == "text.keywords" else {}
-    codes = np.full((len(documents), levels), EOS, np.int32)
-    for i, row in enumerate(_source(family, documents, tokenizer)):
-        known = [token for token in row if token in code]
-        chosen = _keywords(known, levels, idf) if idf else known[:levels]
-        codes[i, : len(chosen)] = [code[token] for token in chosen]
+) -> list[list[int]]:
+    """The tokens of each document's docid: its first L, or the L of highest tf·idf."""
+    rows = _source(family, documents, tokenizer)
+    if family != "text.keywords":
+        return [row[:levels] for row in rows]
+    idf = dict(zip(arrays["idf_tokens"].tolist(), arrays["idf"].tolist(), strict=True))
+    unseen = float(np.log(arrays["idf_documents"].item() + 1))
+    return [_keywords(row, levels, {token: idf.get(token, unseen) for token in row}) for row in rows]
+
+
+def unseen(vocabulary: np.ndarray, rows: Sequence[Sequence[int]]) -> np.ndarray:
+    """Tokens i64[m] of docids that are not in a vocabulary i64[K], in order."""
+    return np.array(sorted({token for row in rows for token in row} - set(vocabulary.tolist())), np.int64)
+
+
+def encode(vocabulary: np.ndarray, levels: int, rows: Sequence[Sequence[int]]) -> np.ndarray:
+    """Codes i32[N, L] of docids given as tokens, all of the vocabulary i64[K]."""
+    code = {token: j for j, token in enumerate(vocabulary.tolist())}
+    codes = np.full((len(rows), levels), EOS, np.int32)
+    for i, row in enumerate(rows):
+        codes[i, : len(row)] = [code[token] for token in row]
     return codes
 
 
-def tokens(arrays: dict[str, np.ndarray], codes: np.ndarray) -> list[list[int]]:
-    """The token ids of codes i32[N, L], EOS left out."""
-    vocabulary = arrays["vocabulary"]
+def tokens(vocabulary: np.ndarray, codes: np.ndarray) -> list[list[int]]:
+    """The token ids of codes i32[N, L] of a vocabulary i64[K], EOS left out."""
     return [vocabulary[row[row != EOS]].tolist() for row in codes]
 
 
@@ -73,10 +79,16 @@ def _source(family: str, documents: Sequence[Document], tokenizer: DocidTokenize
     return tokenizer.encode([f"{d.title} {d.text}".strip() for d in documents])
 
 
-def _idf(rows: Sequence[Sequence[int]]) -> dict[int, float]:
+def _idf(rows: Sequence[Sequence[int]]) -> dict[str, np.ndarray]:
+    """Tokens i64[V] in order, the idf f32[V] of each, and the number of documents i64[1]."""
     counts = Counter(token for row in rows for token in set(row))
-    # Stored as f32, so the fit must rank by the same rounded values or re-encoding could flip a near tie.
-    return {token: float(np.float32(np.log(len(rows) / n))) for token, n in counts.items()}
+    found = sorted(counts)
+    shares = [len(rows) / counts[token] for token in found]
+    return {
+        "idf_tokens": np.array(found, np.int64),
+        "idf": np.log(shares).astype(np.float32),
+        "idf_documents": np.array([len(rows)], np.int64),
+    }
 
 
 def _keywords(row: Sequence[int], levels: int, idf: dict[int, float]) -> list[int]:
