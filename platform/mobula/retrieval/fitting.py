@@ -77,12 +77,18 @@ def fit_plans(
     with _ray(schedule.training, cluster):
         rates, tried = _choose_rates(plans, schedule, cluster)
         finals = [
-            _training(plan, settings_for(schedule.training, rate), f"seed-{seed}", schedule.seed + seed)
+            _final(plan, rate, schedule, seed)
             for plan, rate in zip(plans, rates, strict=True)
             for seed in range(plan.seeds)
         ]
         results = iter(_fit(finals, cluster))
         return [[next(results) for _ in range(plan.seeds)] for plan in plans], tried
+
+
+def fit_seed(plan: Plan, schedule: Schedule, seed: int) -> FitResult:
+    """The training of one seed of a plan with one rate, in this process; taken as it is if finished."""
+    (rate,) = plan.rates
+    return _fit([_final(plan, rate, schedule, seed)], None)[0]
 
 
 def _ray(training: TrainingConfig, cluster: Spec) -> contextlib.AbstractContextManager[None]:
@@ -159,6 +165,10 @@ def _choose_rates(plans: Sequence[Plan], schedule: Schedule, cluster: Spec) -> t
         rows.extend([plan.name, rate, on_dev.get((plan.name, rate)), rate == best] for rate in plan.rates)
         chosen.append(best)
     return chosen, rows
+
+
+def _final(plan: Plan, rate: float, schedule: Schedule, seed: int) -> Training:
+    return _training(plan, settings_for(schedule.training, rate), f"seed-{seed}", schedule.seed + seed)
 
 
 def _training(plan: Plan, settings: TrainingConfig, folder: str, seed: int) -> Training:

@@ -73,6 +73,7 @@ class Config(ExperimentConfig):
         ["bm25", "dense", "adc", "autoregressive/rq", "autoregressive/random", "autoregressive/multi_chunk", "ngram"],
         "bm25, dense, dual, dual_hn, adc, paradigm/family, paradigm/multi_chunk, ngram, multiview, hybrid",
     )
+    parallel: int = key(1, "trainings at a time, later systems followed, each on a Ray actor; 1: in this process", ge=1)
     data: DataConfig = section(DataConfig)
     sessions: SessionsConfig = section(SessionsConfig)
     docid: DocidConfig = section(_numeric)  # type: ignore[arg-type]
@@ -95,6 +96,8 @@ class Config(ExperimentConfig):
             found.append(f"model.backbone={self.model.backbone}: dynamic_retrieval trains small and encoder only")
         for text in self.evaluation.variants:
             found.extend(self._bad_variant(text))
+        if self.parallel > 1 and self.training.workers != 0:
+            found.append(f"parallel={self.parallel} needs training.workers=0: trainings have the actors")
         numeric = any("/" in name for name in self.systems)
         if HYBRID in self.systems and not (numeric and "ngram" in self.systems):
             found.append("systems: hybrid fuses a numeric system with ngram; name both")

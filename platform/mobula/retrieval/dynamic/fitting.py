@@ -20,7 +20,7 @@ from mobula.retrieval.dynamic.prepare import (
     require_fitted_on,
     write_negatives,
 )
-from mobula.retrieval.fitting import Plan, Schedule, fit_plans
+from mobula.retrieval.fitting import Plan, Schedule, fit_plans, fit_seed
 from mobula.retrieval.ngrams.config import MULTIVIEW
 from mobula.retrieval.ngrams.task import NgramTask, write_ngrams
 from mobula.retrieval.prepare import Material, training_examples
@@ -48,9 +48,9 @@ def multi_name(config: Config, paradigm: str, per_document: int) -> str:
     return name if per_document == config.chunks.per_document else f"{name} m={per_document}"
 
 
-def fit_systems(config: Config, sessions: Sessions, directory: Path, cluster: ClusterSpec | None) -> Trained:
-    """Prepare and train what a run needs; finished trainings are taken as they are."""
-    prepared, models = directory / "prepared", directory / "models"
+def prepare_systems(config: Config, sessions: Sessions, directory: Path) -> Trained:
+    """What every training of a run reads, on disk; nothing is trained yet."""
+    prepared = directory / "prepared"
     documents = prepare_documents(config, sessions, prepared)
     if "dual_hn" in config.systems:
         texts, _ = training_examples(config.views, sessions.initial, config.seed)
@@ -58,18 +58,60 @@ def fit_systems(config: Config, sessions: Sessions, directory: Path, cluster: Cl
     counts = dict.fromkeys([config.chunks.per_document, *config.evaluation.chunk_counts])
     chunks = {m: prepare_chunks(config, sessions, prepared, m) for m in counts} if config.multi_paradigms else {}
     ngrams = {name: _prepare_ngrams(config, sessions, prepared / name, name) for name in config.grams}
-    trained = Trained(documents, chunks, ngrams, {}, {}, [])
+    return Trained(documents, chunks, ngrams, {}, {}, [])
+
+
+def fit_systems(config: Config, sessions: Sessions, directory: Path, cluster: ClusterSpec | None) -> Trained:
+    """Prepare and train what a run needs; finished trainings are taken as they are."""
+    trained = prepare_systems(config, sessions, directory)
+    schedule = _schedule(config)
     for kind in KINDS:
-        plans = list(_plans(config, trained, models, kind))
-        if not plans:
+        found = plans(config, trained, directory, kind)
+        if not found:
             continue
+        first, *others = found
         # The first of a kind chooses the rate for all: sweeping every one would cost more than training it.
-        rates = getattr(config.learning_rates, kind)
-        schedule = Schedule(config.training, config.learning_rates.share, config.seed)
-        rows = _fit(trained, [_with(plans[0], rates)], schedule, cluster)
-        chosen = next(rate for _, rate, _, is_best in rows if is_best)
-        _fit(trained, [_with(plan, [chosen]) for plan in plans[1:]], schedule, cluster)
+        rows = _fit(trained, [first], schedule, cluster)
+        rate = _chosen(rows)
+        _fit(trained, [replace(plan, rates=[rate]) for plan in others], schedule, cluster)
     return trained
+
+
+def try_rates(config: Config, trained: Trained, directory: Path, kind: str) -> float:
+    """The rate that the first system of a kind chooses for all of them; finished trials are taken as they are."""
+    first = plans(config, trained, directory, kind)[0]
+    return _chosen(fit_plans([replace(first, seeds=0)], _schedule(config), None)[1])
+
+
+def train_seed(config: Config, trained: Trained, directory: Path, name: str, seed: int) -> None:
+    """Train one seed of a system, if it has as many, once the rate of its kind is known."""
+    for kind in KINDS:
+        for plan in plans(config, trained, directory, kind):
+            if plan.name == name and seed < plan.seeds:
+                rate = try_rates(config, trained, directory, kind)
+                fit_seed(replace(plan, rates=[rate]), _schedule(config), seed)
+
+
+def plans(config: Config, trained: Trained, directory: Path, kind: str) -> list[Plan]:
+    """The trainings of one kind, with all rates that the config names for it."""
+    seeds, rates = config.evaluation.seeds, getattr(config.learning_rates, kind)
+    tasks = {"numeric": _numeric, "text": _text, "dual": _dual}[kind](config, trained)
+    return [
+        Plan(name, task, rates, directory / "models" / _folder(name), 1 if kind == "dual" else seeds)
+        for name, task in tasks
+    ]
+
+
+def _folder(name: str) -> str:
+    return name.replace("/", "-").replace(" ", "-")
+
+
+def _schedule(config: Config) -> Schedule:
+    return Schedule(config.training, config.learning_rates.share, config.seed)
+
+
+def _chosen(rows: list[list[Any]]) -> float:
+    return next(rate for _, rate, _, is_best in rows if is_best)
 
 
 def _prepare_ngrams(config: Config, sessions: Sessions, directory: Path, name: str) -> NgramTask:
@@ -97,19 +139,6 @@ def _fit(trained: Trained, plans: list[Plan], schedule: Schedule, cluster: Clust
         trained.tasks[plan.name], trained.results[plan.name] = plan.task, found
     trained.rates.extend(rows)
     return rows
-
-
-def _with(plan: Plan, rates: list[float]) -> Plan:
-    return Plan(plan.name, plan.task, rates, plan.directory, plan.seeds)
-
-
-def _plans(config: Config, trained: Trained, models: Path, kind: str) -> Iterator[Plan]:
-    """The trainings of one kind, without their rates."""
-    seeds = config.evaluation.seeds
-    tasks = {"numeric": _numeric, "text": _text, "dual": _dual}[kind](config, trained)
-    for name, task in tasks:
-        folder = name.replace("/", "-").replace(" ", "-")
-        yield Plan(name, task, [], models / folder, 1 if kind == "dual" else seeds)
 
 
 def _numeric(config: Config, trained: Trained) -> Iterator[tuple[str, Any]]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import json
 import logging
 import time
 from collections.abc import Sequence
@@ -11,8 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors.numpy import load_file, save_file
 from torch import nn
 
+from mobula.artifacts import write_json
 from mobula.data.records import Query
 from mobula.data.sessions import SessionRow
 from mobula.errors import MobulaError
@@ -31,6 +35,7 @@ log = logging.getLogger(__name__)
 PROGRESS_S = 10.0
 TENDENCY, ORACLE = "tendency", "oracle"
 DEPTH = 10  # of the tendency and of the oracle
+CELLS, FOLLOWED = "cells.safetensors", "followed.json"
 
 
 class WeightsChanged(MobulaError):
@@ -39,18 +44,40 @@ class WeightsChanged(MobulaError):
 
 @dataclass
 class Followed:
-    """What was seen of one system: its cells, (documents, ms) of every admission, ms per query, facts of its index.
-
-    ``retriever`` is that of the first seed, at the last session.
-    """
+    """What was seen of one system: its cells, (documents, ms) of every admission, ms per query, facts of its index."""
 
     cells: Cells
-    retriever: Retriever
     admitted: list[tuple[int, float]] = field(default_factory=list)
     ms: np.ndarray = field(default_factory=lambda: np.zeros(0))
     bytes: int | None = None
     docids: dict[str, Any] = field(default_factory=dict)
     unreachable: int = 0
+
+    def save(self, directory: Path) -> None:
+        """Write what one seed has shown; ``followed.json`` last."""
+        directory.mkdir(parents=True, exist_ok=True)
+        parts = {"values": self.cells.values, "diagonal": self.cells.diagonal}
+        arrays = {
+            f"{part}/{name}/{i}": np.ascontiguousarray(found)
+            for part, measures in parts.items()
+            for name, rows in measures.items()
+            for i, found in enumerate(rows)
+        }
+        save_file(arrays, directory / CELLS)
+        facts = {name: getattr(self, name) for name in ("admitted", "bytes", "docids", "unreachable")}
+        write_json(directory / FOLLOWED, {**facts, "filled": self.cells.filled})
+
+    @classmethod
+    def load(cls, directory: Path) -> Followed:
+        """Read what :meth:`save` wrote."""
+        facts = json.loads((directory / FOLLOWED).read_text(encoding="utf-8"))
+        cells = Cells({}, {}, facts.pop("filled"))
+        arrays = load_file(directory / CELLS)
+        for path in sorted(arrays, key=lambda path: int(path.rpartition("/")[2])):
+            part, _, rest = path.partition("/")
+            getattr(cells, part).setdefault(rest.rpartition("/")[0], []).append(arrays[path])
+        facts["admitted"] = [tuple(pair) for pair in facts["admitted"]]
+        return cls(cells, **facts)
 
 
 @dataclass(frozen=True)
@@ -96,17 +123,19 @@ def follow(system: System, protocol: Protocol, seeds: int) -> Followed:
     Raises:
         WeightsChanged: if an admission changed a weight or a codebook.
     """
-    found: list[Followed] = []
-    for seed in range(seeds if system.trained else 1):
-        log.info("following %s, seed %d", system.name, seed)
-        found.append(_follow(system, protocol, seed))
-    return _joined(found)
+    return joined([follow_seed(system, protocol, seed) for seed in range(seeds if system.trained else 1)])
 
 
-def _follow(system: System, protocol: Protocol, seed: int) -> Followed:
+def follow_seed(system: System, protocol: Protocol, seed: int) -> Followed:
+    """Search every state with one seed of a system.
+
+    Raises:
+        WeightsChanged: if an admission changed a weight or a codebook.
+    """
+    log.info("following %s, seed %d", system.name, seed)
     retriever = system.make(seed)
     before = fingerprint(retriever)
-    followed = Followed(Cells({}, {TENDENCY: [], ORACLE: []}), retriever)
+    followed = Followed(Cells({}, {TENDENCY: [], ORACLE: []}))
     filled: list[float] = []
     told = time.monotonic()
     for t in range(protocol.sessions.count):
@@ -116,20 +145,22 @@ def _follow(system: System, protocol: Protocol, seed: int) -> Followed:
             if time.monotonic() - told > PROGRESS_S:
                 told = time.monotonic()
                 log.info("%s, seed %d: rows of session %d in the documents of 0..%d", system.name, seed, i, t)
-            filled.append(_measure(followed, system, protocol, seed, t, i))
+            filled.append(_measure(followed, retriever, system, protocol, seed, t, i))
         followed.cells.diagonal[ORACLE].append(_oracle(retriever, system, protocol, t))
     if fingerprint(retriever) != before:
         raise WeightsChanged(f"{system.name}: admitting documents changed weights or codebooks")
     followed.cells.filled = float(np.mean(filled))
     if seed == 0:
-        _look_at(followed, system, protocol)
+        _look_at(followed, retriever, system, protocol)
     return followed
 
 
-def _measure(followed: Followed, system: System, protocol: Protocol, seed: int, t: int, i: int) -> float:
+def _measure(
+    followed: Followed, retriever: Retriever, system: System, protocol: Protocol, seed: int, t: int, i: int
+) -> float:
     """Search the rows of session i in the documents of sessions 0..t; the share of lists that had to be filled."""
     rows, cells = protocol.rows[i], followed.cells
-    results = _search(followed.retriever, system.options, rows, protocol.depth)
+    results = _search(retriever, system.options, rows, protocol.depth)
     hits = [_counted(result.hits, row, protocol.depth) for result, row in zip(results, rows, strict=True)]
     for name, found in _values(hits, rows, protocol.sizes()[t], system.width).items():
         cells.values.setdefault(name, _empty(protocol))[i][0, t] = found
@@ -218,23 +249,31 @@ def fingerprint(retriever: Retriever) -> str:
     return digest.hexdigest()
 
 
-def _look_at(followed: Followed, system: System, protocol: Protocol) -> None:
+def _look_at(followed: Followed, retriever: Retriever, system: System, protocol: Protocol) -> None:
     """Size of the index and facts of the docids at the last session."""
-    followed.bytes = getattr(followed.retriever, "bytes", None)
-    table = getattr(followed.retriever, "table", None)
+    followed.bytes = getattr(retriever, "bytes", None)
+    table = getattr(retriever, "table", None)
     if table is not None and system.trained:
         initial = {document.id for document in protocol.sessions.documents(0)}
         followed.docids = docid_facts(table, initial)
 
 
-def measure_latency(found: dict[str, Followed], options: dict[str, SearchOptions], protocol: Protocol) -> None:
-    """Time all systems at the last session, one query at a time and in turns."""
+def measure_latency(every: Sequence[System], protocol: Protocol) -> dict[str, np.ndarray]:
+    """Milliseconds of each system's first seed at the last session, one query at a time and in turns."""
     texts = [row.query.text for rows in protocol.rows for row in rows]
     spread = texts[:: max(1, len(texts) // protocol.latency_queries)][: protocol.latency_queries]
-    log.info("timing %d systems on %d queries, one by one", len(found), len(spread))
-    timed = [Timed(name, by_itself(one.retriever).search, options[name]) for name, one in found.items()]
-    for name, ms in time_systems(timed, spread).items():
-        found[name].ms = ms
+    log.info("timing %d systems on %d queries, one by one", len(every), len(spread))
+    timed = [Timed(system.name, by_itself(_at_the_end(system, protocol)).search, system.options) for system in every]
+    return time_systems(timed, spread)
+
+
+def _at_the_end(system: System, protocol: Protocol) -> Retriever:
+    """A system's retriever once everything has arrived that it can take."""
+    retriever = system.make(0)
+    with contextlib.suppress(Unsupported):
+        for t in range(1, protocol.sessions.count):
+            retriever.insert(protocol.sessions.documents(t))
+    return retriever
 
 
 def by_itself(retriever: Retriever) -> Retriever:
@@ -272,7 +311,7 @@ def _write(
     ranking.write_run(path, hits, [row.query for row in rows], folder)
 
 
-def _joined(found: list[Followed]) -> Followed:
+def joined(found: list[Followed]) -> Followed:
     """One system's seeds side by side; costs are those of the first."""
     first = found[0]
     values = {

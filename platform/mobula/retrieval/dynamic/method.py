@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import logging
 
+from mobula.comparing import crew
 from mobula.data import load_retrieval
 from mobula.errors import ConfigError
 from mobula.experiment import DataFacts, Report, Run
 from mobula.retrieval.dynamic import library
 from mobula.retrieval.dynamic.config import Config
-from mobula.retrieval.dynamic.fitting import Trained, fit_systems
-from mobula.retrieval.dynamic.follow import Followed, Protocol, follow, measure_latency
-from mobula.retrieval.dynamic.prepare import Sessions, divide
+from mobula.retrieval.dynamic.follow import measure_latency
+from mobula.retrieval.dynamic.prepare import divide
 from mobula.retrieval.dynamic.report import Findings, fill
-from mobula.retrieval.dynamic.systems import systems
+from mobula.retrieval.dynamic.study import Study
 from mobula.retrieval.dynamic.trial import train_trial
 from mobula.threads import one_thread
 
@@ -36,35 +36,23 @@ def run(run: Run) -> Report:
     run.bind("data", data.sha256)
     sessions = divide(config, data, run.directory)
     run.bind("sessions", sessions.plan.hash)
-    trained = fit_systems(config, sessions, run.directory, run.cluster)
-    run.bind("encoder", trained.documents.encoder.hash)
+    study = Study(config, sessions, run.directory, run.cluster)
+    with crew(config.parallel, run.cluster) as staff:
+        if config.parallel > 1:  # otherwise one start of Ray's workers serves all trainings
+            study.train_all(staff)
+        trained = study.trained
+        run.bind("encoder", trained.documents.encoder.hash)
+        followed = study.follow_all(staff)
+    with one_thread():
+        for name, ms in measure_latency(list(study.systems.values()), study.protocol).items():
+            followed[name].ms = ms
     report = run.report()
     report.data.append(DataFacts(data.name, data.source, data.sha256, data.records))
     report.notes.extend(f"{name}: {value}" for name, value in {**data.notes, **sessions.plan.notes}.items())
-    findings = _follow_all(config, sessions, trained, run)
-    fill(report, findings, trained.rates)
+    fill(report, Findings(config, study.protocol, followed), trained.rates)
     library.write(config, sessions, trained, run.artifact_directory)
     results = [result for found in trained.results.values() for result in found]
     report.cost["train_steps"] = sum(result.steps for result in results)
     report.cost["train_examples"] = sum(result.examples for result in results)
     report.cost["train_s"] = sum(result.seconds for result in results)
     return report
-
-
-def _follow_all(config: Config, sessions: Sessions, trained: Trained, run: Run) -> Findings:
-    evaluation = config.evaluation
-    protocol = Protocol.of(
-        sessions,
-        evaluation.depth,
-        evaluation.max_rows,
-        evaluation.latency_queries,
-        config.seed,
-        run.directory / "runs",
-    )
-    followed: dict[str, Followed] = {}
-    with one_thread():
-        every = systems(config, trained)
-        for system in every:
-            followed[system.name] = follow(system, protocol, evaluation.seeds)
-        measure_latency(followed, {system.name: system.options for system in every}, protocol)
-    return Findings(config, protocol, followed)
