@@ -28,15 +28,19 @@ from mobula.retrieval.dynamic.chunks import owner
 from mobula.retrieval.dynamic.config import Config
 from mobula.retrieval.dynamic.fitting import Trained, fit_systems
 from mobula.retrieval.dynamic.follow import (
+    FOLLOWED,
+    Followed,
     Protocol,
     WeightsChanged,
     _counted,
     _values,
     follow,
+    follow_seed,
     restricted,
     sample_rows,
 )
 from mobula.retrieval.dynamic.prepare import FITTED, FutureLeak, Sessions, fit_hash, require_fitted_on
+from mobula.retrieval.dynamic.study import Study
 from mobula.retrieval.dynamic.systems import System, systems
 from mobula.retrieval.search import Hit, SearchOptions
 from mobula.running import run_experiment
@@ -156,12 +160,32 @@ def test_existing_leaf_adds_no_code_and_free_does(report: dict[str, Any]) -> Non
     assert rows["autoregressive/atomic"][6] > 0  # documents that it could not admit
 
 
-def test_a_second_run_is_identical(directory: Path, tmp_path: Path, report: dict[str, Any]) -> None:
+def test_a_second_run_is_identical_with_several_at_a_time(
+    directory: Path, tmp_path: Path, report: dict[str, Any]
+) -> None:
     path = tmp_path / "tiny.yaml"
     path.write_text(yaml.safe_dump(CONFIG))
-    run_experiment(path, [], tmp_path / "again")
+    run_experiment(path, ["parallel=2"], tmp_path / "again")
     again = json.loads((tmp_path / "again" / "report.json").read_text())
     assert again["measures"] == report["measures"]
+
+
+def test_what_was_followed_is_kept_and_not_done_again(
+    directory: Path, config: Config, sessions: Sessions, tmp_path: Path
+) -> None:
+    """An interrupted run goes on at the first system and seed that is missing."""
+    study = Study(config, sessions, directory, None)
+    kept = study._place("bm25", 0)
+    fresh = follow_seed(study.systems["bm25"], replace(study.protocol, directory=tmp_path), 0)
+    found = Followed.load(kept)
+    for name, rows in fresh.cells.values.items():
+        for one, other in zip(rows, found.cells.values[name], strict=True):
+            np.testing.assert_array_equal(one, other)
+    np.testing.assert_array_equal(found.cells.diagonal["oracle"][1], fresh.cells.diagonal["oracle"][1])
+    assert [count for count, _ in found.admitted] == [count for count, _ in fresh.admitted]
+    before = (kept / FOLLOWED).stat().st_mtime_ns
+    study.follow("bm25", 0)
+    assert (kept / FOLLOWED).stat().st_mtime_ns == before
 
 
 def test_admission_changes_no_weight_codebook_or_old_code(config: Config, trained: Trained, sessions: Sessions) -> None:
