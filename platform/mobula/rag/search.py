@@ -1,0 +1,296 @@
+"""The search environment: a corpus that can be asked, whatever answers.
+
+A :class:`Searcher` ranks documents for queries. It is built over documents (:func:`open_searcher`), or asks a served
+`retriever` application (:class:`ServedSearcher`). :class:`Retrying` makes its failures part of the answer.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import OrderedDict, defaultdict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from mobula.config import digest
+from mobula.data.records import Document
+from mobula.errors import DataError, MobulaError
+from mobula.models.encoders import MINILM, load_encoder
+from mobula.retrieval.dense import Dense
+from mobula.retrieval.lexical import Bm25
+from mobula.retrieval.search import BadSearch, Retriever, SearchOptions
+
+KINDS = ("bm25", "dense", "hybrid")
+FUSION = 60  # the constant of reciprocal rank fusion (Cormack et al., SIGIR 2009)
+DEPTH = 100  # documents of each list that are fused, so that a short list begins a longer one
+CACHED = 20_000  # lists that are kept
+TESTED, TEST_WORDS, TEST_DEPTH = 50, 8, 5
+TEST_HITS, TEST_DIFFERENT = 0.95, 0.9
+
+
+class IndexSelfTestError(MobulaError):
+    """An index that does not find its own documents."""
+
+
+class SearchFailed(MobulaError):
+    """A search that has no answer, now: the service is away, late or broken."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """A document found for a query; ``rank`` counts from 1."""
+
+    id: str
+    score: float
+    rank: int
+
+
+class Searcher(Protocol):
+    """What ranks the documents of a corpus. ``hash`` identifies documents and back end."""
+
+    hash: str
+
+    def search(self, queries: Sequence[str], k: int) -> list[list[Found]]:
+        """The k best documents of each query, by (-score, id). A list does not depend on its batch.
+
+        Raises:
+            BadSearch: if k is not from 1 to the size of the corpus.
+            SearchFailed: if whoever answers cannot.
+        """
+
+    def document(self, id: str) -> Document:
+        """A document of the corpus.
+
+        Raises:
+            DataError: for an id that it does not have.
+        """
+
+
+def open_searcher(
+    documents: Sequence[Document], kind: str = "hybrid", encoder: str = MINILM, embeddings: np.ndarray | None = None
+) -> Searcher:
+    """A tested index over documents: BM25, vectors of an encoder, or both fused by rank.
+
+    ``embeddings`` f32[N, D] of the encoder, row by row those of ``documents``; None: they are made here if needed.
+
+    Raises:
+        DataError: for an unknown kind, an empty corpus or an id that is given twice.
+        IndexSelfTestError: if documents cannot be found by their own words.
+    """
+    if kind not in KINDS:
+        raise DataError(f"unknown kind of search {kind!r}; expected {', '.join(KINDS)}")
+    ids = [document.id for document in documents]
+    if not ids or len(set(ids)) < len(ids):
+        raise DataError("a corpus needs documents, each with an id of its own")
+    # Retrievers rank equal scores in corpus order; sorted, that is by id.
+    order = sorted(range(len(ids)), key=ids.__getitem__)
+    corpus = [documents[row] for row in order]
+    retrievers: list[Retriever] = []
+    parts = [digest([asdict(document) for document in corpus]), kind]
+    if kind != "dense":
+        retrievers.append(Bm25(corpus))
+    if kind != "bm25":
+        network = load_encoder(encoder)
+        retrievers.append(Dense(network, corpus, None if embeddings is None else embeddings[order]))
+        parts.append(network.hash)
+    searcher = Cached(Index(corpus, retrievers, digest(parts)))
+    self_test(searcher, corpus)
+    return searcher
+
+
+class Index:
+    """A corpus with one retriever, or with several whose lists are fused by reciprocal rank."""
+
+    def __init__(self, documents: Sequence[Document], retrievers: Sequence[Retriever], hash: str) -> None:
+        self.hash = hash
+        self._documents = {document.id: document for document in documents}
+        self._retrievers = retrievers
+
+    def search(self, queries: Sequence[str], k: int) -> list[list[Found]]:
+        """As :class:`Searcher`."""
+        size = len(self._documents)
+        if not 1 <= k <= size:
+            raise BadSearch(f"k={k}: expected 1 to {size}, the documents of the corpus")
+        if not queries:
+            return []
+        depth = k if len(self._retrievers) == 1 else min(size, max(k, DEPTH))
+        options = [SearchOptions(k=depth)] * len(queries)
+        lists = [
+            [[(hit.doc_id, hit.score) for hit in result.hits] for result in retriever.search(list(queries), options)]
+            for retriever in self._retrievers
+        ]
+        if len(lists) == 1:
+            return [_ranked(scored, k) for scored in lists[0]]
+        return [_ranked(_fused(parts), k) for parts in zip(*lists, strict=True)]
+
+    def document(self, id: str) -> Document:
+        """As :class:`Searcher`."""
+        return _known(self._documents, id)
+
+
+def _fused(lists: Sequence[Sequence[tuple[str, float]]]) -> list[tuple[str, float]]:
+    """The sum over lists of 1 / (60 + rank). A BM25 of 0 says nothing and gives no rank."""
+    total: dict[str, float] = defaultdict(float)
+    for scored in lists:
+        for rank, (id, score) in enumerate(scored, 1):
+            if score != 0:
+                total[id] += 1 / (FUSION + rank)
+    return list(total.items())
+
+
+def _ranked(scored: Sequence[tuple[str, float]], k: int) -> list[Found]:
+    best = sorted(scored, key=lambda one: (-one[1], one[0]))[:k]
+    return [Found(id, score, rank) for rank, (id, score) in enumerate(best, 1)]
+
+
+def _known(documents: dict[str, Document], id: str) -> Document:
+    if id not in documents:
+        raise DataError(f"document {id!r} is not in the corpus")
+    return documents[id]
+
+
+class Cached:
+    """A searcher that remembers its last lists, by its hash, query and k. Threads may share it."""
+
+    def __init__(self, searcher: Searcher, size: int = CACHED) -> None:
+        self._searcher, self._size, self.hash = searcher, size, searcher.hash
+        self._lists: OrderedDict[tuple[str, str, int], list[Found]] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def search(self, queries: Sequence[str], k: int) -> list[list[Found]]:
+        """As :class:`Searcher`; what is new is asked for once, in one batch."""
+        keys = [(self.hash, query, k) for query in queries]
+        with self._lock:
+            known = {key: self._lists[key] for key in keys if key in self._lists}
+        new = [key for key in dict.fromkeys(keys) if key not in known]
+        # k is checked by the searcher even if nothing is new.
+        known.update(zip(new, self._searcher.search([query for _, query, _ in new], k), strict=True))
+        with self._lock:
+            for key in keys:
+                self._lists[key] = known[key]
+                self._lists.move_to_end(key)
+            while len(self._lists) > self._size:
+                self._lists.popitem(last=False)
+        return [list(known[key]) for key in keys]
+
+    def document(self, id: str) -> Document:
+        """As :class:`Searcher`."""
+        return self._searcher.document(id)
+
+
+def self_test(searcher: Searcher, documents: Sequence[Document]) -> None:
+    """Look for some documents by their titles and first words.
+
+    Raises:
+        IndexSelfTestError: if fewer than 95 per cent are among the first five, or the same few come first again and
+            again.
+    """
+    chance = np.random.default_rng(0)
+    chosen = [documents[row] for row in chance.permutation(len(documents))[:TESTED]]
+    queries = [" ".join([document.title, *document.text.split()[:TEST_WORDS]]) for document in chosen]
+    lists = searcher.search(queries, min(TEST_DEPTH, len(documents)))
+    hits = sum(document.id in {one.id for one in found} for document, found in zip(chosen, lists, strict=True))
+    first = len({found[0].id for found in lists})
+    if hits < TEST_HITS * len(chosen) or first < TEST_DIFFERENT * len(chosen):
+        raise IndexSelfTestError(
+            f"of {len(chosen)} documents, {hits} are found among the first {TEST_DEPTH} by their own title and words, "
+            f"and {first} different ones come first; are documents alike or empty, or does the encoder not fit?"
+        )
+
+
+class ServedSearcher:
+    """Asks a served `retriever` application; texts of documents come from the caller's own copy of the corpus."""
+
+    def __init__(self, url: str, documents: Sequence[Document], api_key: str = "", timeout_s: float = 30.0) -> None:
+        import httpx
+
+        headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        self._http = httpx.Client(base_url=url.rstrip("/"), headers=headers, timeout=timeout_s)
+        self._documents = {document.id: document for document in documents}
+        facts, versions = self._ask("GET", "retrievers"), self._ask("GET", "versions")
+        self.hash = digest([facts["artifact"], facts["default"], versions["version"]])
+
+    def search(self, queries: Sequence[str], k: int) -> list[list[Found]]:
+        """As :class:`Searcher`.
+
+        Raises:
+            BadSearch: if the application refuses the query or k.
+            SearchFailed: if it does not answer, or finds what the corpus does not have.
+        """
+        return [self._one(query, k) for query in queries]
+
+    def document(self, id: str) -> Document:
+        """As :class:`Searcher`."""
+        return _known(self._documents, id)
+
+    def _one(self, query: str, k: int) -> list[Found]:
+        hits = self._ask("POST", "search", json={"query": query, "k": k})["hits"]
+        # A document that a model gives no probability has no score; it stands last.
+        scored = [(hit["doc_id"], -np.inf if hit["score"] is None else hit["score"]) for hit in hits]
+        if foreign := [id for id, _ in scored if id not in self._documents]:
+            raise SearchFailed(f"{self._http.base_url} found {foreign[0]!r}: it searches another corpus")
+        return _ranked(scored, k)
+
+    def _ask(self, method: str, path: str, **options: Any) -> Any:
+        import httpx
+
+        try:
+            answer = self._http.request(method, path, **options)
+            if answer.status_code == 422:
+                raise BadSearch(f"{self._http.base_url}{path}: {answer.json()['error']['message']}")
+            return answer.raise_for_status().json()
+        except (httpx.HTTPError, ValueError, KeyError) as error:
+            raise SearchFailed(f"{self._http.base_url}{path}: {type(error).__name__}: {error}") from error
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What was found for one query; ``failed`` if nobody answered, and nothing is found then."""
+
+    found: list[Found]
+    failed: bool = False
+
+
+class Retrying:
+    """Asks a searcher again when it fails or is late, and says so when it has given up, instead of raising."""
+
+    def __init__(self, searcher: Searcher, timeout_s: float = 30.0, retries: int = 3, backoff_s: float = 0.5) -> None:
+        self.searcher = searcher
+        self.timeout_s, self.retries, self.backoff_s = timeout_s, retries, backoff_s
+
+    def ask(self, queries: Sequence[str], k: int) -> list[Reply]:
+        """One reply a query, in order.
+
+        Raises:
+            BadSearch: for a k that no other attempt would make right.
+        """
+        for attempt in range(1 + self.retries):
+            if attempt:
+                time.sleep(self.backoff_s * 2 ** (attempt - 1))
+            try:
+                return [Reply(found) for found in self._in_time(queries, k)]
+            except SearchFailed:
+                continue
+        return [Reply([], failed=True) for _ in queries]
+
+    def _in_time(self, queries: Sequence[str], k: int) -> list[list[Found]]:
+        """The lists, or SearchFailed once the time is over; a search that hangs is left behind."""
+        outcome: list[list[list[Found]] | Exception] = []
+
+        def search() -> None:
+            try:
+                outcome.append(self.searcher.search(queries, k))
+            except Exception as error:  # handed over to the caller's thread
+                outcome.append(error)
+
+        thread = threading.Thread(target=search, name="search", daemon=True)
+        thread.start()
+        thread.join(self.timeout_s)
+        if not outcome:
+            raise SearchFailed(f"no answer within {self.timeout_s:g} s")
+        if isinstance(outcome[0], Exception):
+            raise outcome[0]
+        return outcome[0]
