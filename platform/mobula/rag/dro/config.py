@@ -11,7 +11,7 @@ from mobula.experiment import ExperimentConfig
 from mobula.rag.weights import WeightConfig
 from mobula.training import TrainingConfig
 
-COLD = "cold_start"
+COLD, FACTS = "cold_start", "facts"
 BOTH = ("selector", "generator")
 
 
@@ -19,12 +19,15 @@ BOTH = ("selector", "generator")
 class Arm:
     """An arm of the comparison: the rule of its weights, its samples a query, which networks learn.
 
-    None: as configured.
+    None: as configured. ``select``: who chooses the passages, in training and afterwards. ``greedy``: the generator
+    learns from the selector's greedy choice instead of weighted samples.
     """
 
     rule: str | None = None
     samples: int | None = None
     train: tuple[str, ...] = BOTH
+    select: str = "selector"
+    greedy: bool = False
 
 
 ARMS = {
@@ -43,18 +46,43 @@ ARMS = {
     "raw_m_2": Arm(rule="lik_raw", samples=2),
     "raw_m_4": Arm(rule="lik_raw", samples=4),
     "raw_m_14": Arm(rule="lik_raw", samples=14),
+    "reward": Arm(rule="reward"),
+    "reinforce": Arm(rule="reinforce", greedy=True),
+    "rag_sft": Arm(rule="uniform", samples=1, train=("generator",), select="retriever"),
+    "closed_book": Arm(rule="uniform", samples=1, train=("generator",), select="none"),
+}
+
+
+@dataclass(frozen=True)
+class View:
+    """Test questions answered by the first arm's networks, or the cold start's, from passages chosen otherwise."""
+
+    select: str
+    cold: bool = False
+
+
+VIEWS = {
+    "retriever_order": View("retriever", cold=True),
+    "oracle": View("gold"),
+    "no_gold": View("no_gold"),
 }
 
 
 @dataclass
 class DataConfig:
-    """How many questions each split has; every question has facts of its own."""
+    """How many questions each split has."""
 
+    source: str = key(FACTS, "facts: a generated world, each question with facts of its own", choices=(FACTS,))
     labelled: int = key(1500, "questions with their gold facts, for the cold start alone", ge=1)
     train: int = key(3000, "questions with answers alone, for EM", ge=1)
     dev: int = key(500, "questions that choose the best iteration", ge=2)
     test: int = key(1000, "questions that are looked at once, after all training", ge=2)
     seed: int = key(0, "seed of the questions, apart from the experiment's: seeds share their tests", ge=0)
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """How many questions each split has."""
+        return {"labelled": self.labelled, "train": self.train, "dev": self.dev, "test": self.test}
 
 
 @dataclass
@@ -80,6 +108,7 @@ class EmConfig:
     """The E-step."""
 
     samples: int = key(8, "orders sampled a question (m)", ge=1, le=1000)
+    shard: int = key(500, "questions sampled and scored together; an interrupted phase goes on at a shard", ge=1)
     weights: WeightConfig = section(WeightConfig)
 
 
@@ -114,7 +143,7 @@ class Config(ExperimentConfig):
     def of(self, arm: Arm) -> EmConfig:
         """The E-step of an arm."""
         weights = replace(self.em.weights, rule=arm.rule or self.em.weights.rule)
-        return EmConfig(arm.samples or self.em.samples, weights)
+        return replace(self.em, samples=arm.samples or self.em.samples, weights=weights)
 
     def problems(self) -> Iterator[str]:
         """Contradictions across sections."""
