@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from mobula.alternation import AlternationConfig
 from mobula.config import key, nearest, section
 from mobula.experiment import ExperimentConfig
+from mobula.rag.candidates import SETS, RetrieveConfig
 from mobula.rag.weights import WeightConfig
 from mobula.training import TrainingConfig
 
@@ -72,7 +73,10 @@ VIEWS = {
 class DataConfig:
     """How many questions each split has."""
 
-    source: str = key(FACTS, "facts: a generated world, each question with facts of its own", choices=(FACTS,))
+    source: str = key(
+        FACTS, "facts: a generated world; nq and hotpotqa: real questions with passages", choices=(FACTS, *SETS)
+    )
+    path: str = key("", "folder with the set's files, or its id on the Hugging Face hub; empty: MOBULA_DATA")
     labelled: int = key(1500, "questions with their gold facts, for the cold start alone", ge=1)
     train: int = key(3000, "questions with answers alone, for EM", ge=1)
     dev: int = key(500, "questions that choose the best iteration", ge=2)
@@ -93,6 +97,7 @@ class ModelConfig:
     selector_width: int = key(48, "width of the selector", ge=4)
     generator_width: int = key(48, "width of the generator", ge=4)
     heads: int = key(4, "attention heads of each", ge=1)
+    passage_tokens: int = key(100, "most tokens of a passage that a generator of real questions reads", ge=8, le=4096)
 
 
 @dataclass
@@ -101,6 +106,8 @@ class ColdConfig:
 
     selector_steps: int = key(200, "steps on which the selector learns gold orders", ge=1)
     generator_steps: int = key(30, "steps on which the generator learns answers from gold facts", ge=1)
+    reading_steps: int = key(0, "steps on which a span-scoring generator first learns to read, from SQuAD", ge=0)
+    reading_path: str = key("", "folder with SQuAD's file; empty: MOBULA_DATA")
 
 
 @dataclass
@@ -133,6 +140,7 @@ class Config(ExperimentConfig):
     arms: list[str] = key(["dro"], f"what is compared with the cold start: {', '.join(ARMS)}")
     parallel: int = key(1, "trainings that run at the same time, each on a Ray actor; 1: in this process", ge=1)
     data: DataConfig = section(DataConfig)
+    retrieve: RetrieveConfig = section(RetrieveConfig)
     model: ModelConfig = section(ModelConfig)
     cold: ColdConfig = section(ColdConfig)
     em: EmConfig = section(EmConfig)
