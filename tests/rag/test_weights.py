@@ -28,7 +28,7 @@ def test_the_likelier_the_answer_the_larger_the_weight(rule: str) -> None:
     found = values(log_lik, rule, reward=[0.2, 1, 0.5, 0], exact=[0, 1, 0, 0])
     assert np.argmax(found) == (0 if rule == "uniform" else 1)
     if rule not in ("lik_raw", "lik_mean_exp"):
-        assert sum(found) == pytest.approx(1)
+        assert sum(found) == pytest.approx(0 if rule == "reinforce" else 1)
 
 
 def test_answers_of_one_and_of_six_tokens() -> None:
@@ -49,6 +49,14 @@ def test_rules_that_are_not_normalised() -> None:
 def test_one_sample_has_no_signal_unless_raw() -> None:
     assert values([-5.0]) == values([-5.0], "uniform") == [1.0]
     assert values([-5.0], "lik_raw") == pytest.approx([np.exp(-5)])
+
+
+def test_a_policy_gradient_compares_each_reward_with_the_others() -> None:
+    zeros = [-1.0] * 4
+    assert values(zeros, "reinforce", exact=[1, 0, 0, 0]) == pytest.approx([1 / 4, -1 / 12, -1 / 12, -1 / 12])
+    alike = weigh(sampled(zeros, exact=[1.0] * 4), WeightConfig(rule="reinforce"))
+    assert alike.skipped == "no sample has a reward" and not alike.values.any()
+    assert values([-1.0], "reinforce", exact=[1.0]) == [0.0]
 
 
 def test_the_first_of_the_best_wins() -> None:

@@ -115,6 +115,12 @@ def _one_hot(scores: np.ndarray) -> np.ndarray:
     return np.eye(len(scores))[int(scores.argmax())]
 
 
+def _leave_one_out(rewards: np.ndarray) -> np.ndarray:
+    """Each reward minus the mean of the others, over m; one sample has nothing to be compared with."""
+    m = len(rewards)
+    return np.zeros(1) if m == 1 else (rewards - rewards.mean()) / (m - 1)
+
+
 RULES: dict[str, Rule] = {
     # Self-normalised importance weights: consistent for the gradient of log p(y|x); no signal with one sample.
     "lik_softmax": lambda s, tau: _softmax(s.log_lik + s.log_ratio),
@@ -126,6 +132,8 @@ RULES: dict[str, Rule] = {
     "reward": lambda s, tau: _share(s.reward),
     "binary": lambda s, tau: _share(s.exact),
     "uniform": lambda s, tau: np.full(len(s.log_lik), 1 / len(s.log_lik)),
+    # Policy gradient with exact match as reward and a leave-one-out baseline; weights may be negative, and sum to 0.
+    "reinforce": lambda s, tau: _leave_one_out(s.exact),
     # Hard EM.
     "best": lambda s, tau: _one_hot(s.log_lik),
 }

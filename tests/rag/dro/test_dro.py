@@ -19,11 +19,12 @@ from mobula.config import build
 from mobula.errors import ConfigError
 from mobula.rag.dro.comparison import Comparison
 from mobula.rag.dro.config import COLD, Config
-from mobula.rag.dro.loop import EqualWeights, SampleWorker, ScoreWorker, _check, split_of
-from mobula.rag.dro.networks import Generator, Selector, Shape
-from mobula.rag.dro.pair import SnapshotMismatch, measure
-from mobula.rag.dro.training import Split, WeightedTask
-from mobula.rag.dro.world import ENTITIES, ORDERS, questions
+from mobula.rag.dro.facts.networks import Generator, Selector, Shape
+from mobula.rag.dro.facts.source import Facts
+from mobula.rag.dro.facts.training import Split, WeightedTask
+from mobula.rag.dro.facts.world import ENTITIES, ORDERS, questions
+from mobula.rag.dro.loop import EqualWeights, SampleWorker, ScoreWorker, _check
+from mobula.rag.dro.pair import SnapshotMismatch
 from mobula.rag.weights import WeightConfig
 from mobula.running import run_experiment
 
@@ -84,7 +85,7 @@ def test_where_gold_facts_stand_says_nothing_and_splits_differ() -> None:
     counts = np.bincount(drawn.gold.numpy(), minlength=len(ORDERS))
     assert counts.min() > 60
     config = build(Config, CONFIG)
-    seeds = {split_of(config, name).seed for name in ("labelled", "train", "dev", "test")}
+    seeds = {Facts(config).split(name).seed for name in ("labelled", "train", "dev", "test")}
     assert len(seeds) == 4
 
 
@@ -208,12 +209,13 @@ def test_a_collapsed_sampler_is_warned_of(caplog: pytest.LogCaptureFixture) -> N
 
 
 def test_measures_are_greedy_and_exact(directory: Path) -> None:
-    pair = comparison(directory).standing(COLD, 0)
+    whole = comparison(directory)
+    networks = Facts(whole.config).open(whole.standing(COLD, 0))
     drawn = questions(50, 4)
-    found = measure(pair, drawn)
-    assert found.exact.tolist() == measure(pair, drawn).exact.tolist()
-    brute = np.log((pair.log_prior(drawn).exp() * pair.log_lik(drawn).exp()).sum(-1).numpy())
-    assert found.log_p == pytest.approx(brute)
+    found = networks.measured(drawn)
+    assert found["exact"].tolist() == networks.measured(drawn)["exact"].tolist()
+    brute = np.log((networks.log_prior(drawn).exp() * networks.log_lik(drawn).exp()).sum(-1).numpy())
+    assert found["log_p"] == pytest.approx(brute)
 
 
 @pytest.mark.parametrize(

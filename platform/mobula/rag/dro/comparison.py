@@ -15,9 +15,11 @@ from mobula.alternation import Outcome, Row
 from mobula.artifacts import read_jsonl
 from mobula.cluster.spec import ClusterSpec
 from mobula.comparing import crew
-from mobula.rag.dro.config import ARMS, COLD, Config
-from mobula.rag.dro.loop import Setting, distance, dro_loop, split_of
-from mobula.rag.dro.pair import Measured, Pair, measure
+from mobula.rag.dro.config import ARMS, COLD, VIEWS, Config
+from mobula.rag.dro.loop import WEIGHTS, Setting, distance, dro_loop, measure
+from mobula.rag.dro.pair import Pair
+from mobula.rag.dro.source import Measured, Source
+from mobula.rag.dro.sources import source_of
 from mobula.rag.dro.start import cold_start
 from mobula.threads import one_thread
 
@@ -31,6 +33,11 @@ class Comparison:
     config: Config
     directory: Path
     cluster: ClusterSpec | None = None
+
+    @property
+    def source(self) -> Source:
+        """Questions and kinds of network."""
+        return source_of(self.config, self.directory)
 
     @property
     def first(self) -> str:
@@ -55,11 +62,11 @@ class Comparison:
 
     def start(self, seed: int) -> Pair:
         """The cold start of a seed."""
-        return cold_start(self.config, self._place(seed) / COLD, seed)
+        return cold_start(self.config, self.source, self._place(seed) / COLD, seed)
 
     def setting(self, name: str, seed: int) -> Setting:
         """An arm."""
-        return Setting(self.config, ARMS[name], self.start(seed), seed)
+        return Setting(self.config, ARMS[name], self.source, self.start(seed), seed)
 
     def outcome(self, name: str, seed: int) -> Outcome:
         """An arm's alternation."""
@@ -79,37 +86,47 @@ class Comparison:
         return self.setting(name, seed).standing(outcome.history.until(outcome.best))
 
     def tested(self, name: str) -> list[Measured]:
-        """What an arm's pairs, or the cold start's, do with the test questions, by seed."""
+        """What an arm, the cold start or a view of one does with the test questions, by seed."""
+        view = VIEWS.get(name)
+        arm = name if view is None else COLD if view.cold else self.first
+        how = view.select if view else ARMS[name].select if name in ARMS else "selector"
         with one_thread():
-            questions = split_of(self.config, "test").draw()
-            return [measure(self.standing(name, seed), questions) for seed in self.seeds]
+            settings = {seed: self.setting(self.first, seed) for seed in self.seeds}
+            return [measure(setting, self.standing(arm, seed), how) for seed, setting in settings.items()]
 
     def distances(self, name: str) -> list[list[float]]:
-        """By seed and iteration, how far weighted samples are from the exact posterior (total variation)."""
+        """By seed and iteration, how far weighted samples are from the exact posterior (total variation).
+
+        Empty where orders cannot be enumerated.
+        """
+        if not self.source.enumerable:
+            return []
         found = []
         for seed in self.seeds:
             history, setting = self.outcome(name, seed).history, self.setting(name, seed)
             row = []
             for iteration, phase, directory in history.finished:
                 if phase == "weigh":
-                    pair = setting.standing(history.until(iteration - 1))
-                    row.append(distance(pair, setting, read_jsonl(directory / "weights.jsonl")[:500]))
+                    networks = setting.source.open(setting.standing(history.until(iteration - 1)))
+                    row.append(distance(networks, setting.source, read_jsonl(directory / WEIGHTS)[:500]))
             found.append(row)
         return found
 
     def variances(self, name: str, samples: Sequence[int], queries: int = 200) -> dict[int, list[float]]:
         """By samples m and iteration: the variance of (1/m) sum_k p(y|x,d_zk) over re-draws.
 
-        The mean over some dev questions; the first seed.
+        The mean over some dev questions; the first seed. Empty where orders cannot be enumerated.
         """
+        if not self.source.enumerable:
+            return {}
         seed = self.config.seed
         setting, history = self.setting(name, seed), self.outcome(name, seed).history
-        questions = setting.split("dev").draw()
         chance, redraws = np.random.default_rng(seed), self.config.evaluation.redraws
         found: dict[int, list[float]] = {m: [] for m in samples}
         for iteration in range(len(self.outcome(name, seed).rows)):
-            pair = setting.standing(history.until(iteration))
-            prior, likelihood = pair.log_prior(questions).exp().numpy(), pair.log_lik(questions).exp().numpy()
+            networks = setting.source.open(setting.standing(history.until(iteration)))
+            exact = networks.exact("dev", setting.source.queries("dev"))
+            prior, likelihood = (part.exp().numpy() for part in exact)
             for m in samples:
                 drawn = [
                     np.var(chance.choice(p, size=(redraws, m), p=q / q.sum()).mean(1), ddof=1)

@@ -8,10 +8,11 @@ from dataclasses import dataclass, replace
 from mobula.alternation import AlternationConfig
 from mobula.config import key, nearest, section
 from mobula.experiment import ExperimentConfig
+from mobula.rag.candidates import SETS, RetrieveConfig
 from mobula.rag.weights import WeightConfig
 from mobula.training import TrainingConfig
 
-COLD = "cold_start"
+COLD, FACTS = "cold_start", "facts"
 BOTH = ("selector", "generator")
 
 
@@ -19,12 +20,15 @@ BOTH = ("selector", "generator")
 class Arm:
     """An arm of the comparison: the rule of its weights, its samples a query, which networks learn.
 
-    None: as configured.
+    None: as configured. ``select``: who chooses the passages, in training and afterwards. ``greedy``: the generator
+    learns from the selector's greedy choice instead of weighted samples.
     """
 
     rule: str | None = None
     samples: int | None = None
     train: tuple[str, ...] = BOTH
+    select: str = "selector"
+    greedy: bool = False
 
 
 ARMS = {
@@ -43,18 +47,46 @@ ARMS = {
     "raw_m_2": Arm(rule="lik_raw", samples=2),
     "raw_m_4": Arm(rule="lik_raw", samples=4),
     "raw_m_14": Arm(rule="lik_raw", samples=14),
+    "reward": Arm(rule="reward"),
+    "reinforce": Arm(rule="reinforce", greedy=True),
+    "rag_sft": Arm(rule="uniform", samples=1, train=("generator",), select="retriever"),
+    "closed_book": Arm(rule="uniform", samples=1, train=("generator",), select="none"),
+}
+
+
+@dataclass(frozen=True)
+class View:
+    """Test questions answered by the first arm's networks, or the cold start's, from passages chosen otherwise."""
+
+    select: str
+    cold: bool = False
+
+
+VIEWS = {
+    "retriever_order": View("retriever", cold=True),
+    "oracle": View("gold"),
+    "no_gold": View("no_gold"),
 }
 
 
 @dataclass
 class DataConfig:
-    """How many questions each split has; every question has facts of its own."""
+    """How many questions each split has."""
 
+    source: str = key(
+        FACTS, "facts: a generated world; nq and hotpotqa: real questions with passages", choices=(FACTS, *SETS)
+    )
+    path: str = key("", "folder with the set's files, or its id on the Hugging Face hub; empty: MOBULA_DATA")
     labelled: int = key(1500, "questions with their gold facts, for the cold start alone", ge=1)
     train: int = key(3000, "questions with answers alone, for EM", ge=1)
     dev: int = key(500, "questions that choose the best iteration", ge=2)
     test: int = key(1000, "questions that are looked at once, after all training", ge=2)
     seed: int = key(0, "seed of the questions, apart from the experiment's: seeds share their tests", ge=0)
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """How many questions each split has."""
+        return {"labelled": self.labelled, "train": self.train, "dev": self.dev, "test": self.test}
 
 
 @dataclass
@@ -65,6 +97,7 @@ class ModelConfig:
     selector_width: int = key(48, "width of the selector", ge=4)
     generator_width: int = key(48, "width of the generator", ge=4)
     heads: int = key(4, "attention heads of each", ge=1)
+    passage_tokens: int = key(100, "most tokens of a passage that a generator of real questions reads", ge=8, le=4096)
 
 
 @dataclass
@@ -73,6 +106,8 @@ class ColdConfig:
 
     selector_steps: int = key(200, "steps on which the selector learns gold orders", ge=1)
     generator_steps: int = key(30, "steps on which the generator learns answers from gold facts", ge=1)
+    reading_steps: int = key(0, "steps on which a span-scoring generator first learns to read, from SQuAD", ge=0)
+    reading_path: str = key("", "folder with SQuAD's file; empty: MOBULA_DATA")
 
 
 @dataclass
@@ -80,6 +115,7 @@ class EmConfig:
     """The E-step."""
 
     samples: int = key(8, "orders sampled a question (m)", ge=1, le=1000)
+    shard: int = key(500, "questions sampled and scored together; an interrupted phase goes on at a shard", ge=1)
     weights: WeightConfig = section(WeightConfig)
 
 
@@ -104,6 +140,7 @@ class Config(ExperimentConfig):
     arms: list[str] = key(["dro"], f"what is compared with the cold start: {', '.join(ARMS)}")
     parallel: int = key(1, "trainings that run at the same time, each on a Ray actor; 1: in this process", ge=1)
     data: DataConfig = section(DataConfig)
+    retrieve: RetrieveConfig = section(RetrieveConfig)
     model: ModelConfig = section(ModelConfig)
     cold: ColdConfig = section(ColdConfig)
     em: EmConfig = section(EmConfig)
@@ -114,7 +151,7 @@ class Config(ExperimentConfig):
     def of(self, arm: Arm) -> EmConfig:
         """The E-step of an arm."""
         weights = replace(self.em.weights, rule=arm.rule or self.em.weights.rule)
-        return EmConfig(arm.samples or self.em.samples, weights)
+        return replace(self.em, samples=arm.samples or self.em.samples, weights=weights)
 
     def problems(self) -> Iterator[str]:
         """Contradictions across sections."""

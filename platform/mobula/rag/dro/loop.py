@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -17,16 +18,16 @@ from mobula.config import digest
 from mobula.errors import MobulaError
 from mobula.experiment import identity
 from mobula.rag.dro.config import Arm, Config
-from mobula.rag.dro.networks import Shape
-from mobula.rag.dro.pair import STATE, Pair, SnapshotMismatch, measure
-from mobula.rag.dro.training import Split, WeightedTask
-from mobula.rag.exact import posterior, total_variation
+from mobula.rag.dro.pair import STATE, Pair, SnapshotMismatch
+from mobula.rag.dro.source import Measured, Networks, Source
+from mobula.rag.exact import log_marginal, posterior, total_variation
 from mobula.rag.weights import Sampled, WeightConfig, weigh
 from mobula.training import fit
 
 log = logging.getLogger(__name__)
-SHARD = 500
 WATCHED = 1000  # training questions on which the exact likelihood is followed
+WEIGHTS, GREEDY = "weights.jsonl", "greedy.jsonl"
+SHORT = {"exact": "em"}  # measures that have a shorter name in an iteration's row
 
 
 class EqualWeights(MobulaError):
@@ -35,101 +36,89 @@ class EqualWeights(MobulaError):
 
 @dataclass(frozen=True)
 class Setting:
-    """What the phases of one arm and seed share: the cold start's networks, and the questions of every split."""
+    """What the phases of one arm and seed share: the source, and the cold start's networks."""
 
     config: Config
     arm: Arm
+    source: Source
     cold: Pair
     seed: int
-
-    def split(self, name: str) -> Split:
-        """The questions of a split."""
-        return split_of(self.config, name)
 
     def standing(self, history: History) -> Pair:
         """The networks that the last fit left."""
         directory = next((d for _, _, d in reversed(history.finished) if (d / STATE).is_file()), None)
-        if directory is None:
-            return self.cold
-        return Pair.read(directory, self.cold.selector_shape, self.cold.generator_shape)
-
-
-def split_of(config: Config, name: str) -> Split:
-    """The questions of a split: no two splits share a seed."""
-    data = config.data
-    counts = {"labelled": data.labelled, "train": data.train, "dev": data.dev, "test": data.test}
-    return Split(counts[name], seed_of(data.seed, "questions", name) % 2**31)
-
-
-def shapes(config: Config) -> dict[str, Shape]:
-    """The sizes of both networks."""
-    model = config.model
-    widths = {"selector": model.selector_width, "generator": model.generator_width}
-    return {name: Shape(model.layers, width, model.heads) for name, width in widths.items()}
+        return self.cold if directory is None else Pair.read(directory)
 
 
 def dro_loop(setting: Setting) -> Loop:
     """The phases of an arm."""
-    em = setting.config.of(setting.arm)
+    em, size = setting.config.of(setting.arm), setting.config.em.shard
     phases: list[Phase] = [
-        Sharded("sample", lambda c: _queries(setting), lambda c: SampleWorker(setting, c.history, em.samples), SHARD),
-        Sharded("score", lambda c: c.history.rows("sample"), lambda c: ScoreWorker(setting, c.history), SHARD),
+        Sharded("sample", lambda c: _queries(setting), lambda c: SampleWorker(setting, c.history, em.samples), size),
+        Sharded("score", lambda c: c.history.rows("sample"), lambda c: ScoreWorker(setting, c.history), size),
         Step("weigh", lambda context: _weigh(context, em.weights)),
         Step("fit", lambda context: _fit(setting, context)),
-        Step("measure", lambda context: _measure(setting, context.history)),
+        Step("measure", lambda context: _measure(setting, context)),
     ]
-    start: list[Phase] = [Step("measure", lambda context: _measure(setting, context.history))]
+    start: list[Phase] = [Step("measure", lambda context: _measure(setting, context))]
     decides = [identity(setting.config), asdict(setting.arm), setting.cold.snapshot, setting.seed]
     return Loop(digest(decides), start, phases, _row)
 
 
 def _queries(setting: Setting) -> list[Row]:
-    return [{"query": query} for query in range(setting.config.data.train)]
+    return [{"query": query} for query in setting.source.queries("train")]
 
 
 @dataclass
-class SampleWorker:
-    """Items ``{query}`` to rows ``{query, orders, snapshot}``: orders drawn from the selector as it stands.
-
-    It sees questions and facts; the answer and the gold facts take no part.
-    """
+class _Worker:
+    """Works with the networks that stand."""
 
     setting: Setting
     history: History
-    samples: int
 
     @cached_property
     def _pair(self) -> Pair:
         return self.setting.standing(self.history)
+
+    @cached_property
+    def _networks(self) -> Networks:
+        return self.setting.source.open(self._pair)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if not name.startswith("_")}
+
+
+@dataclass
+class SampleWorker(_Worker):
+    """Items ``{query}`` to rows ``{query, orders, snapshot}``: orders drawn from the selector as it stands.
+
+    An arm without a selector has one order, the same each time; one whose generator learns from greedy contexts has a
+    ``greedy`` order beside the samples. Answers and gold passages take no part, unless the arm is given them.
+    """
+
+    samples: int
 
     def process(self, items: Sequence[Row], seed: int) -> Sequence[Row]:
         """As :class:`mobula.alternation.Worker`."""
-        queries = torch.tensor([item["query"] for item in items])
-        prior = self._pair.log_prior(self.setting.split("train").draw()[queries]).exp().numpy()
-        rows = []
-        for item, chances in zip(items, prior, strict=True):
-            chance = np.random.default_rng(seed_of(seed, item["query"]))
-            orders = chance.choice(len(chances), size=self.samples, p=chances / chances.sum())
-            rows.append({"query": item["query"], "orders": orders.tolist(), "snapshot": self._pair.snapshot})
-        return rows
+        queries, arm = [item["query"] for item in items], self.setting.arm
+        if arm.select == "selector":
+            drawn = self._networks.sample("train", queries, self.samples, [seed_of(seed, query) for query in queries])
+        else:
+            drawn = [{"orders": [order]} for order in self._networks.choose("train", queries, arm.select)]
+        if arm.greedy:
+            best = self._networks.choose("train", queries, arm.select)
+            drawn = [{**row, "greedy": order} for row, order in zip(drawn, best, strict=True)]
+        return [
+            {"query": query, **row, "snapshot": self._pair.snapshot} for query, row in zip(queries, drawn, strict=True)
+        ]
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in ("setting", "history", "samples")}
 
+class ScoreWorker(_Worker):
+    """Rows of samples to rows ``{query, orders, log_lik, right, reward, tokens}``: what the generator makes of them.
 
-@dataclass
-class ScoreWorker:
-    """Rows of samples to rows ``{query, orders, log_lik, right}``: log p(y|x,d_z) of the gold answer after each order.
-
-    ``right`` says whether the generator's own answer is the gold one.
+    ``log_lik`` is log p(y|x,d_z) of the gold answer, ``right`` and ``reward`` are exact match and F1 of the
+    generator's own.
     """
-
-    setting: Setting
-    history: History
-
-    @cached_property
-    def _pair(self) -> Pair:
-        return self.setting.standing(self.history)
 
     def process(self, items: Sequence[Row], seed: int) -> Sequence[Row]:
         """As :class:`mobula.alternation.Worker`; nothing is drawn.
@@ -140,16 +129,9 @@ class ScoreWorker:
         others = {item["snapshot"] for item in items} - {self._pair.snapshot}
         if others:
             raise SnapshotMismatch(f"samples of {', '.join(sorted(others))} cannot be scored by {self._pair.snapshot}")
-        questions = self.setting.split("train").draw()[torch.tensor([item["query"] for item in items])]
-        orders = torch.tensor([item["orders"] for item in items])
-        found, said = self._pair.judged(questions, orders)
-        return [
-            {"query": item["query"], "orders": item["orders"], "log_lik": scores, "right": right}
-            for item, scores, right in zip(items, found.tolist(), said.double().tolist(), strict=True)
-        ]
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in ("setting", "history")}
+        found = self._networks.judge("train", [item["query"] for item in items], [item["orders"] for item in items])
+        kept = [{name: value for name, value in item.items() if name != "snapshot"} for item in items]
+        return [{**item, **asdict(judged)} for item, judged in zip(kept, found, strict=True)]
 
 
 def _weigh(context: Context, config: WeightConfig) -> Row:
@@ -157,24 +139,46 @@ def _weigh(context: Context, config: WeightConfig) -> Row:
     rows, found = [], []
     scores = context.history.rows("score")
     for row in scores:
-        right, zeros = np.array(row["right"]), np.zeros(len(row["orders"]))
-        weights = weigh(Sampled(np.array(row["log_lik"]), 1, zeros, right, right), config)
+        zeros = np.zeros(len(row["orders"]))
+        reward, right = np.array(row["reward"]), np.array(row["right"])
+        weights = weigh(Sampled(np.array(row["log_lik"]), row["tokens"], zeros, reward, right), config)
         found.append(weights)
         if not weights.skipped:
-            rows.append({"query": row["query"], "orders": row["orders"], "weights": weights.values.tolist()})
-    write_jsonl(context.directory / "weights.jsonl", rows)
-    kept = [weights for weights in found if not weights.skipped]
+            drawn: Row = {name: row[name] for name in ("query", "orders", "valid") if name in row}
+            rows.append({**drawn, "weights": weights.values.tolist()})
+    write_jsonl(context.directory / WEIGHTS, rows)
+    greedy = [{"query": row["query"], "orders": [row["greedy"]], "weights": [1.0]} for row in scores if "greedy" in row]
+    if greedy:
+        write_jsonl(context.directory / GREEDY, greedy)
+    kept_weights = [weights for weights in found if not weights.skipped]
     _check(config, rows, scores)
     return {
         "queries": len(rows),
-        "skipped": len(found) - len(kept),
-        "ess": float(np.mean([weights.ess for weights in kept])) if kept else 0.0,
+        "skipped": len(found) - len(kept_weights),
+        "ess": float(np.mean([weights.ess for weights in kept_weights])) if kept_weights else 0.0,
         "bound": float(np.mean([weights.log_mean_lik for weights in found])),
         "all_fail": float(np.mean([weights.all_fail for weights in found])),
-        "unique": float(np.mean([len(set(row["orders"])) / len(row["orders"]) for row in scores])),
+        "unique": float(np.mean([_different(row["orders"]) / len(row["orders"]) for row in scores])),
         "sample_em": float(np.mean([row["right"] for row in scores])),
         "variance": float(np.mean([np.var(np.exp(row["log_lik"])) for row in scores])),
+        **_told(scores),
     }
+
+
+def _told(scores: Sequence[Row]) -> Row:
+    """Of orders read from free text: the share that named no passage, and that had to be filled."""
+    rows = [row for row in scores if "valid" in row]
+    read = [(valid, len(order)) for row in rows for valid, order in zip(row["valid"], row["orders"], strict=True)]
+    if not read:
+        return {}
+    return {
+        "malformed": float(np.mean([valid == 0 for valid, _ in read])),
+        "repaired": float(np.mean([0 < valid < length for valid, length in read])),
+    }
+
+
+def _different(orders: Sequence[Any]) -> int:
+    return len({json.dumps(order) for order in orders})
 
 
 def _check(config: WeightConfig, rows: Sequence[Row], scores: Sequence[Row]) -> None:
@@ -183,11 +187,11 @@ def _check(config: WeightConfig, rows: Sequence[Row], scores: Sequence[Row]) -> 
     Raises:
         EqualWeights: no query prefers one of its different samples to another, though the rule is not uniform.
     """
-    varied = [row for row in rows if len(set(row["orders"])) > 1]
+    varied = [row for row in rows if _different(row["orders"]) > 1]
     if config.rule != "uniform" and varied and all(len(set(row["weights"])) == 1 for row in varied):
         raise EqualWeights(f"rule {config.rule} gave all samples of every query the same weight; were scores lost?")
     samples = len(scores[0]["orders"])
-    if samples > 1 and all(len(set(row["orders"])) == 1 for row in scores):
+    if samples > 1 and all(_different(row["orders"]) == 1 for row in scores):
         log.warning("the sampler has collapsed: all %d samples of every query are alike; weights say nothing", samples)
 
 
@@ -197,26 +201,38 @@ def _fit(setting: Setting, context: Context) -> Row:
     assert weights is not None
     standing = setting.standing(context.history)
     learned = {"selector": standing.selector, "generator": standing.generator}
-    sizes = shapes(setting.config)
     for kind in setting.arm.train:
-        rows = weights / "weights.jsonl"
-        task = WeightedTask(kind, sizes[kind], setting.split("train"), rows, learned[kind], 0)
+        rows = weights / (GREEDY if kind == "generator" and setting.arm.greedy else WEIGHTS)
+        task = setting.source.task(kind, "train", rows, learned[kind], 0)
         seed = seed_of(context.seed, kind) % 2**31
         learned[kind] = fit(task, setting.config.fit, context.directory / kind, seed=seed, name=kind).weights
-    replace(standing, selector=learned["selector"], generator=learned["generator"]).write(context.directory)
+    replace(standing, **learned).write(context.directory)
     return {"trained": list(setting.arm.train)}
 
 
-def _measure(setting: Setting, history: History) -> Row:
-    pair = setting.standing(history)
-    watched = setting.split("train").draw()[torch.arange(min(WATCHED, setting.config.data.train))]
-    dev = measure(pair, setting.split("dev").draw())
-    return {
-        "dev_em": float(dev.exact.mean()),
-        "dev_gold": float(dev.gold.mean()),
-        "dev_log_p": float(dev.log_p.mean()),
-        "train_log_p": float(measure(pair, watched).log_p.mean()),
-    }
+def _measure(setting: Setting, context: Context) -> Row:
+    """What the networks that stand do with dev questions, and the likelihood that EM raises.
+
+    Where orders cannot be enumerated, that is its estimate from m samples, which grows with m.
+    """
+    source, pair = setting.source, setting.standing(context.history)
+    networks, dev = source.open(pair), source.queries("dev")
+    found = {f"dev_{SHORT.get(n, n)}": mean(v) for n, v in networks.measure("dev", dev, setting.arm.select).items()}
+    if source.enumerable:
+        watched = source.queries("train")[:WATCHED]
+        return {**found, "train_log_p": float(log_marginal(*networks.exact("train", watched)).mean())}
+    if setting.arm.select != "selector":
+        return found
+    samples = setting.config.of(setting.arm).samples
+    rows = networks.sample("dev", dev, samples, [seed_of(setting.seed, "dev", query) for query in dev])
+    judged = networks.judge("dev", dev, [row["orders"] for row in rows])
+    bounds = [float(np.logaddexp.reduce(one.log_lik) - np.log(samples)) for one in judged]
+    return {**found, "dev_bound": float(np.mean(bounds))}
+
+
+def mean(values: np.ndarray) -> float:
+    """The mean over the questions that a measure applies to."""
+    return float(np.nanmean(values)) if np.isfinite(values).any() else float("nan")
 
 
 def _row(history: History, iteration: int) -> Row:
@@ -224,11 +240,15 @@ def _row(history: History, iteration: int) -> Row:
     return {**facts, **history.facts("weigh")} if iteration else facts
 
 
-def distance(pair: Pair, setting: Setting, weights: Sequence[Row]) -> float:
+def measure(setting: Setting, pair: Pair, how: str) -> Measured:
+    """What a pair does with the test questions."""
+    return setting.source.open(pair).measure("test", setting.source.queries("test"), how)
+
+
+def distance(networks: Networks, source: Source, weights: Sequence[Row]) -> float:
     """Total variation between weighted samples and the exact posterior, mean over the queries of some rows."""
-    questions = setting.split("train").draw()[torch.tensor([row["query"] for row in weights])]
-    log_prior = pair.log_prior(questions)
+    log_prior, log_lik = networks.exact("train", [row["query"] for row in weights])
     found = torch.zeros_like(log_prior)
-    orders, values = (torch.tensor([row[name] for row in weights]) for name in ("orders", "weights"))
-    found.scatter_add_(1, orders, values.double())
-    return float(total_variation(found, posterior(log_prior, pair.log_lik(questions))).mean())
+    orders = torch.tensor([[source.number(order) for order in row["orders"]] for row in weights])
+    found.scatter_add_(1, orders, torch.tensor([row["weights"] for row in weights]).double())
+    return float(total_variation(found, posterior(log_prior, log_lik)).mean())

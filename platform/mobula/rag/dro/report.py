@@ -14,22 +14,17 @@ from mobula.evaluation.claims import compare
 from mobula.evaluation.intervals import mean_interval
 from mobula.experiment import Claim, Measure, Report, Verdict
 from mobula.rag.dro.config import ARMS, COLD, Config
-from mobula.rag.dro.pair import Measured
+from mobula.rag.dro.source import Measured, Wording
 
-HEADER = (
-    "selector and generator of about 0.05 M parameters in a world of generated facts; not the paper's 8B models and "
-    "benchmarks, whose figures are quoted, not reproduced"
-)
 FALL = 0.02  # nats by which the likelihood of training questions may fall in an iteration
-PLOTTED = {"dev_em": "exact match, dev", "dev_log_p": "log p(y|x), dev", "train_log_p": "log p(y|x), train"}
-SHOWN = ("dev_em", "dev_gold", "dev_log_p", "train_log_p", "sample_em", "ess", "bound", "all_fail", "unique")
 
 
 @dataclass(frozen=True)
 class Findings:
-    """Rows of metrics and test results by arm and seed; the cold start has test results alone."""
+    """Rows of metrics and test results by arm and seed; the cold start and views have test results alone."""
 
     config: Config
+    wording: Wording
     rows: Mapping[str, Sequence[Sequence[Row]]]
     tested: Mapping[str, Sequence[Measured]]
     distances: Sequence[Sequence[float]]
@@ -41,29 +36,34 @@ class Findings:
         return self.config.arms[0]
 
     def values(self, name: str, what: str) -> np.ndarray:
-        """f[S, Q] by seed and test question."""
-        return np.array([getattr(found, what) for found in self.tested[name]])
+        """f[S, Q] by seed and test question, of those that the measure applies to."""
+        found = np.array([found[what] for found in self.tested[name]])
+        return found[:, np.isfinite(found).all(0)]
 
 
 def fill(report: Report, found: Findings) -> None:
     """Measures, tables, plots and claims."""
     evaluation = found.config.evaluation
-    report.notes.append(HEADER)
+    wording = found.wording
+    report.notes.append(wording.header)
     report.notes.append(f"test questions: {found.config.data.test}; training seeds: {evaluation.seeds}")
     report.notes.extend(_warnings(found))
     for name in found.tested:
-        for what in ("exact", "gold", "log_p"):
+        for what in wording.measures:
             report.measures[f"{name}/{what}"] = mean_interval(found.values(name, what), resamples=evaluation.resamples)
-    report.tables["Test questions"] = _tests(report.measures, list(found.tested))
+    report.tables["Test questions"] = _tests(report.measures, wording, list(found.tested))
     report.tables["Iterations, mean of seeds"] = _iterations(found)
-    report.tables["Weighted samples and the exact posterior"] = _distances(found)
-    report.tables["Variance of the estimate by samples and iteration"] = _variances(found)
+    if found.distances:
+        report.tables["Weighted samples and the exact posterior"] = _distances(found)
+    if found.variances:
+        report.tables["Variance of the estimate by samples and iteration"] = _variances(found)
     sized = [name for name in found.rows if ARMS[name].samples]
     others = [name for name in found.rows if name not in sized]
-    for what, label in PLOTTED.items():
+    for what, label in wording.plotted.items():
         report.plots[what] = _plot(found, others, what, label)
     if sized:
-        report.plots["samples"] = _plot(found, [found.first, *sized], "dev_em", PLOTTED["dev_em"])
+        first = next(iter(wording.plotted))
+        report.plots["samples"] = _plot(found, [found.first, *sized], first, wording.plotted[first])
     report.claims.extend(_claims(found))
 
 
@@ -74,21 +74,21 @@ def _warnings(found: Findings) -> Iterator[str]:
             yield f"{name}: no signal, one sample has weight 1 whatever its likelihood"
 
 
-def _tests(measures: Mapping[str, Measure], names: Sequence[str]) -> list[list[Any]]:
+def _tests(measures: Mapping[str, Measure], wording: Wording, names: Sequence[str]) -> list[list[Any]]:
     def cell(measure: Measure, scale: float) -> str:
         return f"{scale * measure.value:.2f} [{scale * measure.low:.2f}, {scale * measure.high:.2f}]"
 
-    table: list[list[Any]] = [["arm", "exact match, per cent", "both gold facts chosen, per cent", "log p(y|x)"]]
-    columns = (("exact", 100.0), ("gold", 100.0), ("log_p", 1.0))
-    return table + [[name, *(cell(measures[f"{name}/{what}"], s) for what, s in columns)] for name in names]
+    columns = wording.measures.items()
+    table: list[list[Any]] = [["arm", *(title for _, (title, _) in columns)]]
+    return table + [[name, *(cell(measures[f"{name}/{what}"], s) for what, (_, s) in columns)] for name in names]
 
 
 def _iterations(found: Findings) -> list[list[Any]]:
-    table: list[list[Any]] = [["arm", "iteration", *SHOWN]]
+    table: list[list[Any]] = [["arm", "iteration", *found.wording.shown]]
     for name, runs in found.rows.items():
         for iteration in range(max(map(len, runs))):
             at = [run[iteration] for run in runs if iteration < len(run)]
-            values = [[row[column] for row in at if column in row] for column in SHOWN]
+            values = [[row[column] for row in at if column in row] for column in found.wording.shown]
             table.append([name, iteration, *(round(float(np.mean(v)), 4) if v else "" for v in values)])
     return table
 
@@ -128,11 +128,15 @@ def _claims(found: Findings) -> Iterator[Claim]:
     for prefix in ("m_", "raw_m_"):
         sizes = [name for name in (f"{prefix}{m}" for m in (1, 2, 4, 14)) if name in arms]
         pairs += [(more, fewer, f"{more} beats {fewer}") for fewer, more in pairwise(sizes)]
-    for one, other, statement in pairs:
-        a, b = found.values(one, "exact"), found.values(other, "exact")
-        evaluation = found.config.evaluation
-        name = f"{one} - {other}"
-        yield compare(name, statement, a, b, decisive=evaluation.decisive, resamples=evaluation.resamples)
+    views = [("retriever_order", "the selector beats the retriever's order"), ("rag_sft", "joint EM beats vanilla RAG")]
+    pairs += [(first, name, statement) for name, statement in views if name in found.tested]
+    pairs += [(first, name, f"joint EM beats {name}") for name in ("reward", "reinforce") if name in arms]
+    compared, evaluation = found.wording.compared, found.config.evaluation
+    for what in compared:
+        for one, other, statement in pairs:
+            name = f"{one} - {other}" if len(compared) == 1 else f"{one} - {other}, {what}"
+            a, b = found.values(one, what), found.values(other, what)
+            yield compare(name, statement, a, b, decisive=evaluation.decisive, resamples=evaluation.resamples)
 
 
 def _monotone(found: Findings) -> Iterator[Claim]:
@@ -141,6 +145,7 @@ def _monotone(found: Findings) -> Iterator[Claim]:
         after["train_log_p"] - before["train_log_p"]
         for run in found.rows[found.first]
         for before, after in pairwise(run)
+        if "train_log_p" in after
     ]
     if changes:
         holds: Verdict = "holds" if min(changes) >= -FALL else "does_not_hold"

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from mobula.artifacts import read_jsonl, sha256
 from mobula.config import digest
-from mobula.rag.dro.networks import Generator, Selector, Shape
-from mobula.rag.dro.world import CHOSEN, Questions, questions
+from mobula.rag.dro.facts.networks import Generator, Selector, Shape
+from mobula.rag.dro.facts.world import CHOSEN, Questions, questions
 from mobula.rag.objective import ANSWER, LATENT, em_loss
 from mobula.training import load_weights
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from mobula.rag.dro.world import CANDIDATES, CHOSEN, ENTITIES, ORDERS, RELATIONS
+from mobula.rag.dro.facts.world import CANDIDATES, CHOSEN, ENTITIES, ORDERS, RELATIONS
 
 SLOTS = 3  # symbols of a fact and of a question
 INITIAL = 0.3  # deviation of fresh embeddings; from 1, links between facts are learned half as fast

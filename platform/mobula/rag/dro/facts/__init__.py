@@ -1,0 +1,1 @@
+"""DRO in a world of generated facts, with every order enumerated."""

@@ -1,0 +1,24 @@
+"""Which source an experiment asks for, and what opens its artifact."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from mobula.artifacts import Artifact
+from mobula.rag.dro.config import FACTS, Config
+from mobula.rag.dro.facts import source as facts
+from mobula.rag.dro.passages import source as passages
+from mobula.rag.dro.source import Source
+
+
+def source_of(config: Config, directory: Path) -> Source:
+    """The source of an experiment whose run is in ``directory``."""
+    if config.data.source == FACTS:
+        return facts.Facts(config)
+    return passages.Passages(config, directory / passages.QUESTIONS)
+
+
+def open_predictor(artifact: Artifact) -> Any:
+    """What answers questions with an artifact's networks."""
+    return facts.load(artifact)
