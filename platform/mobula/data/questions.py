@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,8 @@ HOTPOTQA = "hotpot_train.json"
 class Question:
     """A question, its answers (the first is the target), and the ids of the documents that support them.
 
-    ``kind`` is the set's own name for how the documents hang together (``bridge``, ``comparison``).
+    ``kind`` is the set's own name for how the documents hang together (``bridge``, ``comparison``). ``evidence`` has,
+    where the set marks it, the first supporting sentence of each of these documents.
     """
 
     id: str
@@ -26,6 +27,7 @@ class Question:
     answers: tuple[str, ...]
     support: tuple[str, ...]
     kind: str = ""
+    evidence: tuple[str, ...] = ()
 
 
 def hotpotqa(path: str = "") -> tuple[list[Question], list[Document]]:
@@ -54,10 +56,15 @@ def hotpotqa(path: str = "") -> tuple[list[Question], list[Document]]:
 def _question(record: dict[str, Any], file: Path, number: int) -> Question:
     try:
         support = tuple(dict.fromkeys(title for title, _ in record["supporting_facts"]))
-        known = {title for title, _ in record["context"]}
+        known = dict(record["context"])
         question = Question(record["_id"], record["question"], (record["answer"],), support, record["type"])
     except (KeyError, TypeError, ValueError) as error:
         raise BadRecord(f"{file}, record {number}: not a record of HotpotQA ({error!r})") from error
-    if not set(support) <= known:
-        raise BadRecord(f"{file}, record {number}: supporting paragraphs {set(support) - known} are not in context")
-    return question
+    if not set(support) <= set(known):
+        raise BadRecord(
+            f"{file}, record {number}: supporting paragraphs {set(support) - set(known)} are not in context"
+        )
+    first = dict(reversed(record["supporting_facts"]))
+    # A few records mark a sentence that their paragraph does not have.
+    sentences = (known[title][first[title] : first[title] + 1] for title in support)
+    return replace(question, evidence=tuple("".join(found).strip() for found in sentences))

@@ -115,6 +115,11 @@ def _one_hot(scores: np.ndarray) -> np.ndarray:
     return np.eye(len(scores))[int(scores.argmax())]
 
 
+def _advantage(rewards: np.ndarray) -> np.ndarray:
+    """Rewards standardised within the group (Shao et al. 2024, arXiv 2402.03300), over its size; zeros if all equal."""
+    return (rewards - rewards.mean()) / (rewards.std() + 1e-6) / len(rewards)
+
+
 RULES: dict[str, Rule] = {
     # Self-normalised importance weights: consistent for the gradient of log p(y|x); no signal with one sample.
     "lik_softmax": lambda s, tau: _softmax(s.log_lik + s.log_ratio),
@@ -126,6 +131,8 @@ RULES: dict[str, Rule] = {
     "reward": lambda s, tau: _share(s.reward),
     "binary": lambda s, tau: _share(s.exact),
     "uniform": lambda s, tau: np.full(len(s.log_lik), 1 / len(s.log_lik)),
+    # Group-relative policy gradient; weights may be negative, and sum to 0.
+    "advantage": lambda s, tau: _advantage(s.reward),
     # Hard EM.
     "best": lambda s, tau: _one_hot(s.log_lik),
 }
