@@ -39,6 +39,11 @@ METHODS = {
         "mobula.agents.moat.method",
         "a planner and a grounder aligned jointly, each tuned on what the other makes of its work",
     ),
+    "exsearch": Entry(
+        "rag",
+        "mobula.rag.exsearch.method",
+        "an agent that thinks, searches and records before it answers, learned by EM over its trajectories",
+    ),
     "dro": Entry(
         "rag",
         "mobula.rag.dro.method",

@@ -98,7 +98,7 @@ def test_draws_have_the_distribution_of_the_model() -> None:
     uniform = torch.linspace(0, 1, 4001, dtype=torch.float64)[:-1]
     for sampling in (Sampling(1), Sampling(1, 0.5)):
         wanted = torch.softmax(logits[0] / sampling.temperature, -1)
-        counts = Counter(_draw(logits.expand(4000, -1), sampling, uniform).tolist())
+        counts = Counter(_draw(logits.expand(4000, -1), sampling, uniform)[0].tolist())
         assert [counts[i] / 4000 for i in range(4)] == pytest.approx(wanted.tolist(), abs=1e-3)
 
 
@@ -106,9 +106,9 @@ def test_the_nucleus_is_the_smallest_set_of_that_mass() -> None:
     logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log()
     uniform = torch.linspace(0, 1, 1001, dtype=torch.float64)[:-1]
     for top_p, size in ((0.4, 1), (0.5, 1), (0.6, 2), (0.8001, 3), (1.0, 4)):
-        drawn = _draw(logits.expand(1000, -1), Sampling(1, 1.0, top_p - 1e-6), uniform)
+        drawn = _draw(logits.expand(1000, -1), Sampling(1, 1.0, top_p - 1e-6), uniform)[0]
         assert len(set(drawn.tolist())) == size
-    counts = Counter(_draw(logits.expand(1000, -1), Sampling(1, 1.0, 0.7), uniform).tolist())
+    counts = Counter(_draw(logits.expand(1000, -1), Sampling(1, 1.0, 0.7), uniform)[0].tolist())
     assert counts[0] / 1000 == pytest.approx(0.5 / 0.8, abs=0.01)
 
 

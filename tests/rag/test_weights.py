@@ -28,7 +28,14 @@ def test_the_likelier_the_answer_the_larger_the_weight(rule: str) -> None:
     found = values(log_lik, rule, reward=[0.2, 1, 0.5, 0], exact=[0, 1, 0, 0])
     assert np.argmax(found) == (0 if rule == "uniform" else 1)
     if rule not in ("lik_raw", "lik_mean_exp"):
-        assert sum(found) == pytest.approx(0 if rule == "reinforce" else 1)
+        assert sum(found) == pytest.approx(0 if rule in ("advantage", "reinforce") else 1)
+
+
+def test_advantages_are_relative_to_the_group_and_nothing_where_all_are_alike() -> None:
+    found = values([-1.0] * 4, "advantage", reward=[1, 0, 0, 0])
+    assert found == pytest.approx([3**0.5 / 4, *[-(3**-0.5) / 4] * 3], abs=1e-5)
+    alike = weigh(sampled([-1.0] * 4, reward=[1.0] * 4), WeightConfig(rule="advantage"))
+    assert alike.skipped == "no sample has a reward" and not alike.values.any()
 
 
 def test_answers_of_one_and_of_six_tokens() -> None:

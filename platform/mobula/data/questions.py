@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ class Question:
 
     ``support`` is empty where nobody says which they are. ``kind`` is the set's own name for how the documents hang
     together (``bridge``, ``comparison``). ``passages``: ids of the documents that the question comes with, support and
-    distractors.
+    distractors. ``evidence`` has, where the set marks it, the first supporting sentence of each supporting document.
     """
 
     id: str
@@ -34,6 +34,7 @@ class Question:
     support: tuple[str, ...]
     kind: str = ""
     passages: tuple[str, ...] = ()
+    evidence: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -167,13 +168,18 @@ def _hotpotqa(records: Iterable[tuple[str, dict[str, Any]]]) -> Loaded:
 def _question(record: dict[str, Any], where: str) -> Question:
     try:
         support = tuple(dict.fromkeys(title for title, _ in record["supporting_facts"]))
-        known = tuple(dict.fromkeys(title for title, _ in record["context"]))
-        question = Question(record["_id"], record["question"], (record["answer"],), support, record["type"], known)
+        known = dict(record["context"])
+        question = Question(
+            record["_id"], record["question"], (record["answer"],), support, record["type"], tuple(known)
+        )
     except (KeyError, TypeError, ValueError) as error:
         raise BadRecord(f"{where}: not a record of HotpotQA ({error!r})") from error
     if not set(support) <= set(known):
         raise BadRecord(f"{where}: supporting paragraphs {set(support) - set(known)} are not in context")
-    return question
+    first = dict(reversed(record["supporting_facts"]))
+    # A few records mark a sentence that their paragraph does not have.
+    sentences = (known[title][first[title] : first[title] + 1] for title in support)
+    return replace(question, evidence=tuple("".join(found).strip() for found in sentences))
 
 
 def _as_file(row: dict[str, Any]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -21,6 +21,9 @@ from mobula.errors import ModelError
 from mobula.models.encoders import read_json
 from mobula.models.lora import add_lora, leave_out_frozen
 from mobula.models.pretrained import Pretrained, without_progress
+
+if TYPE_CHECKING:
+    from mobula.models.pointer import PointerConfig
 
 PAD, EOS, UNKNOWN = "<pad>", "<eos>", "<unk>"
 ADAPTER, ADAPTER_WEIGHTS = "adapter.json", "adapter.safetensors"
@@ -62,11 +65,13 @@ class Sampling:
 class Continuation:
     """Sampled token ids without EOS, and log p of each under the model as it is (temperature 1), EOS last if drawn.
 
+    ``log_q``: the same under the distribution that they were drawn from, by temperature and nucleus; zeros if greedy.
     ``ended``: EOS was drawn; otherwise ``max_tokens`` were used up.
     """
 
     ids: tuple[int, ...]
     log_probs: tuple[float, ...]
+    log_q: tuple[float, ...]
     ended: bool
 
 
@@ -108,6 +113,15 @@ class CausalModel:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             return cls(GPT2LMHeadModel(config), tokenizer, "small")
+
+    @classmethod
+    def pointer(cls, tokenizer: Any, config: PointerConfig, seed: int) -> CausalModel:
+        """A small one that copies, with fresh weights."""
+        from mobula.models.pointer import PointerLM
+
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return cls(PointerLM(config), tokenizer, "pointer")
 
     @classmethod
     def adapted(cls, base: str, rank: int, alpha: float, seed: int) -> CausalModel:
@@ -222,23 +236,21 @@ class CausalModel:
         return [found[row] for row in range(len(prompts))]
 
     def _sample(self, prompts: Sequence[Sequence[int]], sampling: Sampling, seeds: Sequence[int]) -> list[Continuation]:
-        from transformers import DynamicCache
-
         uniform = torch.stack([_uniform(seed, sampling.max_tokens) for seed in seeds])
         ids, mask = _padded(prompts, self.pad, left=True)
-        config: Any = self.network.config
-        cache: Any = DynamicCache(config=config)
+        cache = self._new_cache()
         alive = torch.arange(len(prompts))
         drawn: list[list[int]] = [[] for _ in prompts]
-        scores: list[list[float]] = [[] for _ in prompts]
+        scores: list[list[tuple[float, float]]] = [[] for _ in prompts]
         positions = (mask.cumsum(1) - 1).clamp(min=0)
         for step in range(sampling.max_tokens):
             logits = self._logits(ids, mask, positions, cache)[:, -1].float().cpu()
-            tokens = _draw(logits, sampling, uniform[alive, step])
+            tokens, log_q = _draw(logits, sampling, uniform[alive, step])
             chosen = torch.log_softmax(logits, -1).gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
-            for row, token, score in zip(alive.tolist(), tokens.tolist(), chosen.tolist(), strict=True):
+            found = zip(alive.tolist(), tokens.tolist(), chosen.tolist(), log_q.tolist(), strict=True)
+            for row, token, *both in found:
                 drawn[row].append(token)
-                scores[row].append(score)
+                scores[row].append((both[0], both[1]))
             going = (tokens != self.eos).nonzero().squeeze(-1)
             if len(going) == 0:
                 break
@@ -249,7 +261,15 @@ class CausalModel:
             positions = positions[going, -1:] + 1
         return [_continuation(tokens, row, self.eos) for tokens, row in zip(drawn, scores, strict=True)]
 
+    def _new_cache(self) -> Any:
+        """The network's own, where it needs another than that of transformers."""
+        from transformers import DynamicCache
+
+        network: Any = self.network
+        return network.new_cache() if hasattr(network, "new_cache") else DynamicCache(config=network.config)
+
     def _logits(self, ids: Tensor, mask: Tensor, positions: Tensor | None = None, cache: Any = None) -> Tensor:
+        """Logits of all tokens; with a cache, of the last one."""
         device = self.device
         places = None if positions is None else positions.to(device)
         return self.network(
@@ -258,16 +278,21 @@ class CausalModel:
             position_ids=places,
             past_key_values=cache,
             use_cache=cache is not None,
+            logits_to_keep=0 if cache is None else 1,
         ).logits
 
 
-def word_tokenizer(texts: Iterable[str]) -> Any:
-    """A tokenizer of whole words, marks and line ends, with the vocabulary of ``texts``; other words are unknown."""
+def word_tokenizer(texts: Iterable[str], markers: Sequence[str] = ()) -> Any:
+    """A tokenizer of whole words, marks and line ends, with the vocabulary of ``texts``; other words are unknown.
+
+    ``markers`` come first in the vocabulary, behind padding, end and unknown.
+    """
     from transformers import PreTrainedTokenizerFast
 
     split = pre_tokenizers.Sequence([pre_tokenizers.Split(_MARKS, "isolated"), pre_tokenizers.Split(" ", "removed")])
-    words = sorted({word for text in texts for word, _ in split.pre_tokenize_str(text)})
-    vocabulary = {word: i for i, word in enumerate([PAD, EOS, UNKNOWN, *words])}
+    first = [PAD, EOS, UNKNOWN, *markers]
+    words = sorted({word for text in texts for word, _ in split.pre_tokenize_str(text)}.difference(first))
+    vocabulary = {word: i for i, word in enumerate([*first, *words])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
     tokenizer.pre_tokenizer = split
     return PreTrainedTokenizerFast(
@@ -304,19 +329,24 @@ def _uniform(seed: int, count: int) -> Tensor:
     return torch.rand(count, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def _draw(logits: Tensor, sampling: Sampling, uniform: Tensor) -> Tensor:
-    """A token i64[B] per row of logits f32[B, V] by inversion of the cumulative distribution at ``uniform`` f64[B]."""
+def _draw(logits: Tensor, sampling: Sampling, uniform: Tensor) -> tuple[Tensor, Tensor]:
+    """A token i64[B] per row of logits f32[B, V] by inversion of the cumulative distribution at ``uniform`` f64[B].
+
+    And the logarithm f64[B] of the probability that it was drawn with.
+    """
     if sampling.temperature == 0:
-        return logits.argmax(-1)
+        return logits.argmax(-1), torch.zeros_like(uniform)
     likely, order = torch.softmax(logits.double() / sampling.temperature, -1).sort(stable=True, dim=-1, descending=True)
     before = likely.cumsum(-1) - likely
     likely = likely.masked_fill(before >= sampling.top_p, 0.0)
     cumulative = likely.cumsum(-1)
     place = torch.searchsorted(cumulative, (uniform * cumulative[:, -1]).unsqueeze(-1), right=True)
-    last = (likely > 0).sum(-1, keepdim=True) - 1
-    return order.gather(-1, place.minimum(last)).squeeze(-1)
+    place = place.minimum((likely > 0).sum(-1, keepdim=True) - 1)
+    share = likely.gather(-1, place).squeeze(-1) / cumulative[:, -1]
+    return order.gather(-1, place).squeeze(-1), share.log()
 
 
-def _continuation(tokens: list[int], scores: list[float], eos: int) -> Continuation:
+def _continuation(tokens: list[int], scores: list[tuple[float, float]], eos: int) -> Continuation:
     ended = tokens[-1] == eos
-    return Continuation(tuple(tokens[:-1] if ended else tokens), tuple(scores), ended)
+    log_probs, log_q = zip(*scores, strict=True)
+    return Continuation(tuple(tokens[:-1] if ended else tokens), log_probs, log_q, ended)

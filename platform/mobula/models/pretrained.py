@@ -67,6 +67,8 @@ class Pretrained:
         """
         from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+        import mobula.models.pointer  # noqa: F401 (our own architecture registers itself)
+
         config = read_json(self.folder / "config.json")
         kind = config.get("model_type")
         if kind in CONFIG_MAPPING or self.name in REVISIONS:

@@ -28,6 +28,20 @@ def em_loss(
     return -(weights.to(log_probs.dtype) * (scale * log_probs).sum(-1)).sum() / (queries * tokens)
 
 
+def clipped_loss(
+    log_probs: Tensor, old: Tensor, mask: Tensor, advantages: Tensor, queries: int, tokens: float, clip: float
+) -> Tensor:
+    """The loss of a policy gradient: as :func:`em_loss`, with the clipped ratio to the sampling model for each token.
+
+    ``old`` f[R, n]: log-probabilities under the model that sampled the rows; ``advantages`` f[R] may be negative. A
+    token's term is min(r A, clip(r, 1 - clip, 1 + clip) A) (Schulman et al. 2017, arXiv 1707.06347, equation 7).
+    """
+    ratio = (log_probs - old).exp()
+    gains = advantages.to(log_probs.dtype).unsqueeze(-1)
+    terms = torch.minimum(ratio * gains, ratio.clamp(1 - clip, 1 + clip) * gains)
+    return -(terms * (mask > 0)).sum() / (queries * tokens)
+
+
 def learned_tokens(masks: Sequence[Sequence[int]]) -> float:
     """The mean number of learned tokens of a row: the constant of a training."""
     return sum(sum(1 for token in mask if token) for mask in masks) / len(masks)

@@ -121,6 +121,11 @@ def _leave_one_out(rewards: np.ndarray) -> np.ndarray:
     return np.zeros(1) if m == 1 else (rewards - rewards.mean()) / (m - 1)
 
 
+def _advantage(rewards: np.ndarray) -> np.ndarray:
+    """Rewards standardised within the group (Shao et al. 2024, arXiv 2402.03300), over its size; zeros if all equal."""
+    return (rewards - rewards.mean()) / (rewards.std() + 1e-6) / len(rewards)
+
+
 RULES: dict[str, Rule] = {
     # Self-normalised importance weights: consistent for the gradient of log p(y|x); no signal with one sample.
     "lik_softmax": lambda s, tau: _softmax(s.log_lik + s.log_ratio),
@@ -134,6 +139,8 @@ RULES: dict[str, Rule] = {
     "uniform": lambda s, tau: np.full(len(s.log_lik), 1 / len(s.log_lik)),
     # Policy gradient with exact match as reward and a leave-one-out baseline; weights may be negative, and sum to 0.
     "reinforce": lambda s, tau: _leave_one_out(s.exact),
+    # Group-relative policy gradient; weights may be negative, and sum to 0.
+    "advantage": lambda s, tau: _advantage(s.reward),
     # Hard EM.
     "best": lambda s, tau: _one_hot(s.log_lik),
 }

@@ -1,0 +1,242 @@
+"""A small causal language model that can copy: for agents that read passages and are trained from scratch.
+
+A decoder with rotary positions and, beside that, three things without which a network of this size does not learn to
+read: a causal depthwise convolution added to queries, keys and values; a copy head, which mixes the vocabulary's
+distribution with attention over earlier tokens (See et al. 2017, arXiv 1704.04368); and flags that say whether a token
+occurs in the question or in the current sub-query, computed from what stands before it alone.
+
+It is a model of transformers, registered under :data:`MODEL_TYPE`, so that it is saved, opened, scored and sampled like
+any other. Its logits are log-probabilities.
+
+Shapes: B rows, M new tokens, N tokens in all, D width, H heads, V vocabulary, L layers.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+MODEL_TYPE = "mobula_pointer"
+KERNEL = 8
+FLOOR = 1e-4  # share of a uniform distribution in every prediction: log p stays finite and has a gradient
+INITIAL = 0.05
+FAR = -1e9
+
+
+class PointerConfig(PretrainedConfig):
+    """Sizes, and the tokens that flags refer to.
+
+    The question ends at the first ``turn_id``; a sub-query stands between ``query_id`` and ``eos_token_id``. Tokens
+    below ``words_from`` are markers, which never count as occurring.
+    """
+
+    model_type = MODEL_TYPE
+
+    def __init__(
+        self,
+        vocab_size: int = 8,
+        width: int = 64,
+        layers: int = 2,
+        heads: int = 4,
+        query_id: int = 3,
+        turn_id: int = 4,
+        words_from: int = 8,
+        **others: Any,
+    ) -> None:
+        self.vocab_size = vocab_size
+        self.width, self.layers, self.heads = width, layers, heads
+        self.query_id, self.turn_id, self.words_from = query_id, turn_id, words_from
+        super().__init__(**others)
+
+
+@dataclass
+class PointerCache:
+    """What of earlier tokens later ones need: ids and mask [B, N], and of each layer what its attention reads."""
+
+    ids: Tensor | None = None
+    layers: list[dict[str, Tensor]] = field(default_factory=list)
+
+    def batch_select_indices(self, rows: Tensor) -> None:
+        """Go on with these rows alone."""
+        self.ids = None if self.ids is None else self.ids[rows]
+        self.layers = [{name: part[rows] for name, part in layer.items()} for layer in self.layers]
+
+    def extended(self, place: int, name: str, new: Tensor, dim: int) -> Tensor:
+        """A layer's part with what is new behind it, which is kept."""
+        if place == len(self.layers):
+            self.layers.append({})
+        layer = self.layers[place]
+        layer[name] = torch.cat([layer[name], new], dim) if name in layer else new
+        return layer[name]
+
+    def convolved(self, place: int, new: Tensor) -> Tensor:
+        """A layer's new states [B, M, C] with the ``KERNEL - 1`` before them, zeros at the start."""
+        layer = self.layers[place]
+        before = layer["tail"] if "tail" in layer else new.new_zeros(new.shape[0], KERNEL - 1, new.shape[2])
+        whole = torch.cat([before, new], 1)
+        layer["tail"] = whole[:, 1 - KERNEL :]
+        return whole
+
+
+class Layer(nn.Module):
+    """Attention and feed-forward network, each after a normalisation."""
+
+    def __init__(self, config: PointerConfig) -> None:
+        super().__init__()
+        width = config.width
+        self.heads = config.heads
+        self.before, self.after = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.conv = nn.Conv1d(3 * width, 3 * width, KERNEL, groups=3 * width, bias=False)
+        self.out = nn.Linear(width, width, bias=False)
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def forward(
+        self, x: Tensor, real: Tensor, turns: tuple[Tensor, Tensor], bias: Tensor, cache: Any, i: int
+    ) -> Tensor:
+        """States [B, M, D]; ``real`` [B, M, 1] is 0 for padding, ``bias`` [B, 1, M, N] hides what may not be read."""
+        qkv = self.qkv(self.before(x)) * real
+        if cache is None:
+            whole = F.pad(qkv, (0, 0, KERNEL - 1, 0))
+        else:
+            if i == len(cache.layers):
+                cache.layers.append({})
+            whole = cache.convolved(i, qkv)
+        qkv = qkv + self.conv(whole.transpose(1, 2)).transpose(1, 2)
+        q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in qkv.chunk(3, -1))
+        q, k = _rotated(q, turns), _rotated(k, turns)
+        if cache is not None:
+            k, v = cache.extended(i, "k", k, 2), cache.extended(i, "v", v, 2)
+        read = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+        x = x + self.out(read.transpose(1, 2).flatten(2))
+        return x + self.down(F.gelu(self.up(self.after(x)), approximate="tanh"))
+
+
+class PointerLM(PreTrainedModel):
+    """The network; see the module's docstring."""
+
+    config_class = PointerConfig
+    config: PointerConfig
+
+    def __init__(self, config: PointerConfig) -> None:
+        super().__init__(config)
+        width = config.width
+        self.words = nn.Embedding(config.vocab_size, width)
+        self.flags = nn.Parameter(torch.empty(2, width))
+        self.layers = nn.ModuleList(Layer(config) for _ in range(config.layers))
+        self.last = nn.LayerNorm(width)
+        self.asking, self.offering = nn.Linear(width, width, bias=False), nn.Linear(width, width, bias=False)
+        self.gate = nn.Linear(width, 1)
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, PointerLM):
+            nn.init.normal_(module.flags, std=INITIAL)
+        elif isinstance(module, nn.Embedding):
+            nn.init.normal_(module.weight, std=INITIAL)
+        elif isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.Conv1d):
+            nn.init.normal_(module.weight, std=1 / math.sqrt(KERNEL))
+        elif isinstance(module, nn.LayerNorm):
+            nn.init.ones_(module.weight)
+            nn.init.zeros_(module.bias)
+
+    def new_cache(self) -> PointerCache:
+        """For tokens that come one after another."""
+        return PointerCache()
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: PointerCache | None = None,
+        use_cache: bool = False,
+        logits_to_keep: int = 0,
+        **others: Any,
+    ) -> CausalLMOutputWithPast:
+        """Logits f32[B, M, V], of the last ``logits_to_keep`` tokens if that is not 0.
+
+        ``attention_mask`` i64[B, N] and ids of earlier tokens belong together as transformers has it.
+        """
+        cache = past_key_values
+        ids = input_ids if cache is None or cache.ids is None else torch.cat([cache.ids, input_ids], 1)
+        new, total = input_ids.shape[1], ids.shape[1]
+        mask = torch.ones_like(ids) if attention_mask is None else attention_mask
+        if position_ids is None:
+            position_ids = torch.arange(total, device=ids.device)[None, total - new :]
+        if cache is not None:
+            cache.ids = ids
+        real = mask[:, total - new :, None].to(self.flags.dtype)
+        hidden = self._hidden(mask, new)
+        turns = _turns(position_ids, self.config.width // self.config.heads)
+        x = self.words(input_ids) + occurring(ids, mask, new, self.config).to(real.dtype) @ self.flags
+        for i, layer in enumerate(self.layers):
+            x = layer(x, real, turns, hidden.unsqueeze(1), cache, i)
+        x = self.last(x)
+        offered = self.offering(x)
+        if cache is not None:
+            offered = cache.extended(len(self.layers), "offered", offered, 1)
+        x, hidden = x[:, -logits_to_keep:], hidden[:, -logits_to_keep:]
+        return CausalLMOutputWithPast(logits=self._logits(x, offered, hidden, ids), past_key_values=None)
+
+    def _hidden(self, mask: Tensor, new: int) -> Tensor:
+        """f32[B, M, N]: 0 where a new token may look, very negative at padding and at what comes later."""
+        total = mask.shape[1]
+        place = torch.arange(total, device=mask.device)
+        seen = (place <= place[total - new :, None]) & mask[:, None].bool()
+        return torch.where(seen, 0.0, FAR).to(self.flags.dtype)
+
+    def _logits(self, x: Tensor, offered: Tensor, hidden: Tensor, ids: Tensor) -> Tensor:
+        size = self.config.vocab_size
+        said = torch.softmax(x @ self.words.weight.T, -1)
+        scores = self.asking(x) @ offered.transpose(1, 2) / math.sqrt(x.shape[-1])
+        copied = torch.softmax(scores + hidden, -1)
+        places = ids.unsqueeze(1).expand(-1, x.shape[1], -1)
+        gate = torch.sigmoid(self.gate(x))
+        mixed = (gate * said).scatter_add(-1, places, (1 - gate) * copied)
+        return torch.log((1 - FLOOR) * mixed + FLOOR / size)
+
+
+def occurring(ids: Tensor, mask: Tensor, new: int, config: PointerConfig) -> Tensor:
+    """Flags bool[B, M, 2] of the last M tokens: does it occur earlier in the current sub-query, and in the question?"""
+    words = (ids >= config.words_from) & mask.bool()
+    number = (ids == config.query_id).cumsum(1)
+    ends = (ids == config.eos_token_id).cumsum(1)
+    # Between a marker and the end of its turn: no turn has ended since the marker.
+    at_marker = torch.where(ids == config.query_id, ends, 0).cummax(1).values
+    writing = (number > 0) & (ends == at_marker)
+    asked = ((ids == config.turn_id).cumsum(1) == 0) & words
+    total = ids.shape[1]
+    place = torch.arange(total, device=ids.device)
+    same = (ids[:, total - new :, None] == ids[:, None]) & words[:, total - new :, None]
+    same &= place < place[total - new :, None]
+    current = (number[:, total - new :, None] == number[:, None]) & (writing & words)[:, None]
+    return torch.stack([(same & current).any(-1), (same & asked[:, None]).any(-1)], -1)
+
+
+def _turns(positions: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """Cosines and sines [B or 1, 1, M, width / 2] of rotary positions (Su et al. 2021, arXiv 2104.09864)."""
+    rates = 10_000 ** (-torch.arange(0, width, 2, device=positions.device).float() / width)
+    angles = positions[:, None, :, None].float() * rates
+    return angles.cos(), angles.sin()
+
+
+def _rotated(x: Tensor, turns: tuple[Tensor, Tensor]) -> Tensor:
+    cosine, sine = turns
+    one, other = x.chunk(2, -1)
+    return torch.cat([one * cosine - other * sine, other * cosine + one * sine], -1)
+
+
+AutoConfig.register(MODEL_TYPE, PointerConfig)
+AutoModelForCausalLM.register(PointerConfig, PointerLM)

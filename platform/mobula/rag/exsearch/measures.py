@@ -1,0 +1,64 @@
+"""What is said about an answered question: the answer, the searches that led to it, and what went wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+
+import numpy as np
+
+from mobula.alternation import Row
+from mobula.data.records import Document
+from mobula.evaluation.answers import accuracy, exact_match, f1, holds, is_closed
+from mobula.rag.exsearch.sources import Problem
+from mobula.rag.exsearch.trajectory import Flags, Trajectory
+
+FLAGS = tuple(asdict(Flags()))
+SCORES = {"em": exact_match, "f1": f1, "acc": accuracy}
+# Means over questions, in the order of tables. Searches and what flags count are numbers; the others are shares.
+MEASURES = (
+    *SCORES,
+    "answer_hit",
+    "gold_hit",
+    "last_gold_hit",
+    "searches",
+    "under_search",
+    "over_search",
+    "malformed",
+    "forced_final",
+    "overflow",
+    "repeat_queries",
+    "empty_facts",
+    "retriever_errors",
+)
+
+
+def judge(problem: Problem, found: Trajectory, document: Callable[[str], Document]) -> Row:
+    """The measures of one question.
+
+    ``answer_hit``: a passage shown for the last sub-query has the answer (null where it is yes or no). ``gold_hit``:
+    the share of gold passages that were shown, ``last_gold_hit``: whether the last sub-query showed the last of them.
+    ``under_search``: the search ended before all were shown; ``over_search``: it went on after that.
+    """
+    golds, shown = problem.answers, found.shown
+    seen = [set().union(*shown[: n + 1]) for n in range(len(shown))]
+    support = set(problem.support)
+    complete = next((n for n, ids in enumerate(seen) if support <= ids), None)
+    last = shown[-1] if shown else []
+    row: Row = {name: score(found.prediction, golds) for name, score in SCORES.items()}
+    row |= {
+        "answer_hit": None if is_closed(golds) else float(any(holds(document(id).text, golds) for id in last)),
+        "gold_hit": len(support & seen[-1]) / len(support) if seen else 0.0,
+        "last_gold_hit": float(problem.support[-1] in last),
+        "searches": len(found.queries),
+        "under_search": float(complete is None),
+        "over_search": float(complete is not None and complete < len(shown) - 1),
+        "in_facts": float(holds(" ".join(found.facts), golds)),
+    }
+    return row | {name: float(value) for name, value in asdict(found.flags).items()}
+
+
+def means(rows: Sequence[Row], names: Sequence[str]) -> Row:
+    """The mean of each measure over the questions that have it; 0 if none has."""
+    found = {name: [row[name] for row in rows if row[name] is not None] for name in names}
+    return {name: float(np.mean(values)) if values else 0.0 for name, values in found.items()}

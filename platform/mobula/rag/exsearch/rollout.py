@@ -1,0 +1,265 @@
+"""Rollouts: many questions in flight, one batched generation and one batched search a round.
+
+Every token is drawn with a seed of its own (trajectory, round), so a trajectory does not depend on what else is in
+flight. Sampling, evaluation and serving run the same code; only temperature and batch differ.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from mobula.alternation import seed_of
+from mobula.data.records import Document
+from mobula.models.causal import CausalModel, Continuation, Sampling
+from mobula.rag.exsearch.chat import FACT, QUERY, SEARCH, Chat, chat_of
+from mobula.rag.exsearch.config import Mode, RolloutConfig
+from mobula.rag.exsearch.trajectory import GIVEN, Action, Selection, Trajectory, Turn, parse
+from mobula.rag.objective import LATENT
+from mobula.rag.permutations import parse_permutation
+from mobula.rag.search import Reply, Retrying
+
+GREEDY = 0.0
+SELECTION_TOKENS = 6  # most tokens for each number of a selection, with brackets and arrow
+
+
+@dataclass
+class Episode:
+    """A question in flight. ``open``: the agent may go on searching."""
+
+    question: str
+    seed: int
+    trajectory: Trajectory = field(default_factory=Trajectory)
+    open: bool = True
+
+    @property
+    def rounds(self) -> int:
+        """How many turns the agent has had."""
+        return sum(turn.role == "assistant" for turn in self.trajectory.turns)
+
+
+class Rollouts:
+    """An agent with its model, its searcher and its limits."""
+
+    def __init__(
+        self,
+        model: CausalModel,
+        searcher: Retrying,
+        config: RolloutConfig,
+        mode: Mode | None = None,
+        greedy: bool = False,
+    ) -> None:
+        self.model, self.searcher, self.config = model, searcher, config
+        self.mode = mode or Mode()
+        self.chat: Chat = chat_of(model, config.max_passage_tokens)
+        self.temperature = GREEDY if greedy else config.temperature
+
+    def run(self, questions: Sequence[str], seeds: Sequence[int]) -> list[Trajectory]:
+        """The trajectories of questions, each with its seed, answers included."""
+        episodes = [self.begin(question, seed) for question, seed in zip(questions, seeds, strict=True)]
+        for _ in range(self.config.max_turns):
+            self.round(episodes)
+        self.answer(episodes)
+        return [episode.trajectory for episode in episodes]
+
+    def begin(self, question: str, seed: int) -> Episode:
+        """A question before the agent's first turn."""
+        episode = Episode(question, seed)
+        episode.trajectory.turns.append(Turn.given("user", question, self.chat.begin(question)))
+        return episode
+
+    def round(self, episodes: Sequence[Episode]) -> None:
+        """One turn of the agent in every open episode, and the searches that follow from it."""
+        going = [episode for episode in episodes if episode.open]
+        if not going:
+            return
+        drawn = self._draw(going, [[] for _ in going], self.config.max_action_tokens, "act")
+        actions = [self._parse(episode, self._text(c)) for episode, c in zip(going, drawn, strict=True)]
+        for episode, action, said in zip(going, actions, drawn, strict=True):
+            if action.kind != "malformed" or self.config.on_malformed == "terminate":
+                self._say(episode, action, [], said)
+        self._repair([(e, c) for e, a, c in zip(going, actions, drawn, strict=True) if a.kind == "malformed"])
+        self._search([episode for episode in going if episode.open])
+
+    def answer(self, episodes: Sequence[Episode]) -> None:
+        """Close the episodes: ask for the answers and keep them."""
+        if not episodes:
+            return
+        for episode in episodes:
+            if episode.open:
+                episode.open, episode.trajectory.flags.forced_final = False, True
+            turn = Turn.given("user", "", self.chat.close(episode.question))
+            episode.trajectory.turns.append(turn)
+        drawn = self._draw(episodes, [[] for _ in episodes], self.config.max_answer_tokens, "answer")
+        for episode, said in zip(episodes, drawn, strict=True):
+            turn = self._turn([], said)
+            episode.trajectory.answer, episode.trajectory.prediction = turn, turn.text
+
+    def direct(self, questions: Sequence[str], seeds: Sequence[int]) -> list[Trajectory]:
+        """Answers without an agent's turns, from nothing or from what the question itself finds."""
+        found = self.asked(questions)
+        sampling = Sampling(self.config.max_answer_tokens, self.temperature, self.config.top_p)
+        drawn = self._sample([trajectory.context for trajectory in found], sampling, seeds)
+        for trajectory, said in zip(found, drawn, strict=True):
+            turn = self._turn([], said)
+            trajectory.answer, trajectory.prediction = turn, turn.text
+        return found
+
+    def asked(self, questions: Sequence[str]) -> list[Trajectory]:
+        """What :meth:`direct` answers: questions, with what they find if the mode searches."""
+        found = [Trajectory() for _ in questions]
+        if self.mode.search:
+            replies = self.searcher.ask(questions, self.config.k_show)
+            for trajectory, question, reply in zip(found, questions, replies, strict=True):
+                _note(trajectory, question, reply)
+                trajectory.shown.append([hit.id for hit in reply.found])
+        for trajectory, question in zip(found, questions, strict=True):
+            passages = self._documents(trajectory.shown[0]) if trajectory.shown else []
+            trajectory.turns.append(Turn.given("user", question, self.chat.direct(question, passages)))
+        return found
+
+    @property
+    def _depth(self) -> int:
+        return self.config.k_candidates if self.mode.select else self.config.k_show
+
+    def _parse(self, episode: Episode, text: str) -> Action:
+        first = episode.rounds == 0
+        return parse(text, fact=not first and self.mode.record, query=first)
+
+    def _repair(self, broken: Sequence[tuple[Episode, Continuation]]) -> None:
+        """A second chance: the turn begins as it must, and the agent writes on."""
+        for episode, _ in broken:
+            episode.trajectory.flags.malformed += 1
+        if self.config.on_malformed == "terminate" or not broken:
+            return
+        episodes = [episode for episode, _ in broken]
+        starts = [self.model.encode(self._start(episode, self._text(said))) for episode, said in broken]
+        drawn = self._draw(episodes, starts, self.config.max_action_tokens, "repair")
+        for episode, start, said in zip(episodes, starts, drawn, strict=True):
+            episode.trajectory.flags.repaired += 1
+            text = self.model.decode([*start, *said.ids])
+            self._say(episode, self._parse(episode, text), start, said)
+
+    def _start(self, episode: Episode, text: str) -> str:
+        if episode.rounds == 0 or not self.mode.record:
+            return QUERY
+        lines = [line.strip() for line in text.replace(FACT, " ").split("\n") if line.strip()]
+        return f"{FACT} {lines[0] if lines else ''}{self.chat.gap}{QUERY}"
+
+    def _say(self, episode: Episode, action: Action, start: Sequence[int], said: Continuation) -> None:
+        """Put the agent's turn into the chat, with what it means; a turn that cannot be read ends the search."""
+        trajectory, first = episode.trajectory, episode.rounds == 0
+        turn = self._turn(start, said)
+        wanted = self._allowed(episode, action)
+        unasked = FACT in turn.text and not self.mode.record
+        if action.kind != "malformed" and (wanted != action or unasked):
+            text = wanted.written(self.chat.gap, fact=not first and self.mode.record)
+            turn = Turn.given("assistant", text, [*self.model.encode(text), self.model.eos])
+        trajectory.turns.append(turn)
+        if action.kind == "malformed":
+            episode.open, trajectory.flags.forced_final = False, True
+            return
+        if not first and self.mode.record:
+            trajectory.facts.append(action.fact)
+            trajectory.flags.empty_facts += not action.fact
+        if action.kind == "final":
+            episode.open = False
+        elif episode.rounds == self.config.max_turns:
+            episode.open, trajectory.flags.forced_final = False, True
+        else:
+            trajectory.flags.repeat_queries += wanted.query in trajectory.queries
+            trajectory.queries.append(wanted.query)
+
+    def _allowed(self, episode: Episode, action: Action) -> Action:
+        """The action, with the question for its query where an agent does not think."""
+        if action.kind == "query" and not self.mode.think:
+            return replace(action, query=episode.question)
+        return action
+
+    def _search(self, episodes: Sequence[Episode]) -> None:
+        if not episodes:
+            return
+        if not self.mode.search:
+            replies = [Reply([]) for _ in episodes]
+        else:
+            replies = self.searcher.ask([episode.trajectory.queries[-1] for episode in episodes], self._depth)
+        for episode, reply in zip(episodes, replies, strict=True):
+            _note(episode.trajectory, None, reply)
+        self._choose(episodes)
+        for episode in episodes:
+            shown = self._documents(episode.trajectory.shown[-1])
+            ids = self.chat.found(shown)
+            room = self.config.max_action_tokens + 2 * len(self.chat.close(episode.question))
+            if episode.trajectory.length + len(ids) + room + self.config.max_answer_tokens > self.config.seq_len:
+                episode.open, episode.trajectory.flags.overflow = False, True
+                episode.trajectory.shown[-1] = []
+                continue
+            text = "\n".join([SEARCH, *(f"[{i}] {p.title}: {p.text}" for i, p in enumerate(shown, 1))])
+            episode.trajectory.turns.append(Turn.given("user", text, ids))
+
+    def _choose(self, episodes: Sequence[Episode]) -> None:
+        """Which of the candidates are shown: the first ones, or those that the agent selects."""
+        choosing = [e for e in episodes if self.mode.select and e.trajectory.hits[-1]]
+        for episode in episodes:
+            episode.trajectory.shown.append([id for id, _, _ in episode.trajectory.hits[-1][: self.config.k_show]])
+        if not choosing:
+            return
+        candidates = [[id for id, _, _ in episode.trajectory.hits[-1]] for episode in choosing]
+        prompts = [
+            self.chat.choose(episode.trajectory.queries[-1], self._documents(ids))
+            for episode, ids in zip(choosing, candidates, strict=True)
+        ]
+        sampling = Sampling(SELECTION_TOKENS * self.config.k_show, self.temperature, self.config.top_p)
+        seeds = [seed_of(episode.seed, episode.rounds, "select") for episode in choosing]
+        drawn = self._sample(prompts, sampling, seeds)
+        for episode, ids, prompt, said in zip(choosing, candidates, prompts, drawn, strict=True):
+            turn = self._turn([], said)
+            order = parse_permutation(turn.text, len(ids))
+            chosen = [ids[number - 1] for number in order[: self.config.k_show]]
+            episode.trajectory.flags.malformed_selections += not chosen
+            episode.trajectory.shown[-1] = chosen or episode.trajectory.shown[-1]
+            episode.trajectory.selections.append(Selection(prompt, turn, chosen))
+
+    def _documents(self, ids: Sequence[str]) -> list[Document]:
+        return [self.searcher.searcher.document(id) for id in ids]
+
+    def _draw(
+        self, episodes: Sequence[Episode], starts: Sequence[Sequence[int]], most: int, what: str
+    ) -> list[Continuation]:
+        """What agents say next, after what is put into their mouths."""
+        prompts = [[*e.trajectory.context, *start] for e, start in zip(episodes, starts, strict=True)]
+        seeds = [seed_of(episode.seed, episode.rounds, what) for episode in episodes]
+        drawn = self._sample(prompts, Sampling(most, self.temperature, self.config.top_p), seeds)
+        return [self._cut(said) for said in drawn]
+
+    def _sample(self, prompts: Sequence[Sequence[int]], sampling: Sampling, seeds: Sequence[int]) -> list[Continuation]:
+        return self.model.sample(prompts, sampling, seeds, self.config.batch)
+
+    def _cut(self, said: Continuation) -> Continuation:
+        """Without what an agent said in the environment's name, from the marker of its turns on."""
+        if SEARCH not in self.model.decode(said.ids):
+            return said
+        keep = next(n for n in range(1, len(said.ids) + 1) if SEARCH in self.model.decode(said.ids[:n]))
+        return Continuation(said.ids[:keep], said.log_probs[:keep], said.log_q[:keep], ended=False)
+
+    def _text(self, said: Continuation) -> str:
+        return self.model.decode(said.ids).strip()
+
+    def _turn(self, start: Sequence[int], said: Continuation) -> Turn:
+        """A turn with its end, which is not learned if it was not drawn."""
+        ids = [*start, *said.ids, self.model.eos]
+        mask = [*(GIVEN for _ in start), *(LATENT for _ in said.log_probs), *([] if said.ended else [GIVEN])]
+        text = self.model.decode([*start, *said.ids]).strip()
+        return Turn("assistant", text, ids, mask, list(said.log_probs), list(said.log_q))
+
+    def __getstate__(self) -> dict[str, Any]:
+        raise TypeError("rollouts hold an open model; send the worker that opens it")
+
+
+def _note(trajectory: Trajectory, query: str | None, reply: Reply) -> None:
+    """Keep what a search found; ``query``: if it is not there yet."""
+    if query is not None:
+        trajectory.queries.append(query)
+    trajectory.hits.append([(found.id, found.score, found.rank) for found in reply.found])
+    trajectory.flags.retriever_errors += reply.failed

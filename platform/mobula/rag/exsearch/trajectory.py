@@ -1,0 +1,213 @@
+"""What an agent did about a question: its turns as tokens, and what they mean.
+
+A trajectory is the latent variable of EXSEARCH: sub-queries, the passages that were shown, and the facts recorded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from mobula.rag.exsearch.chat import FACT, FINAL, NONE, QUERY, SEARCH
+from mobula.rag.objective import ANSWER
+
+GIVEN = 0  # mask of what nobody learns: the environment's words, and what was put into the agent's mouth
+
+
+@dataclass
+class Turn:
+    """A turn as tokens: ``mask`` is 1 (``LATENT``) where the agent sampled the token.
+
+    ``log_probs`` and ``log_q`` of each of those: log p under the model at temperature 1, and under the distribution
+    that it was drawn from.
+    """
+
+    role: Literal["user", "assistant"]
+    text: str
+    ids: list[int]
+    mask: list[int]
+    log_probs: list[float]
+    log_q: list[float]
+
+    @classmethod
+    def given(cls, role: Literal["user", "assistant"], text: str, ids: Sequence[int]) -> Turn:
+        """A turn that nobody learns."""
+        return cls(role, text, list(ids), [GIVEN] * len(ids), [], [])
+
+    @property
+    def aligned(self) -> list[float]:
+        """``log_probs`` by token, 0 where none was sampled."""
+        sampled = iter(self.log_probs)
+        return [next(sampled) if kind else 0.0 for kind in self.mask]
+
+
+@dataclass
+class Selection:
+    """A choice among candidates: a prompt, what was said after it, and the passages it led to."""
+
+    prompt: list[int]
+    turn: Turn
+    ids: list[str]
+
+
+@dataclass
+class Flags:
+    """What went wrong, counted."""
+
+    malformed: int = 0  # actions without the form that they must have
+    repaired: int = 0  # of these, given a second chance
+    forced_final: bool = False  # closed without having said so
+    overflow: bool = False  # closed because nothing more would have fitted
+    repeat_queries: int = 0
+    empty_facts: int = 0
+    retriever_errors: int = 0
+    malformed_selections: int = 0
+
+
+@dataclass
+class Trajectory:
+    """Turns, and what they mean: sub-queries, facts, what was found (id, score, rank) and shown, and the answer.
+
+    ``turns`` end with the request for the answer; what was answered is ``prediction`` and ``answer``.
+    """
+
+    turns: list[Turn] = field(default_factory=list)
+    queries: list[str] = field(default_factory=list)
+    facts: list[str] = field(default_factory=list)
+    hits: list[list[tuple[str, float, int]]] = field(default_factory=list)
+    shown: list[list[str]] = field(default_factory=list)
+    selections: list[Selection] = field(default_factory=list)
+    prediction: str = ""
+    answer: Turn | None = None
+    flags: Flags = field(default_factory=Flags)
+
+    @property
+    def context(self) -> list[int]:
+        """All tokens up to the answer."""
+        return [token for turn in self.turns for token in turn.ids]
+
+    @property
+    def length(self) -> int:
+        """Their number."""
+        return sum(len(turn.ids) for turn in self.turns)
+
+    @property
+    def log_ratio(self) -> float:
+        """log p(z|x) at temperature 1 minus the log-probability that the trajectory was drawn with."""
+        return sum(sum(turn.log_probs) - sum(turn.log_q) for turn in self._said)
+
+    @property
+    def sampled(self) -> list[float]:
+        """log p of every token of the latent that was sampled."""
+        return [p for turn in self._said for p in turn.log_probs]
+
+    @property
+    def _said(self) -> list[Turn]:
+        return [*self.turns, *(selection.turn for selection in self.selections)]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON."""
+        return asdict(self)
+
+    @classmethod
+    def read(cls, row: Mapping[str, Any]) -> Trajectory:
+        """What :meth:`to_dict` made."""
+        answer = row["answer"]
+        return cls(
+            turns=[Turn(**turn) for turn in row["turns"]],
+            queries=row["queries"],
+            facts=row["facts"],
+            hits=[[(id, score, rank) for id, score, rank in found] for found in row["hits"]],
+            shown=row["shown"],
+            selections=[Selection(s["prompt"], Turn(**s["turn"]), s["ids"]) for s in row["selections"]],
+            prediction=row["prediction"],
+            answer=None if answer is None else Turn(**answer),
+            flags=Flags(**row["flags"]),
+        )
+
+
+@dataclass(frozen=True)
+class Action:
+    """What an agent's turn says: a fact, unless it is the first turn, and then a sub-query or the end."""
+
+    kind: Literal["query", "final", "malformed"]
+    fact: str = ""
+    query: str = ""
+
+    def written(self, gap: str, *, fact: bool) -> str:
+        """The turn in its proper form, with or without the fact."""
+        rest = f"{QUERY} {self.query}" if self.kind == "query" else FINAL
+        return f"{FACT} {self.fact or NONE}{gap}{rest}" if fact else rest
+
+
+MALFORMED = Action("malformed")
+
+
+def parse(text: str, *, fact: bool, query: bool) -> Action:
+    """Read an agent's turn. ``fact``: it must begin with one. ``query``: it must not end the search.
+
+    The first occurrence of a marker counts. A turn without what must be there, or with an empty sub-query, is
+    malformed; a fact may be empty.
+    """
+    text = text.split(SEARCH)[0]
+    recorded = ""
+    if fact:
+        _, marker, text = text.partition(FACT)
+        if not marker:
+            return MALFORMED
+    places = {marker: text.find(marker) for marker in (QUERY, FINAL) if marker in text}
+    if not places:
+        return MALFORMED
+    first = min(places, key=places.__getitem__)
+    if fact:
+        recorded = " ".join(text[: places[first]].split())
+        recorded = "" if recorded.lower() == NONE else recorded
+    if first == FINAL:
+        return MALFORMED if query else Action("final", recorded)
+    rest = text[places[QUERY] + len(QUERY) :]
+    for marker in (QUERY, FACT, FINAL):
+        rest = rest.split(marker)[0]
+    asked = " ".join(rest.split("\n")[0].split())
+    return Action("query", recorded, asked) if asked else MALFORMED
+
+
+@dataclass(frozen=True)
+class TrainRow:
+    """A row of the M-step: tokens, and by token 0 (not learned), 1 (latent) or 2 (answer).
+
+    ``old``: log-probabilities under the model that sampled it, where a ratio to it is learned.
+    """
+
+    ids: list[int]
+    mask: list[int]
+    weight: float
+    old: list[float] | None = None
+
+
+def rows(trajectory: Trajectory, gold: Sequence[int], weight: float) -> list[TrainRow]:
+    """What is learned from a trajectory: its own tokens and the GOLD answer, and each selection by itself."""
+    return _with_selections(trajectory, [*gold], [ANSWER] * len(gold), None, weight)
+
+
+def own_rows(trajectory: Trajectory, weight: float) -> list[TrainRow]:
+    """The same with the answer that was sampled, and with log-probabilities: what a policy gradient learns from."""
+    answer = trajectory.answer
+    assert answer is not None
+    mask = [ANSWER if kind else GIVEN for kind in answer.mask]
+    return _with_selections(trajectory, answer.ids, mask, answer.aligned, weight)
+
+
+def _with_selections(
+    trajectory: Trajectory, answer: list[int], mask: list[int], old: list[float] | None, weight: float
+) -> list[TrainRow]:
+    turns = trajectory.turns
+    ids = [*trajectory.context, *answer]
+    kinds = [*(kind for turn in turns for kind in turn.mask), *mask]
+    before = None if old is None else [*(p for turn in turns for p in turn.aligned), *old]
+    found = [TrainRow(ids, kinds, weight, before)]
+    for selection in trajectory.selections:
+        prompt, turn = selection.prompt, selection.turn
+        said = None if old is None else [*(0.0 for _ in prompt), *turn.aligned]
+        found.append(TrainRow([*prompt, *turn.ids], [*(GIVEN for _ in prompt), *turn.mask], weight, said))
+    return found
