@@ -14,11 +14,11 @@ from torch import nn
 from mobula import config as configs
 from mobula.data import load_retrieval
 from mobula.data.records import Query
-from mobula.errors import DataError
+from mobula.errors import DataError, TrainingError
 from mobula.retrieval.arms import Arm
 from mobula.retrieval.config import Config
 from mobula.retrieval.docids.leak import DocidLeak
-from mobula.retrieval.fitting import docid_task, settings_for
+from mobula.retrieval.fitting import Plan, Schedule, docid_task, fit_plans, settings_for
 from mobula.retrieval.prepare import Material, prepare, title_leaks, training_examples
 from mobula.retrieval.tasks import DualTask, ModelCollapsed, check_collapse
 from mobula.training import TrainingConfig, fit
@@ -204,6 +204,17 @@ def test_a_trial_of_a_rate_and_a_control_may_collapse(material: Material) -> Non
         task_of(material, "classifier/rq").check(collapsed, 10, 10)
     replace(task_of(material, "classifier/rq"), guarded=False).check(collapsed, 10, 10)
     task_of(material, "diffusion/random").check(collapsed, 10, 10)
+
+
+def test_a_rate_that_diverges_is_rejected_and_all_of_them_are_an_error(material: Material, tmp_path: Path) -> None:
+    schedule = Schedule(TrainingConfig(steps=20, batch=16, workers=0, report_every=5), 0.5, 0)
+    plan = Plan("diffusion/rq", task_of(material, "diffusion/rq"), [1e30, 1e-2], tmp_path / "some", 1)
+    (results,), rows = fit_plans([plan], schedule, None)
+    assert rows[0][2:] == ["diverged", False]
+    assert rows[1][3]
+    assert len(results) == 1
+    with pytest.raises(TrainingError, match=r"diffusion/rq: the loss became NaN or infinite with every rate"):
+        fit_plans([replace(plan, rates=[1e30, 1e31], directory=tmp_path / "all")], schedule, None)
 
 
 def test_a_collapsed_model_stops_the_training(material: Material, tmp_path: Path) -> None:

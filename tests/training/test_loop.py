@@ -276,15 +276,32 @@ def test_a_parameter_without_dimensions_is_an_error_that_names_it(tmp_path: Path
         train(tmp_path, Scalar(), zero=zero)
 
 
+class Exploding(ByteTask):
+    """The loss becomes infinite with the ninth batch."""
+
+    calls = 0
+
+    def loss(self, model: nn.Module, batch: dict[str, Tensor]):
+        loss, extras = super().loss(model, batch)
+        self.calls += 1
+        return (loss * math.inf if self.calls == 9 else loss), extras
+
+
+def test_a_trial_that_diverges_ends_with_its_best_weights_and_says_so(tmp_path: Path) -> None:
+    settings = dataclasses.replace(CONFIG, eval_every=2)
+    made = Training(Exploding(), settings, tmp_path / "trial", 3, "trial", trial=True)
+    (result,) = fit_all([made])
+    assert result.diverged
+    assert result.steps < settings.total_steps
+    assert result.best["step"] <= 4
+    assert result.last == result.weights
+    assert all(torch.isfinite(value).all() for value in weights(result.weights).values())
+    assert fit_all([made]) == [result]
+    with pytest.raises(ConfigError, match="a trial needs a metric that judges it"):
+        fit_all([dataclasses.replace(made, config=dataclasses.replace(settings, monitor=""))])
+
+
 def test_f11_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(tmp_path: Path) -> None:
-    class Exploding(ByteTask):
-        calls = 0
-
-        def loss(self, model: nn.Module, batch: dict[str, Tensor]):
-            loss, extras = super().loss(model, batch)
-            self.calls += 1
-            return (loss * math.inf if self.calls == 9 else loss), extras
-
     with pytest.raises(TrainingError, match=r"the loss became inf at step 5"):
         train(tmp_path, Exploding(), report_every=10, checkpoint_every=6, eval_every=None)
     assert not (tmp_path / "result.json").exists()

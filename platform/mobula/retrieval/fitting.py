@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any, Protocol
 
 from mobula.cluster.connect import connect
 from mobula.cluster.spec import ClusterSpec
+from mobula.errors import TrainingError
 from mobula.retrieval.arms import Arm
 from mobula.retrieval.build import ModelConfig, load_weights
 from mobula.retrieval.config import Config, LossConfig
@@ -149,22 +151,29 @@ def _choose_rates(plans: Sequence[Plan], schedule: Schedule, cluster: Spec) -> t
     """The rate of each plan that is best on dev after a share of the training; a single rate needs no trial."""
     trials = [(plan, rate) for plan in plans if len(plan.rates) > 1 for rate in plan.rates]
     settings = {rate: settings_for(schedule.training, rate, schedule.share) for _, rate in trials}
-    tried = [
-        _training(replace(plan, task=replace(plan.task, guarded=False)), settings[rate], f"lr-{rate:g}", schedule.seed)
-        for plan, rate in trials
-    ]
+    tried = [_trial(plan, rate, settings[rate], schedule.seed) for plan, rate in trials]
     results = _fit(tried, cluster)
     on_dev = {
-        (plan.name, rate): result.best[settings[rate].monitor]
+        (plan.name, rate): -math.inf if result.diverged else result.best[settings[rate].monitor]
         for (plan, rate), result in zip(trials, results, strict=True)
     }
     chosen: list[float] = []
     rows: list[list[Any]] = []
     for plan in plans:
         best = max(plan.rates, key=lambda rate: on_dev.get((plan.name, rate), 0.0))
-        rows.extend([plan.name, rate, on_dev.get((plan.name, rate)), rate == best] for rate in plan.rates)
+        if on_dev.get((plan.name, best)) == -math.inf:
+            raise TrainingError(f"{plan.name}: the loss became NaN or infinite with every rate of {plan.rates}")
+        values = {rate: on_dev.get((plan.name, rate)) for rate in plan.rates}
+        told = {rate: "diverged" if value == -math.inf else value for rate, value in values.items()}
+        rows.extend([plan.name, rate, told[rate], rate == best] for rate in plan.rates)
         chosen.append(best)
     return chosen, rows
+
+
+def _trial(plan: Plan, rate: float, settings: TrainingConfig, seed: int) -> Training:
+    """A short training that may collapse or diverge: dev then rejects the rate."""
+    tried = replace(plan, task=replace(plan.task, guarded=False))
+    return replace(_training(tried, settings, f"lr-{rate:g}", seed), trial=True)
 
 
 def _final(plan: Plan, rate: float, schedule: Schedule, seed: int) -> Training:
@@ -180,7 +189,8 @@ def _fit(trainings: list[Training], cluster: Spec) -> list[FitResult]:
         log.info("to train: %s (%s), %d steps of %d", t.name, t.directory.name, t.config.total_steps, t.config.batch)
     results = fit_all(trainings, cluster)
     for t, result in zip(trainings, results, strict=True):
-        log.info("trained %s (%s) in %.0f s: best dev %s", t.name, t.directory.name, result.seconds, result.best)
+        how = "diverged" if result.diverged else "trained"
+        log.info("%s: %s (%s) in %.0f s: best dev %s", how, t.name, t.directory.name, result.seconds, result.best)
     return results
 
 

@@ -27,7 +27,8 @@ class FitResult:
     """What a finished training left in its directory.
 
     ``weights`` are the best ones by the monitored metric, or the last ones if none is monitored; ``best`` holds
-    that evaluation's step and metrics. ``seconds`` counts interrupted attempts up to their last checkpoint.
+    that evaluation's step and metrics. ``seconds`` counts interrupted attempts up to their last checkpoint. A trial
+    that ``diverged`` ended at the step whose loss was not finite.
     """
 
     weights: Path
@@ -37,6 +38,7 @@ class FitResult:
     seconds: float
     best: dict[str, Any]
     history: Path
+    diverged: bool = False
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,8 @@ class Training:
     """A task to train with its settings, seed and directory; ``progress`` is called with every row of metrics.
 
     ``name`` is shown in Ray's dashboard and in errors. On several nodes the directory must be on storage that all
-    of them see.
+    of them see. A ``trial`` of some setting may fail: a loss that is not finite ends it, and nothing else. It needs a
+    monitored metric, by which its weights until then are judged.
     """
 
     task: Task
@@ -53,6 +56,7 @@ class Training:
     seed: int
     name: str
     progress: Callable[[dict[str, Any]], None] | None = None
+    trial: bool = False
 
 
 def fit(
@@ -93,10 +97,10 @@ def fit_all(trainings: Sequence[Training], cluster: ClusterSpec | None = None) -
     if workers == {0}:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         for t in pending:
-            loop.train(t.task, t.config, t.directory, t.seed, device, t.progress or _silent)
+            loop.train(t.task, t.config, t.directory, t.seed, device, t.progress or _silent, t.trial)
     elif pending:
         resources = WorkerResources(pending[0].config.world, requested.cpus_per_worker, requested.gpus_per_worker)
-        works = [ray_backend.Work(t.task, t.config, t.directory, t.seed) for t in pending]
+        works = [ray_backend.Work(t.task, t.config, t.directory, t.seed, t.trial) for t in pending]
         ray_backend.train(works, _title(pending), resources, [t.progress or _silent for t in pending])
     return [_result(training.directory) for training in trainings]
 
@@ -107,6 +111,8 @@ def _resolved(training: Training, requested: Train) -> Training:
     if config.workers is None:
         config = replace(config, workers=requested.workers)
     problems = [f"training.{problem}" for problem in config.problems()]
+    if training.trial and not config.monitor:
+        problems.append("training.monitor: a trial needs a metric that judges it")
     if problems:
         raise ConfigError(problems, training.name)
     directory = training.directory.resolve()
@@ -148,6 +154,7 @@ def _result(directory: Path) -> FitResult:
         seconds=facts["seconds"],
         best=facts["best"],
         history=directory / loop.METRICS,
+        diverged=facts.get("diverged", False),
     )
 
 

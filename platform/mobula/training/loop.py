@@ -44,6 +44,10 @@ class RankFailure(TrainingError):
     """One rank failed while the others wait for it: they have to be ended from outside."""
 
 
+class Diverged(TrainingError):
+    """A loss that is not finite."""
+
+
 @dataclass
 class State:
     """Where a run stands after ``step`` steps; travels with every checkpoint."""
@@ -58,12 +62,19 @@ class State:
 
 
 def train(
-    task: Task, config: TrainingConfig, directory: Path, seed: int, device: torch.device, report: Callable[[Row], None]
+    task: Task,
+    config: TrainingConfig,
+    directory: Path,
+    seed: int,
+    device: torch.device,
+    report: Callable[[Row], None],
+    trial: bool = False,
 ) -> None:
     """Train to the end, from the newest checkpoint in ``directory`` if there is one.
 
-    Every rank calls this. Rank 0 writes metrics.jsonl, the weights and, last of all, result.json; it calls
-    ``report`` with every row of metrics, other ranks with rows of evaluation only.
+    Every rank calls this. A ``trial`` whose loss is not finite any more ends there and says so in its result. Rank 0
+    writes metrics.jsonl, the weights and, last of all, result.json; it calls ``report`` with every row of metrics, other
+    ranks with rows of evaluation only.
 
     Raises:
         TrainingError: the loss is not finite, the monitored metric is absent, the storage refuses.
@@ -75,7 +86,7 @@ def train(
         torch.manual_seed(seed)
         engine = Engine(task, config, device)
         try:
-            _Loop(task, config, directory, seed, engine, report).run()
+            _Loop(task, config, directory, seed, engine, report, trial).run()
         finally:
             engine.close()
 
@@ -84,10 +95,17 @@ class _Loop:
     """One rank's run through the steps."""
 
     def __init__(
-        self, task: Task, config: TrainingConfig, directory: Path, seed: int, engine: Engine, report: Callable
+        self,
+        task: Task,
+        config: TrainingConfig,
+        directory: Path,
+        seed: int,
+        engine: Engine,
+        report: Callable,
+        trial: bool,
     ) -> None:
         self.task, self.config, self.directory, self.seed = task, config, directory, seed
-        self.engine, self.report = engine, report
+        self.engine, self.report, self.trial = engine, report, trial
         self.first = dist.get_rank() == 0
         self.state = State()
         self.window = _Window()
@@ -101,12 +119,18 @@ class _Loop:
         if self.config.monitor and self.state.step == 0:
             # The weights it starts from may be better than any that training finds.
             self._evaluate()
-        while self.state.step < self.config.total_steps and not self.state.stopped:
-            self._step()
-            self._after_step()
+        diverged = False
+        try:
+            while self.state.step < self.config.total_steps and not self.state.stopped:
+                self._step()
+                self._after_step()
+        except Diverged:
+            if not self.trial:
+                raise
+            diverged = True
         if self.window.losses:
             self._report()
-        self._finish()
+        self._finish(diverged)
 
     def _step(self) -> None:
         step = self.state.step
@@ -229,14 +253,19 @@ class _Loop:
         kept = [json.dumps(row) + "\n" for row in rows if row["step"] <= done]
         write_text(path, "".join(kept))
 
-    def _finish(self) -> None:
-        self._export(LAST if self.config.monitor else WEIGHTS)
+    def _finish(self, diverged: bool) -> None:
+        last = LAST if self.config.monitor else WEIGHTS
+        if diverged:
+            last = WEIGHTS  # the best ones so far; the last are worth nothing
+        else:
+            self._export(last)
         result = {
             "steps": self.state.step,
             "examples": self.state.step * self.config.batch,
             "seconds": round(self._seconds(), 3),
             "best": self.state.best,
-            "last": LAST if self.config.monitor else WEIGHTS,
+            "last": last,
+            "diverged": diverged,
         }
         self._together(lambda: write_json(self.directory / RESULT, result))
         if self.first:
@@ -298,7 +327,7 @@ class _Window:
         """Average what is pending over all ranks, and check it; ``step`` is the number of steps done.
 
         Raises:
-            TrainingError: naming the first step whose loss is NaN or infinite.
+            Diverged: naming the first step whose loss is NaN or infinite.
         """
         if not self._pending:
             return
@@ -312,7 +341,7 @@ class _Window:
         for offset, loss in enumerate(numbers[:done]):
             if not math.isfinite(loss):
                 at = step - done + offset + 1
-                raise TrainingError(
+                raise Diverged(
                     f"the loss became {loss} at step {at}; nothing of it was saved: lower training.lr, or look at "
                     "the data of that step"
                 )

@@ -40,6 +40,7 @@ class Work:
     config: TrainingConfig
     directory: Path
     seed: int
+    trial: bool = False
 
 
 def train(
@@ -120,7 +121,8 @@ def _worker(settings: dict[str, Any]) -> MobulaError | None:
     try:
         _require_shared(works[0].directory)
         for work in _unfinished(works):
-            loop.train(work.task, work.config, work.directory, work.seed, ray.train.torch.get_device(), _report)
+            device = ray.train.torch.get_device()
+            loop.train(work.task, work.config, work.directory, work.seed, device, _report, work.trial)
     except loop.RankFailure:
         raise
     except MobulaError as error:
