@@ -73,8 +73,8 @@ def train(
     """Train to the end, from the newest checkpoint in ``directory`` if there is one.
 
     Every rank calls this. A ``trial`` whose loss is not finite any more ends there and says so in its result. Rank 0
-    writes metrics.jsonl, the weights and, last of all, result.json; it calls ``report`` with every row of metrics, other
-    ranks with rows of evaluation only.
+    writes metrics.jsonl, the weights and, last of all, result.json; it calls ``report`` with every row of metrics,
+    other ranks with rows of evaluation only.
 
     Raises:
         TrainingError: the loss is not finite, the monitored metric is absent, the storage refuses.
