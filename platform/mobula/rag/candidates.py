@@ -18,8 +18,8 @@ from mobula.data.records import Document
 from mobula.data.views import body
 from mobula.errors import DataError
 from mobula.evaluation.answers import holds
-from mobula.models.encoders import MINILM, load_encoder
-from mobula.rag.search import KINDS, Retrying, Searcher, ServedSearcher, open_searcher
+from mobula.models.encoders import MINILM
+from mobula.rag.search import KINDS, Retrying, Searcher, ServedSearcher, encoder_of, open_searcher
 
 log = logging.getLogger(__name__)
 SETS = {"nq": natural_questions, "hotpotqa": hotpotqa}
@@ -122,7 +122,7 @@ def prepare(
         questions, documents = SETS[source](path)
         splits = divided(_fitting(questions, config), sizes, seed)
         write_jsonl(directory / DOCUMENTS, map(asdict, documents))
-        searcher = Retrying(_searcher(documents, config, _vectors(directory, documents, config)), config.timeout_s)
+        searcher = Retrying(searcher_of(documents, config, _vectors(directory, documents, config)), config.timeout_s)
         found = {name: gathered(part, searcher, len(documents), config, seed) for name, part in splits.items()}
         for name, asked in found.items():
             write_jsonl(directory / f"{name}.jsonl", map(asdict, asked))
@@ -172,15 +172,16 @@ def gathered(
             ids = [id for id in ids if id in question.passages]
         ids = ids[: config.candidates]
         flag = RETRIEVER_ERROR if reply.failed else TOO_FEW if len(ids) < config.choose else ""
-        rows.append(_shown(question, [] if flag else ids, flag, config.order, seed))
+        rows.append(shown(question, [] if flag else ids, flag, config.order, seed))
     return rows
 
 
-def _shown(question: Question, ids: Sequence[str], flag: str, order: str, seed: int) -> Asked:
+def shown(question: Question, ids: Sequence[str], flag: str, order: str, seed: int) -> Asked:
+    """A question with its candidates, given as they are ranked, in the order in which they are shown."""
     rows = list(range(len(ids)))
     if order == "shuffled":
         # By question, so that a question is shown alike whatever is beside it.
-        drawn = np.random.default_rng([seed, int(digest([question.id])[:12], 16)])
+        drawn = np.random.default_rng([seed, int(digest([question.text])[:12], 16)])
         rows = drawn.permutation(len(ids)).tolist()
     shown, ranks = tuple(ids[row] for row in rows), tuple(row + 1 for row in rows)
     return Asked(question.id, question.text, question.answers, question.support, shown, ranks, flag)
@@ -199,12 +200,13 @@ def _vectors(directory: Path, documents: Sequence[Document], config: RetrieveCon
     file = directory / VECTORS
     if not file.is_file():
         log.info("embedding %d passages with %s", len(documents), config.encoder)
-        vectors = load_encoder(config.encoder).embed([body(document) for document in documents])
+        vectors = encoder_of(config.encoder).embed([body(document) for document in documents])
         np.save(file, vectors.astype(np.float32))
     return np.load(file)
 
 
-def _searcher(documents: Sequence[Document], config: RetrieveConfig, vectors: np.ndarray) -> Searcher:
+def searcher_of(documents: Sequence[Document], config: RetrieveConfig, vectors: np.ndarray) -> Searcher:
+    """What finds the passages: an index over them with their vectors f32[N, D], or a served retriever."""
     if config.url:
         return ServedSearcher(config.url, documents, timeout_s=config.timeout_s)
     return open_searcher(documents, config.kind, config.encoder, vectors)

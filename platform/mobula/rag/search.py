@@ -11,6 +11,7 @@ import time
 from collections import OrderedDict, defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from typing import Any, Protocol
 
 import numpy as np
@@ -18,7 +19,7 @@ import numpy as np
 from mobula.config import digest
 from mobula.data.records import Document
 from mobula.errors import DataError, MobulaError
-from mobula.models.encoders import MINILM, load_encoder
+from mobula.models.encoders import MINILM, TextEncoder, load_encoder
 from mobula.retrieval.dense import Dense
 from mobula.retrieval.lexical import Bm25
 from mobula.retrieval.search import BadSearch, Retriever, SearchOptions
@@ -93,12 +94,18 @@ def open_searcher(
     if kind != "dense":
         retrievers.append(Bm25(corpus))
     if kind != "bm25":
-        network = load_encoder(encoder)
+        network = encoder_of(encoder)
         retrievers.append(Dense(network, corpus, None if embeddings is None else embeddings[order]))
         parts.append(network.hash)
     searcher = Cached(Index(corpus, retrievers, digest(parts)))
     self_test(searcher, corpus)
     return searcher
+
+
+@lru_cache(maxsize=2)
+def encoder_of(name: str) -> TextEncoder:
+    """An encoder, once a process."""
+    return load_encoder(name)
 
 
 class Index:

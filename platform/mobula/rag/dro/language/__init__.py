@@ -1,0 +1,1 @@
+"""DRO on real questions with language models: a list-wise selector and a generator, each under adapters of its own."""
