@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from mobula.alternation import Outcome, Row, seed_of
 from mobula.artifacts import read_jsonl, write_jsonl
 from mobula.cluster.spec import ClusterSpec
 from mobula.comparing import crew
+from mobula.config import digest
 from mobula.errors import DataError
 from mobula.rag.exsearch.config import ARMS, SKILL, WARM, Arm, Config, Mode
 from mobula.rag.exsearch.loop import SHARD, Setting, by_query, em_loop, steps_of, weights_of
@@ -123,6 +125,13 @@ class Comparison:
         agent = Agent(self.model(name, seed), corpus, config.retrieve, config.rollout, arm.mode)
         return agent, arm.learns == "direct"
 
+    def harness(self, name: str) -> str:
+        """Names what all that are compared must share: backbone, retriever, limits of rollouts, questions, passages."""
+        agent, _ = self.agent(name, self.config.seed, "test")
+        shared = [asdict(agent.retrieve), asdict(agent.rollout), asdict(agent.corpus)]
+        shared += [asdict(self.config.model), asdict(self.config.data)]
+        return digest(shared)[:16]
+
     def solve(self, name: str, seed: int) -> None:
         """Let what has this name answer the test questions."""
         path = self._answers(name, seed)
@@ -130,7 +139,12 @@ class Comparison:
             return
         worker = SolveWorker(*self.agent(name, seed, "test"))
         items = [asdict(problem) for problem in problems_of(self.config.data, "test")]
-        found = [row for at in range(0, len(items), SHARD) for row in worker.process(items[at : at + SHARD], 0)]
+        found: list[Row] = []
+        for at in range(0, len(items), SHARD):
+            began = time.perf_counter()
+            rows_of = worker.process(items[at : at + SHARD], 0)
+            seconds = (time.perf_counter() - began) / len(rows_of)
+            found += [{**row, "seconds": seconds} for row in rows_of]
         write_jsonl(path, found)
 
     def solved(self, name: str) -> list[list[Row]]:

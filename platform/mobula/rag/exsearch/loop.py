@@ -7,6 +7,7 @@ import logging
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -207,7 +208,9 @@ def _fit(setting: Setting, context: Context) -> Row:
     result = tune(task, config, context.directory, context.seed, "fit")
     model = (context.directory / MODEL).resolve()
     write_json(context.directory / STATE, {"model": os.path.relpath(model, context.directory.resolve())})
-    return {"steps": result.steps, "tokens": task.tokens}
+    masks = [row.mask for found in task.queries for row in found]
+    share = sum(map(bool, chain(*masks))) / sum(map(len, masks))
+    return {"steps": result.steps, "tokens": task.tokens, "learned_share": share}
 
 
 def steps_of(config: Config, queries: int) -> int:

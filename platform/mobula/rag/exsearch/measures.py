@@ -21,6 +21,7 @@ MEASURES = (
     "answer_hit",
     "gold_hit",
     "last_gold_hit",
+    "failed",
     "searches",
     "under_search",
     "over_search",
@@ -34,7 +35,7 @@ MEASURES = (
 
 
 def judge(problem: Problem, found: Trajectory, document: Callable[[str], Document]) -> Row:
-    """The measures of one question.
+    """The measures of one question; ``failed``: nothing came of it but an error.
 
     ``answer_hit``: a passage shown for the last sub-query has the answer (null where it is yes or no). ``gold_hit``:
     the share of gold passages that were shown, ``last_gold_hit``: whether the last sub-query showed the last of them.
@@ -47,6 +48,7 @@ def judge(problem: Problem, found: Trajectory, document: Callable[[str], Documen
     last = shown[-1] if shown else []
     row: Row = {name: score(found.prediction, golds) for name, score in SCORES.items()}
     row |= {
+        "failed": 0.0 if found.turns else 1.0,
         "answer_hit": None if is_closed(golds) else float(any(holds(document(id).text, golds) for id in last)),
         "gold_hit": len(support & seen[-1]) / len(support) if seen else 0.0,
         "last_gold_hit": float(problem.support[-1] in last),

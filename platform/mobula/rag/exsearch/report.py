@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from mobula.alternation import Row
-from mobula.config import digest
+from mobula.errors import MobulaError
 from mobula.evaluation.claims import compare
 from mobula.evaluation.intervals import mean_interval
 from mobula.experiment import Claim, Measure, Report, Verdict
@@ -38,7 +38,8 @@ class Findings:
     """Rows of metrics by arm and seed, answers to test questions by name and seed, and the bounds of the first arm.
 
     ``off``: names of the first arm with a step switched off, and the step. ``bounds`` f[S, Q], twice: log of the mean
-    likelihood of dev questions' samples before the first iteration and at the best one.
+    likelihood of dev questions' samples before the first iteration and at the best one. ``harness``: by name, what
+    all of them must share.
     """
 
     config: Config
@@ -46,6 +47,7 @@ class Findings:
     solved: Mapping[str, Sequence[Sequence[Row]]]
     off: Mapping[str, str]
     bounds: tuple[np.ndarray, np.ndarray]
+    harness: Mapping[str, str]
 
     @property
     def first(self) -> str:
@@ -64,7 +66,7 @@ def fill(report: Report, found: Findings) -> None:
     config, resamples = found.config, found.config.evaluation.resamples
     report.notes.append(_header(config))
     report.notes.append(f"test questions: {config.data.test}; training seeds: {config.evaluation.seeds}")
-    report.notes.append(f"every arm has backbone, retriever, limits and data of {harness(config)}")
+    report.notes.append(f"every arm has the backbone, retriever, limits and data {_shared(found)}")
     report.notes.extend(_warnings(found))
     for name in found.solved:
         for what in MEASURES:
@@ -83,9 +85,16 @@ def fill(report: Report, found: Findings) -> None:
     report.cost["seconds_per_question"] = float(np.mean([r["seconds"] for r in found.solved[found.first][0]]))
 
 
-def harness(config: Config) -> str:
-    """Names all that arms must share: backbone, retriever, limits of rollouts, data."""
-    return digest([asdict(getattr(config, name)) for name in ("model", "retrieve", "rollout", "data")])[:16]
+def _shared(found: Findings) -> str:
+    """What every arm has.
+
+    Raises:
+        MobulaError: if one has another: what is compared would not be the arms.
+    """
+    names = set(found.harness.values())
+    if len(names) > 1:
+        raise MobulaError(f"arms differ in backbone, retriever, limits or data: {dict(found.harness)}")
+    return names.pop()
 
 
 def _header(config: Config) -> str:

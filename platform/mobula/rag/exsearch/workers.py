@@ -5,9 +5,9 @@ Items and rows are JSON, and a row depends on its item and its worker's own seed
 
 from __future__ import annotations
 
-import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,8 @@ from mobula.rag.exsearch.trajectory import TrainRow, Trajectory, rows
 from mobula.rag.objective import ANSWER
 from mobula.rag.search import Retrying, Searcher, open_searcher
 from mobula.threads import one_thread
+
+log = logging.getLogger(__name__)
 
 
 class SnapshotMismatch(MobulaError):
@@ -184,6 +186,7 @@ class SolveWorker:
     """Items of problems to rows ``{query, kind, prediction, ..., trajectory}``: solved greedily, then judged.
 
     The agent is given nothing but the question. ``direct``: it answers at once, from one search if its mode searches.
+    A question at which the agent fails is a row like the others: without an answer, with ``error``.
     """
 
     agent: Agent
@@ -192,12 +195,10 @@ class SolveWorker:
     def process(self, items: Sequence[Row], seed: int) -> Sequence[Row]:
         """As :class:`mobula.alternation.Worker`; nothing is drawn."""
         problems = [read_problem(item) for item in items]
-        questions, seeds = [problem.question for problem in problems], [0] * len(problems)
-        began = time.perf_counter()
+        rollouts = self.agent.rollouts(greedy=True)
+        run = rollouts.direct if self.direct else rollouts.run
         with one_thread():
-            rollouts = self.agent.rollouts(greedy=True)
-            found = (rollouts.direct if self.direct else rollouts.run)(questions, seeds)
-        seconds = (time.perf_counter() - began) / max(1, len(problems))
+            found = _kept(run, [problem.question for problem in problems])
         document = self.agent.searcher.searcher.document
         return [
             {
@@ -205,11 +206,28 @@ class SolveWorker:
                 "kind": problem.kind,
                 "prediction": trajectory.prediction,
                 **judge(problem, trajectory, document),
-                "seconds": seconds,
+                "error": error,
                 "trajectory": _told(trajectory),
             }
-            for problem, trajectory in zip(problems, found, strict=True)
+            for problem, (trajectory, error) in zip(problems, found, strict=True)
         ]
+
+
+def _kept(
+    run: Callable[[list[str], list[int]], list[Trajectory]], questions: list[str]
+) -> list[tuple[Trajectory, str]]:
+    """A trajectory for every question, and what went wrong with it.
+
+    Where a batch fails, its questions are tried one by one: no question leaves the denominator because of another, and
+    what fails alone has an empty trajectory and its error.
+    """
+    try:
+        return [(trajectory, "") for trajectory in run(questions, [0] * len(questions))]
+    except Exception as error:
+        log.exception("%d questions could not be answered", len(questions))
+        if len(questions) == 1:
+            return [(Trajectory(), f"{type(error).__name__}: {error}")]
+        return [found for question in questions for found in _kept(run, [question])]
 
 
 def _told(trajectory: Trajectory) -> Row:
@@ -222,8 +240,3 @@ def read_problem(row: Row) -> Problem:
     """A problem from its JSON."""
     plan = tuple(Lookup(**step) for step in row["plan"])
     return Problem(**{**row, "answers": tuple(row["answers"]), "support": tuple(row["support"]), "plan": plan})
-
-
-def without(agent: Agent, **steps: bool) -> Agent:
-    """The agent with some of its steps switched on or off."""
-    return replace(agent, mode=replace(agent.mode, **steps))

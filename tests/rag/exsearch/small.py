@@ -1,0 +1,80 @@
+"""A small world for tests: its config, and a model that says what a script tells it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from mobula.config import build
+from mobula.models.causal import CausalModel, Continuation, Sampling
+from mobula.rag.exsearch.config import Config, Mode
+from mobula.rag.exsearch.rollout import Rollouts
+from mobula.rag.exsearch.sources import Problem, corpus_of, problems_of
+from mobula.rag.exsearch.start import fresh
+from mobula.rag.exsearch.workers import searcher_of
+from mobula.rag.search import Retrying, Searcher
+
+CONFIG: dict[str, Any] = {
+    "method": "exsearch",
+    "name": "small",
+    "arms": ["exsearch"],
+    "data": {"people": 60, "towns": 30, "firms": 12, "books": 16, "warm_up": 20, "train": 16, "dev": 12, "test": 14},
+    "model": {"width": 32},
+    "skill": {"steps": 20},
+    "skill_questions": 80,
+    "warm_up": {"steps": 10},
+    "fit": {"batch": 4},
+    "alternation": {"iterations": 2, "actors": 0, "monitor": "dev_em"},
+    "evaluation": {"decisive": False, "resamples": 200},
+}
+Say = Callable[[str], str]
+
+
+def config(**changes: Any) -> Config:
+    """The config, sections merged with changes."""
+    values = {
+        name: {**value, **changes.pop(name, {})} if isinstance(value, dict) else value for name, value in CONFIG.items()
+    }
+    return build(Config, {**values, **changes})
+
+
+class Scripted(CausalModel):
+    """A model whose continuations are a function of the prompt's text; every token has log p = -0.5."""
+
+    say: Say
+
+    def sample(
+        self, prompts: Sequence[Sequence[int]], sampling: Sampling, seeds: Sequence[int], batch: int = 64
+    ) -> list[Continuation]:
+        """What the script says, cut to the tokens that are allowed."""
+        found = []
+        for prompt in prompts:
+            ids = self.encode(self.say(self.decode(prompt)))
+            ended = len(ids) < sampling.max_tokens
+            ids = ids[: sampling.max_tokens]
+            scores = (-0.5,) * (len(ids) + ended)
+            found.append(Continuation(tuple(ids), scores, scores, ended))
+        return found
+
+
+def scripted(say: Say) -> Scripted:
+    """A model with the world's words."""
+    model = fresh(config(), 0)
+    made = Scripted(model.network, model.tokenizer, "scripted")
+    made.say = say
+    return made
+
+
+def rollouts(
+    say: Say, searcher: Searcher | None = None, mode: Mode | None = None, retries: int = 0, **limits: Any
+) -> Rollouts:
+    """Rollouts of a scripted agent over the passages of train questions."""
+    made = config(rollout=limits) if limits else config()
+    index = searcher or searcher_of(corpus_of(made.data, "train"), "bm25", "")
+    return Rollouts(scripted(say), Retrying(index, 5, retries, 0.0), made.rollout, mode or Mode(), greedy=True)
+
+
+def problems(split: str = "train", hops: int = 0) -> list[Problem]:
+    """The questions of a split, those of one number of hops if it is given."""
+    found = problems_of(config().data, split)
+    return [problem for problem in found if not hops or len(problem.plan) == hops]
