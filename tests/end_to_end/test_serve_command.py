@@ -18,6 +18,7 @@ import pytest
 
 from tests import tiny
 from tests.agents.moat import small
+from tests.rag.dro import small as rag
 
 pytestmark = [pytest.mark.end_to_end, pytest.mark.timeout(900)]
 ROOT = Path(__file__).parents[2]
@@ -107,4 +108,24 @@ def test_the_agents_are_served_and_stream(tmp_path: Path) -> None:
             found = httpx.post(f"{url}/solve", json={**request, "stream": False}, timeout=60).json()
             assert found["answer"] == task.answer
             assert httpx.get(f"{url}/console/agent.html", timeout=60).status_code == 200
+        return
+
+
+def test_questions_are_served_and_answered_from_passages(tmp_path: Path) -> None:
+    artifact = rag.trained(tmp_path)
+    port, log = free_port(), tmp_path / "serve.log"
+    url = f"http://127.0.0.1:{port}/rag"
+    for last in (False, True):
+        with serving("rag", artifact, port, log) as process:
+            if not answers(url, process):
+                assert not last, log.read_text()[-3000:]
+                continue
+            request = {"question": "where was Arlo born"}
+            found = httpx.post(f"{url}/answer", json=request, timeout=60).json()
+            assert len(found["passages"]) == 2 and found["answer"]
+            assert found["flags"] == {"retriever_failed": False, "selection_failed": False}
+            with httpx.stream("POST", f"{url}/answer", json={**request, "stream": True}, timeout=60) as answer:
+                names = [line.removeprefix("event: ") for line in answer.iter_lines() if line.startswith("event: ")]
+            assert names == ["found", "selected", "answer", "done"]
+            assert httpx.get(f"{url}/console/rag.html", timeout=60).status_code == 200
         return

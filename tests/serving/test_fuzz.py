@@ -4,9 +4,11 @@ import pytest
 import schemathesis
 from hypothesis import HealthCheck, given, settings
 
-from serve_apps import agent
+from serve_apps import agent, rag
 from serve_apps.agent_schema import AgentArgs
 from serve_apps.agent_solving import State as AgentState
+from serve_apps.rag_answering import State as RagState
+from serve_apps.rag_schema import RagArgs
 from serve_apps.retriever import Corpus, RetrieverArgs, State, create_app
 from tests.serving.toy import Toy
 
@@ -58,6 +60,14 @@ def test_made_up_tasks_cause_no_5xx(agent_artifact, mode):
         try_out(description["/solve"]["POST"].as_strategy(generation_mode=mode))
     finally:
         state.close()
+
+
+@pytest.mark.parametrize("mode", [POSITIVE, NEGATIVE], ids=lambda mode: mode.value)
+def test_made_up_questions_cause_no_5xx(rag_artifact, mode):
+    args = RagArgs(artifact=rag_artifact, key_required=False, requests_per_s=1e6, burst=10**6)
+    app = rag.create_app(RagState.load(args), args)
+    description = schemathesis.openapi.from_asgi("/openapi.json", app, headers={"host": "localhost"})
+    try_out(description["/answer"]["POST"].as_strategy(generation_mode=mode))
 
 
 def try_out(strategy):

@@ -88,3 +88,10 @@ def run_in(directory: Path, config: dict[str, Any]) -> Path:
     path.write_text(yaml.safe_dump(config))
     run_experiment(path, [], directory)
     return directory
+
+
+def trained(folder: Path) -> Path:
+    """The artifact of a run with small networks."""
+    write_nq(folder)
+    write_squad(folder)
+    return run_in(folder / "run", values(folder, arms=["dro"])) / "artifact"

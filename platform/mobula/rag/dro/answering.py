@@ -23,6 +23,8 @@ from mobula.rag.dro.passages import networks as passages
 from mobula.rag.dro.questions import EXAMPLE_FILE, VECTOR_FILE
 from mobula.rag.search import Retrying, encoder_of
 
+KIND = "rag"  # of an artifact
+
 
 class Chooser(Protocol):
     """Networks that answer one question with its candidates at a time."""

@@ -1,0 +1,115 @@
+"""How the `rag` application answers: passages are found, some are chosen, and the answer is read from these."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from mobula import artifacts, methods
+from mobula.rag.candidates import Asked
+from mobula.rag.dro.answering import KIND, Pick, Predictor
+from mobula.serving.app import time_limit
+from mobula.serving.batching import Batcher
+from mobula.serving.metrics import Metrics
+from mobula.threads import one_thread
+from serve_apps.rag_schema import AnswerRequest, RagArgs
+
+logger = logging.getLogger("mobula.serving")
+Event = tuple[str, dict[str, Any]]
+
+
+@dataclass
+class State:
+    """What answers, and the artifact that it is from."""
+
+    predictor: Predictor
+    version: str
+
+    @classmethod
+    def load(cls, args: RagArgs) -> State:
+        """Open the artifact, verify it and load its networks.
+
+        Raises:
+            ArtifactError: if it is missing, damaged or of another kind.
+        """
+        artifact = artifacts.open_artifact(args.artifact, kind=KIND)
+        return cls(methods.get(artifact.method).load(artifact), artifact.identity)
+
+
+class Answering:
+    """Answers questions with the networks of ``state``."""
+
+    def __init__(self, state: State, args: RagArgs, metrics: Metrics) -> None:
+        self.state, self.args, self.metrics = state, args, metrics
+        self.batcher = Batcher(_each, args.max_batch_size, metrics.batch)
+
+    async def answer(self, request: AnswerRequest) -> dict[str, Any]:
+        """The final event's value."""
+        async with time_limit(self.args.time_limit_s):
+            async for name, value in self._stages(request.question):
+                if name == "done":
+                    return value
+        raise AssertionError("an answer ends with `done`")
+
+    async def events(self, request: AnswerRequest) -> AsyncIterator[Event]:
+        """`found`, `selected`, `answer`, and `done` with everything."""
+        async with asyncio.timeout(self.args.time_limit_s):
+            async for event in self._stages(request.question):
+                yield event
+
+    async def _stages(self, question: str) -> AsyncIterator[Event]:
+        began, predictor = time.perf_counter(), self.state.predictor
+        asked, silent = await self._run(predictor.find, question)
+        candidates = [self._candidate(asked, place) for place in _ranked(asked)]
+        yield "found", {"candidates": candidates}
+        picks, failed = await self._select(asked) if asked.candidates else ([], False)
+        passages = [_chosen(pick) for pick in picks]
+        flags = {"retriever_failed": silent, "selection_failed": failed}
+        yield "selected", {"passages": passages, "flags": flags}
+        answer = await self._run(predictor.answer, asked, picks)
+        yield "answer", {"answer": answer}
+        ms = round(1000 * (time.perf_counter() - began), 3)
+        self.metrics.solved("fallback" if silent or failed else "ok", ms)
+        whole = {"answer": answer, "passages": passages, "candidates": candidates, "flags": flags}
+        yield "done", {**whole, "ms": ms, "version": self.state.version}
+
+    async def _select(self, asked: Asked) -> tuple[list[Pick], bool]:
+        """What the selector chooses; what the retriever ranks first, and True, if it fails or is late."""
+        try:
+            async with asyncio.timeout(self.args.select_s):
+                return await self._run(self.state.predictor.select, asked), False
+        except TimeoutError:
+            logger.warning(
+                "the selector was not finished within %g s; the retriever's order is taken", self.args.select_s
+            )
+        except Exception:
+            logger.exception("the selector failed; the retriever's order is taken")
+        return self.state.predictor.first(asked), True
+
+    def _candidate(self, asked: Asked, place: int) -> dict[str, Any]:
+        id = asked.candidates[place]
+        title = self.state.predictor.searcher.searcher.document(id).title
+        return {"id": id, "title": title, "rank": asked.ranks[place]}
+
+    async def _run(self, stage: Callable[..., Any], *arguments: Any) -> Any:
+        return await self.batcher.submit(stage.__name__, (stage, arguments))
+
+
+def _each(group: str, items: Sequence[tuple[Callable[..., Any], tuple[Any, ...]]]) -> list[Any]:
+    """One stage of several questions, one after another."""
+    with one_thread():
+        return [stage(*arguments) for stage, arguments in items]
+
+
+def _ranked(asked: Asked) -> list[int]:
+    return sorted(range(len(asked.ranks)), key=asked.ranks.__getitem__)
+
+
+def _chosen(pick: Pick) -> dict[str, Any]:
+    document = pick.document
+    found = {"id": document.id, "title": document.title, "text": document.text}
+    return {**found, "rank": pick.rank, "probability": pick.probability}
