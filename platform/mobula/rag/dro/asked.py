@@ -14,6 +14,7 @@ from mobula.rag.dro.config import Config
 from mobula.rag.dro.source import Measured, Wording
 
 CUTS = (1, 3, 5, 10, 20)
+CHANCE = "chance"  # answer_hit@1 of a passage drawn at random
 SUPPORTED = ("hotpotqa",)  # sets that say which passages support an answer
 Positions = list[int]
 
@@ -25,6 +26,8 @@ def chosen(candidates: Candidates, asked: Asked, how: str, k: int) -> Positions:
     """
     if how == "none" or not asked.candidates:
         return []
+    if how == "first":
+        return list(range(min(k, len(asked.candidates))))
     ranked = sorted(range(len(asked.ranks)), key=asked.ranks.__getitem__)
     if how == "retriever":
         return ranked[:k]
@@ -86,6 +89,7 @@ def _one(candidates: Candidates, asked: Asked, order: Positions, said: str, k: i
         "f1": f1(said, golds),
         "acc": accuracy(said, golds),
         **{f"hit@{cut}": np.nan if closed else float(any(hits[:cut])) for cut in cuts(k)},
+        CHANCE: np.nan if closed or not has else float(np.mean(has)),
         "recall": len(support & set(order)) / len(asked.support) if asked.support else np.nan,
         "all_gold": float(set(asked.support) <= {asked.candidates[row] for row in order}) if asked.support else np.nan,
         "tau": _agreement([asked.ranks[row] for row in order]),
@@ -107,6 +111,7 @@ def wording(config: Config, header: str, enumerable: bool) -> Wording:
         "acc": ("accuracy, per cent", 100.0),
         **{hit: (f"answer_{hit}, per cent", 100.0) for hit in hits},
         "tau": ("agreement with the retriever's order (tau)", 1.0),
+        CHANCE: ("answer_hit@1 by chance, per cent", 100.0),
     }
     if config.data.source in SUPPORTED:
         recall = {"recall": ("supporting passages chosen, per cent", 100.0)}

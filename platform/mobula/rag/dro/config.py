@@ -65,6 +65,7 @@ class View:
 
 VIEWS = {
     "retriever_order": View("retriever", cold=True),
+    "shown_first": View("first", cold=True),
     "oracle": View("gold"),
     "no_gold": View("no_gold"),
 }

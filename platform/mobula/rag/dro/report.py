@@ -16,6 +16,7 @@ from mobula.experiment import Claim, Measure, Report, Verdict
 from mobula.rag.dro.config import ARMS, COLD, Config
 from mobula.rag.dro.source import Measured, Wording
 
+LEAK = 0.1  # share of questions by which the passages shown first may hold answers more often than others
 FALL = 0.02  # nats by which the likelihood of training questions may fall in an iteration
 
 
@@ -74,6 +75,25 @@ def _warnings(found: Findings) -> Iterator[str]:
         em = found.config.of(ARMS[name])
         if em.samples == 1 and em.weights.rule == "lik_softmax":
             yield f"{name}: no signal, one sample has weight 1 whatever its likelihood"
+    yield from _overfitted(found)
+    if "shown_first" in found.tested:
+        first, chance = found.values("shown_first", "hit@1").mean(), found.values("shown_first", "chance").mean()
+        if first - chance > LEAK:
+            yield (
+                f"where passages are shown gives the answer away: the first of them holds it in {first:.0%} of the "
+                f"questions, one at random in {chance:.0%}; use retrieve.order=shuffled"
+            )
+
+
+def _overfitted(found: Findings) -> Iterator[str]:
+    """Arms whose likelihood rises on training questions, while that of dev questions falls below where it began."""
+    for name, runs in found.rows.items():
+        for train, dev in (("train_log_p", "dev_log_p"), ("bound", "dev_bound")):
+            rows = [[row for row in run if train in row and dev in row] for run in runs]
+            if all(len(run) > 1 for run in rows):
+                learned, held_out = (float(np.mean([run[-1][n] - run[0][n] for run in rows])) for n in (train, dev))
+                if learned > 0 > held_out:
+                    yield f"{name}: over-fitted, {train} rose by {learned:.3f} nats and {dev} fell by {-held_out:.3f}"
 
 
 def _tests(measures: Mapping[str, Measure], wording: Wording, names: Sequence[str]) -> list[list[Any]]:

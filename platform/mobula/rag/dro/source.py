@@ -20,9 +20,9 @@ from mobula.rag.dro.pair import Pair
 from mobula.training.task import Task
 
 SPLITS = ("labelled", "train", "dev", "test")
-# How the passages of an answer are chosen: by the selector, as the retriever ranks them, those that are known to hold
-# the answer, others, or none at all.
-SELECTIONS = ("selector", "retriever", "gold", "no_gold", "none")
+# How the passages of an answer are chosen: by the selector, as the retriever ranks them, those that are shown first,
+# those that are known to support the answer, others, or none at all.
+SELECTIONS = ("selector", "retriever", "first", "gold", "no_gold", "none")
 Order = Any
 # Values f64[N] by name, one a question; NaN where a measure does not apply to it, 0 where it failed.
 Measured = dict[str, np.ndarray]

@@ -35,7 +35,7 @@ class Language(Questions):
     """As :class:`mobula.rag.dro.source.Source`, with one pretrained model adapted twice."""
 
     enumerable = False
-    views = ("retriever", "gold", "no_gold")
+    views = ("retriever", "first", "gold", "no_gold")
 
     @property
     def wording(self) -> Wording:

@@ -40,7 +40,7 @@ HEADER = (
 class Passages(Questions):
     """As :class:`mobula.rag.dro.source.Source`, with two small networks."""
 
-    views = ("retriever", "gold", "no_gold")
+    views = ("retriever", "first", "gold", "no_gold")
 
     @property
     def enumerable(self) -> bool:

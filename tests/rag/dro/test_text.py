@@ -1,0 +1,332 @@
+"""DRO on text, with small networks and with language models: what rows refer to, what is learned, and whole runs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from mobula import artifacts, methods
+from mobula.alternation import Row
+from mobula.artifacts import read_jsonl, sha256, write_jsonl
+from mobula.config import build
+from mobula.data.records import Document
+from mobula.errors import ConfigError
+from mobula.rag.candidates import RETRIEVER_ERROR
+from mobula.rag.dro.comparison import Comparison
+from mobula.rag.dro.config import COLD, Config
+from mobula.rag.dro.language.networks import Generator, LanguageNetworks, Selector
+from mobula.rag.dro.language.prompts import Prompts, RowTooLong, line
+from mobula.rag.dro.language.source import _tokens
+from mobula.rag.dro.language.training import LanguageTask, Target, collated, target_log_probs
+from mobula.rag.dro.loop import SampleWorker, ScoreWorker
+from mobula.rag.dro.pair import SnapshotMismatch
+from mobula.rag.dro.passages.networks import PassageNetworks
+from mobula.rag.dro.source import Source
+from mobula.rag.objective import LATENT, em_loss
+from tests.rag.dro import small
+
+KINDS = ["passages", "language", "free"]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    small.write_nq(folder)
+    small.write_squad(folder)
+    small.write_base(folder / "base")
+    return folder
+
+
+def config_of(data: Path, kind: str) -> dict[str, Any]:
+    if kind == "passages":
+        return small.values(data, arms=["dro", "selector_only", "rag_sft", "reinforce"])
+    model = {"base": str(data / "base"), "lora_rank": 4, "lora_alpha": 8.0, "answer_tokens": 4, "positions": 400}
+    arms = ["dro", "generator_only", "closed_book"]
+    return small.values(data, arms=arms, model=model, select={"decode": "free" if kind == "free" else "constrained"})
+
+
+@pytest.fixture(scope="module")
+def runs(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("runs")
+    return {kind: small.run_in(root / kind, config_of(data, kind)) for kind in KINDS}
+
+
+@pytest.fixture(params=KINDS)
+def kind(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+def comparison(data: Path, runs: dict[str, Path], kind: str) -> Comparison:
+    return Comparison(build(Config, config_of(data, kind)), runs[kind])
+
+
+def test_a_run_leaves_its_report(runs: dict[str, Path], kind: str) -> None:
+    report = json.loads((runs[kind] / "report.json").read_text())
+    named = {name.split("/")[0] for name in report["measures"]}
+    assert {COLD, "retriever_order", "shown_first", "oracle", "no_gold", "dro"} <= named
+    found = {name.split("/")[1] for name in report["measures"] if name.startswith("dro/")}
+    # Exact match, F1 and accuracy are never told apart from one another.
+    assert {"exact", "f1", "acc", "hit@1", "hit@2", "tau"} <= found
+    claims = {claim["name"] for claim in report["claims"]}
+    assert {"dro - cold_start, hit@1", "dro - retriever_order, hit@2"} <= claims
+    rows = read_jsonl(runs[kind] / "seed-0" / "dro" / "iterations.jsonl")
+    likelihoods = {"passages": {"train_log_p", "dev_log_p"}}.get(kind, {"dev_bound"})
+    assert all(likelihoods <= set(row) for row in rows)
+    assert {"bound", "ess", "all_fail", "unique"} <= set(rows[-1])
+    assert ({"malformed", "repaired"} <= set(rows[-1])) == (kind == "free")
+    assert report["measures"]["retriever_order/tau"]["value"] == 1
+
+
+def test_an_artifact_answers(runs: dict[str, Path], kind: str) -> None:
+    predictor = methods.get("dro").load(artifacts.open_artifact(runs[kind] / "artifact"))
+    asked, failed = predictor.find("where was Mira born")
+    assert not failed and len(asked.candidates) == 6
+    picks = predictor.select(asked)
+    assert len({pick.document.id for pick in picks}) == 2
+    assert all(pick.probability is None if kind == "free" else 0 < pick.probability <= 1 for pick in picks)
+    assert isinstance(predictor.answer(asked, picks), str)
+    again, _ = predictor.find("where was Mira born")
+    assert predictor.select(again) == picks and predictor.answer(again, picks) == predictor.answer(asked, picks)
+
+
+def test_samples_name_passages_once_and_see_no_answer(data: Path, runs: dict[str, Path], kind: str) -> None:
+    whole = comparison(data, runs, kind)
+    setting, history = whole.setting("dro", 0), whole.outcome("dro", 0).history
+    items = [{"query": q} for q in range(6)]
+    drawn = SampleWorker(setting, history, 4).process(items, 1)
+    assert all(len(set(order)) == 2 and max(order) < 6 for row in drawn for order in row["orders"])
+    assert SampleWorker(setting, history, 4).process([{"query": 4}], 1) == [drawn[4]]
+    assert not any(city in json.dumps(drawn) for city in small.CITIES)
+    scored = ScoreWorker(setting, history).process(drawn, 0)
+    assert ScoreWorker(setting, history).process([drawn[4]], 0)[0]["log_lik"] == pytest.approx(
+        scored[4]["log_lik"], abs=1e-4
+    )
+    assert np.isfinite([value for row in scored for value in row["log_lik"]]).all()
+    with pytest.raises(SnapshotMismatch):
+        ScoreWorker(setting, history.until(0)).process(drawn, 0)
+
+
+def rows_for(kind: str) -> list[Row]:
+    """Two orders of four questions; free ones named one passage and none by themselves."""
+    rows: list[Row] = [{"query": q, "orders": [[0, 3], [5, q]], "weights": [0.75, 0.25]} for q in range(4)]
+    return [{**row, "valid": [1, 0]} for row in rows] if kind == "free" else rows
+
+
+def gradients(source: Source, network: str, path: Path, rows: list[Row], parts: list[list[int]]) -> torch.Tensor:
+    """The mean over parts of the gradient of their losses."""
+    write_jsonl(path, rows)
+    task = source.task(network, "train", path, None, 0)
+    model = task.build()
+    for part in parts:
+        batch = task.batch(torch.tensor(part), torch.Generator())
+        assert not batch["weights"].requires_grad
+        (task.loss(model, batch)[0] / len(parts)).backward()
+    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+
+@pytest.mark.parametrize("network", ["selector", "generator"])
+def test_gradients_do_not_depend_on_micro_batches(
+    data: Path, runs: dict[str, Path], kind: str, network: str, tmp_path: Path
+) -> None:
+    source = comparison(data, runs, kind).source
+    whole, halves, single = (
+        gradients(source, network, tmp_path / "rows.jsonl", rows_for(kind), parts)
+        for parts in ([[0, 1, 2, 3]], [[0, 1], [2, 3]], [[0], [1], [2], [3]])
+    )
+    assert whole.abs().max() > 0
+    torch.testing.assert_close(halves, whole, atol=1e-5, rtol=1e-3)
+    torch.testing.assert_close(single, whole, atol=1e-5, rtol=1e-3)
+
+
+@pytest.mark.parametrize("network", ["selector", "generator"])
+def test_equal_orders_count_as_one_with_their_weights(
+    data: Path, runs: dict[str, Path], network: str, tmp_path: Path
+) -> None:
+    for kind in ("passages", "language"):
+        source = comparison(data, runs, kind).source
+        orders = [[0, 3], [5, 1], [2, 4]]  # one of them has the answer
+        twice = [{"query": 0, "orders": [*orders, *orders], "weights": [0.1, 0.2, 0.3, 0.1, 0.2, 0.1]}]
+        counted = [{"query": 0, "orders": orders, "weights": [0.2, 0.4, 0.4]}]
+        without = [{"query": 0, "orders": orders, "weights": [0.1, 0.2, 0.3]}]
+        path, cases = tmp_path / "rows.jsonl", (twice, counted, without)
+        found = [gradients(source, network, path, rows, [[0]]) for rows in cases]
+        torch.testing.assert_close(found[0], found[1], atol=1e-6, rtol=1e-4)
+        assert not torch.allclose(found[0], found[2], atol=0, rtol=1e-3)
+
+
+def test_what_filled_a_list_is_not_learned(data: Path, runs: dict[str, Path]) -> None:
+    source = comparison(data, runs, "free").source
+    row = {"query": 0, "orders": [[4, 0], [1, 0], [2, 3]], "valid": [1, 0, 2], "weights": [0.2, 0.3, 0.5]}
+    learned = source.targets("selector", "train", row)  # type: ignore[attr-defined]
+    model = _tokens(str(data / "base"))
+    assert [(model.decode(t.tokens), t.weight) for t in learned] == [("[5]", 0.2), ("[3] > [4]", 0.5)]
+    assert [t.tokens[-1] == model.eos for t in learned] == [False, True]
+    assert len(source.targets("generator", "train", row)) == 3  # type: ignore[attr-defined]
+
+
+def test_lists_contexts_and_prompts_mean_the_same_passages(data: Path, runs: dict[str, Path]) -> None:
+    source = comparison(data, runs, "language").source
+    candidates = source.candidates  # type: ignore[attr-defined]
+    asked = candidates.splits["train"][0]
+    names = [candidates.document(id).title for id in asked.candidates]
+    row = {"query": 0, "orders": [[4, 2]], "weights": [1.0]}
+    model = _tokens(str(data / "base"))
+    (chosen,) = source.targets("selector", "train", row)  # type: ignore[attr-defined]
+    (answered,) = source.targets("generator", "train", row)  # type: ignore[attr-defined]
+    assert model.decode(chosen.tokens) == "[5] > [3]"
+    prompt = model.tokenizer.decode(chosen.prompt)
+    shown = [prompt.index(f"[{i}] {name.split()[0]}") for i, name in enumerate(names, 1)]
+    assert shown == sorted(shown)
+    context = model.tokenizer.decode(answered.prompt)
+    first, second = (context.index(f"[{i}] {names[at].split()[0]}") for i, at in ((1, 4), (2, 2)))
+    assert first < second
+    assert all(name.split()[0] not in context for at, name in enumerate(names) if at not in (4, 2))
+    assert model.decode(answered.tokens) == asked.answers[0]
+
+
+def test_every_prompt_writes_passages_alike() -> None:
+    document = Document("d", "Rays", "They live in the sea.")
+    assert line("3", document) == "[3] Rays: They live in the sea."
+
+    class Words:
+        name, eos, tokenizer = "words", 0, None
+
+        def encode(self, text: str) -> list[str]:
+            return text.split(" ")
+
+        def decode(self, ids: list[str]) -> str:
+            return " ".join(ids)
+
+    prompts = Prompts(Words(), 3, 100, "numbers")  # type: ignore[arg-type]
+    shown = "[1] Rays: They live in\n[2] Rays: They live in"
+    asked = " ".join(prompts.select("what?", [document] * 2, 2))  # type: ignore[arg-type]
+    told = " ".join(prompts.answer("what?", [document] * 2))  # type: ignore[arg-type]
+    assert shown in asked and shown in told and "the form [2] > [1]" in asked
+    assert "[1]" not in " ".join(prompts.answer("what?", []))  # type: ignore[arg-type]
+    with pytest.raises(RowTooLong, match=r"model\.positions=10"):
+        Prompts(Words(), 3, 10, "numbers").answer("what?", [document])  # type: ignore[arg-type]
+
+
+def test_prompts_and_padding_are_not_learned() -> None:
+    """The gradient reaches the logits that predict targets, and no others."""
+
+    class Fixed(torch.nn.Module):
+        def forward(self, input_ids: torch.Tensor, logits_to_keep: int, **_: Any) -> Any:
+            logits = torch.randn(*input_ids.shape, 11, generator=torch.Generator().manual_seed(0))
+            self.logits = logits.requires_grad_()
+            return type("Output", (), {"logits": self.logits[:, -logits_to_keep:]})
+
+    model = Fixed()
+    targets = [Target([1, 2, 3, 4], [5, 6], [[5, 7], [6, 8]], 1.0), Target([1, 2], [9], [[9, 10]], 1.0)]
+    batch = collated(targets)
+    log_probs = target_log_probs(model, batch)
+    em_loss(log_probs, batch["there"].long() * LATENT, batch["weights"], 2, 1.5).backward()
+    touched = model.logits.grad.abs().sum(-1) > 0  # type: ignore[union-attr]
+    # Rows end together; the logits before a token predict it.
+    assert touched.tolist() == [[False] * 3 + [True, True, False], [False] * 4 + [True, False]]
+    among = (model.logits.grad.abs() > 0)[0, 3].nonzero().flatten().tolist()  # type: ignore[union-attr]
+    assert among == [5, 7]
+
+
+def test_a_networks_own_greedy_order_is_measured(data: Path, runs: dict[str, Path], kind: str) -> None:
+    whole = comparison(data, runs, kind)
+    networks = whole.source.open(whole.standing("dro", 0))
+    queries = whole.source.queries("test")
+    assert networks.choose("test", queries, "selector") == networks.choose("test", queries, "selector")
+    found = [networks.measure("test", queries, "selector") for _ in range(2)]
+    assert all(np.array_equal(found[0][name], found[1][name], equal_nan=True) for name in found[0])
+
+
+def test_arms_train_what_they_say(runs: dict[str, Path]) -> None:
+    for kind, arm, trained in (
+        ("passages", "selector_only", {"selector"}),
+        ("passages", "rag_sft", {"generator"}),
+        ("language", "generator_only", {"generator"}),
+        ("language", "closed_book", {"generator"}),
+        ("language", "dro", {"selector", "generator"}),
+    ):
+        (fit,) = (runs[kind] / "seed-0" / arm).glob("*/*-fit")
+        assert {path.name for path in fit.iterdir() if path.is_dir()} == trained, (kind, arm)
+        (sample,) = (runs[kind] / "seed-0" / arm).glob("*/*-sample")
+        rows = [row for file in sorted(sample.glob("shard-*.jsonl")) for row in read_jsonl(file)]
+        assert len(rows) == 10
+        if arm == "closed_book":
+            assert all(row["orders"] == [[]] for row in rows)
+
+
+def test_a_policy_gradients_generator_learns_from_greedy_orders(runs: dict[str, Path]) -> None:
+    (weigh,) = (runs["passages"] / "seed-0" / "reinforce").glob("*/*-weigh")
+    greedy = read_jsonl(weigh / "greedy.jsonl")
+    assert len(greedy) == 10 and all(row["weights"] == [1.0] and len(row["orders"]) == 1 for row in greedy)
+
+
+def test_questions_that_the_retriever_failed_count_as_wrong(data: Path, runs: dict[str, Path], tmp_path: Path) -> None:
+    whole = comparison(data, runs, "passages")
+    out = tmp_path / "failed"
+    out.mkdir()
+    questions = runs["passages"] / "questions"
+    for file in questions.iterdir():
+        (out / file.name).write_bytes(file.read_bytes())
+    for split in ("train", "test"):
+        rows = read_jsonl(out / f"{split}.jsonl")
+        rows[1] |= {"candidates": [], "ranks": [], "flag": RETRIEVER_ERROR}
+        write_jsonl(out / f"{split}.jsonl", rows)
+    source = type(whole.source)(whole.config, out)  # type: ignore[call-arg]
+    assert source.queries("train") == [0, *range(2, 10)]
+    assert source.queries("test") == [0, 1, 2, 3]
+    networks = source.open(whole.standing("dro", 0))
+    for how in ("selector", "retriever", "gold"):
+        found = networks.measure("test", source.queries("test"), how)
+        assert all(len(values) == 4 for values in found.values())
+        assert [found[name][1] for name in ("exact", "f1", "acc", "hit@1", "hit@2")] == [0] * 5
+        assert np.isfinite(found["log_p"]).all()
+
+
+def test_the_exact_likelihood_is_the_sum_over_orders(data: Path, runs: dict[str, Path]) -> None:
+    whole = comparison(data, runs, "passages")
+    networks = whole.source.open(whole.standing("dro", 0))
+    assert isinstance(networks, PassageNetworks)
+    prior, likelihood = networks.exact("dev", [0, 1])
+    assert prior.shape == likelihood.shape == (2, 30)
+    assert prior.exp().sum(1).tolist() == pytest.approx([1, 1], abs=1e-5)
+    order = whole.source.number([3, 0])
+    (judged,) = networks.judge("dev", [1], [[[3, 0]]])
+    assert judged.log_lik[0] == pytest.approx(float(likelihood[1, order]))
+
+
+def test_the_same_run_again_has_the_same_weights(data: Path, runs: dict[str, Path], tmp_path: Path) -> None:
+    again = small.run_in(tmp_path / "again", config_of(data, "passages"))
+    for file in (runs["passages"] / "seed-0").rglob("*.safetensors"):
+        assert sha256(file) == sha256(again / file.relative_to(runs["passages"])), file
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"retrieve": {"choose": 7}}, "choose=7 passages of candidates=6"),
+        ({"retrieve": {"pool": "own", "url": "http://x"}}, "url ranks the whole corpus"),
+        ({"select": {"decode": "free", "labels": "letters"}}, "labels=letters needs decode=constrained"),
+        ({"arms": ["closed_book"]}, "closed_book needs model.base"),
+        ({"data": {"source": "facts"}}, "rag_sft need real questions"),
+        ({"data": {"source": "facts"}, "arms": ["dro"], "model": {"base": "x"}}, "model.base is for real questions"),
+    ],
+)
+def test_contradictions_are_named(data: Path, change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        build(Config, small.values(data, **change))
+
+
+def test_language_models_are_asked_once_a_context(data: Path, runs: dict[str, Path]) -> None:
+    whole = comparison(data, runs, "language")
+    networks = whole.source.open(whole.standing("dro", 0))
+    assert isinstance(networks, LanguageNetworks)
+    assert isinstance(networks.selector, Selector) and isinstance(networks.generator, Generator)
+    (judged,) = networks.judge("train", [0], [[[1, 2], [3, 0], [1, 2]]])
+    assert judged.log_lik[0] == judged.log_lik[2] != judged.log_lik[1]
+    assert judged.tokens == 2  # the city and the end of turn
+    assert isinstance(whole.source.task("selector", "train", Path("x"), None, 0), LanguageTask)
