@@ -8,6 +8,7 @@ import pytest
 
 from tests import tiny
 from tests.agents.moat import small
+from tests.rag.exsearch import small as searching
 
 
 @pytest.fixture(scope="session")
@@ -20,3 +21,9 @@ def trained_artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def agent_artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The artifact of small agents that know a few tasks by heart."""
     return small.trained(tmp_path_factory.mktemp("agents"))
+
+
+@pytest.fixture(scope="session")
+def searcher_artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The artifact of a small agent that knows a few questions by heart."""
+    return searching.trained(tmp_path_factory.mktemp("searcher"))

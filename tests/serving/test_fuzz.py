@@ -4,10 +4,12 @@ import pytest
 import schemathesis
 from hypothesis import HealthCheck, given, settings
 
-from serve_apps import agent
+from serve_apps import agent, searcher
 from serve_apps.agent_schema import AgentArgs
 from serve_apps.agent_solving import State as AgentState
 from serve_apps.retriever import Corpus, RetrieverArgs, State, create_app
+from serve_apps.searcher_schema import SearcherArgs
+from serve_apps.searcher_solving import State as SearcherState
 from tests.serving.toy import Toy
 
 ROUTES = [
@@ -58,6 +60,14 @@ def test_made_up_tasks_cause_no_5xx(agent_artifact, mode):
         try_out(description["/solve"]["POST"].as_strategy(generation_mode=mode))
     finally:
         state.close()
+
+
+@pytest.mark.parametrize("mode", [POSITIVE, NEGATIVE], ids=lambda mode: mode.value)
+def test_made_up_questions_cause_no_5xx(searcher_artifact, mode):
+    args = SearcherArgs(artifact=searcher_artifact, key_required=False, requests_per_s=1e6, burst=10**6)
+    app = searcher.create_app(SearcherState(args), args)
+    description = schemathesis.openapi.from_asgi("/openapi.json", app, headers={"host": "localhost"})
+    try_out(description["/solve"]["POST"].as_strategy(generation_mode=mode))
 
 
 def try_out(strategy):
