@@ -44,8 +44,22 @@ DRO: dict[str, Any] = {
     "fit": {"steps": 40, "batch": 32, "checkpoint_every": 10},
     "evaluation": {"decisive": False, "resamples": 100, "redraws": 4},
 }
+EXSEARCH: dict[str, Any] = {
+    "method": "exsearch",
+    "name": "killed",
+    "arms": ["exsearch"],
+    "data": {"people": 60, "towns": 30, "firms": 12, "books": 16, "warm_up": 20, "train": 40, "dev": 16, "test": 10},
+    "model": {"width": 32},
+    "skill": {"steps": 40, "checkpoint_every": 10},
+    "skill_questions": 160,
+    "warm_up": {"steps": 20, "checkpoint_every": 10},
+    "fit": {"batch": 4, "checkpoint_every": 5},
+    "alternation": {"iterations": 1, "actors": 0},
+    "evaluation": {"decisive": False, "resamples": 100},
+}
 # What a method's iterations are made of, at least.
 PHASES = {
+    "exsearch": {"sample", "score", "weigh", "fit", "gap", "solve", "held_sample", "held_score"},
     "moat": {"sample", "score", "pair", "prefer-0", "plans", "ground"},
     "dro": {"sample", "score", "weigh", "fit", "measure"},
 }
@@ -85,7 +99,7 @@ def kill_in(process: subprocess.Popen[str], phase: Path, pause: float) -> bool:
     return not over
 
 
-@pytest.mark.parametrize("config", [MOAT, DRO], ids=["moat", "dro"])
+@pytest.mark.parametrize("config", [MOAT, DRO, EXSEARCH], ids=["moat", "dro", "exsearch"])
 def test_killed_in_every_phase_it_ends_with_the_same_numbers(tmp_path: Path, config: dict[str, Any]) -> None:
     experiment = tmp_path / "killed.yaml"
     experiment.write_text(yaml.safe_dump(config))

@@ -4,12 +4,14 @@ import pytest
 import schemathesis
 from hypothesis import HealthCheck, given, settings
 
-from serve_apps import agent, rag
+from serve_apps import agent, rag, searcher
 from serve_apps.agent_schema import AgentArgs
 from serve_apps.agent_solving import State as AgentState
 from serve_apps.rag_answering import State as RagState
 from serve_apps.rag_schema import RagArgs
 from serve_apps.retriever import Corpus, RetrieverArgs, State, create_app
+from serve_apps.searcher_schema import SearcherArgs
+from serve_apps.searcher_solving import State as SearcherState
 from tests.serving.toy import Toy
 
 ROUTES = [
@@ -68,6 +70,14 @@ def test_made_up_questions_cause_no_5xx(rag_artifact, mode):
     app = rag.create_app(RagState.load(args), args)
     description = schemathesis.openapi.from_asgi("/openapi.json", app, headers={"host": "localhost"})
     try_out(description["/answer"]["POST"].as_strategy(generation_mode=mode))
+
+
+@pytest.mark.parametrize("mode", [POSITIVE, NEGATIVE], ids=lambda mode: mode.value)
+def test_made_up_questions_of_a_searcher_cause_no_5xx(searcher_artifact, mode):
+    args = SearcherArgs(artifact=searcher_artifact, key_required=False, requests_per_s=1e6, burst=10**6)
+    app = searcher.create_app(SearcherState(args), args)
+    description = schemathesis.openapi.from_asgi("/openapi.json", app, headers={"host": "localhost"})
+    try_out(description["/solve"]["POST"].as_strategy(generation_mode=mode))
 
 
 def try_out(strategy):

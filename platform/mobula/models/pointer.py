@@ -27,6 +27,7 @@ MODEL_TYPE = "mobula_pointer"
 KERNEL = 8
 FLOOR = 1e-4  # share of a uniform distribution in every prediction: log p stays finite and has a gradient
 INITIAL = 0.05
+ROOM = 64  # tokens that a cache's buffer has room for at its end
 FAR = -1e9
 
 
@@ -58,30 +59,47 @@ class PointerConfig(PretrainedConfig):
 
 @dataclass
 class PointerCache:
-    """What of earlier tokens later ones need: ids and mask [B, N], and of each layer what its attention reads."""
+    """What of earlier tokens later ones need: ids [B, N], and parts of the layers [B, ..., N, C].
+
+    Parts lie in buffers with room for more tokens, so that a token does not copy all that came before it.
+    """
 
     ids: Tensor | None = None
-    layers: list[dict[str, Tensor]] = field(default_factory=list)
+    length: int = 0
+    parts: dict[tuple[int, str], Tensor] = field(default_factory=dict)
+    tails: dict[int, Tensor] = field(default_factory=dict)
 
     def batch_select_indices(self, rows: Tensor) -> None:
         """Go on with these rows alone."""
         self.ids = None if self.ids is None else self.ids[rows]
-        self.layers = [{name: part[rows] for name, part in layer.items()} for layer in self.layers]
+        self.parts = {place: part[rows] for place, part in self.parts.items()}
+        self.tails = {place: tail[rows] for place, tail in self.tails.items()}
 
-    def extended(self, place: int, name: str, new: Tensor, dim: int) -> Tensor:
-        """A layer's part with what is new behind it, which is kept."""
-        if place == len(self.layers):
-            self.layers.append({})
-        layer = self.layers[place]
-        layer[name] = torch.cat([layer[name], new], dim) if name in layer else new
-        return layer[name]
+    def append(self, ids: Tensor) -> Tensor:
+        """All ids, new ones behind those before them."""
+        self.ids = ids if self.ids is None else torch.cat([self.ids, ids], 1)
+        self.length = self.ids.shape[1]
+        return self.ids
 
-    def convolved(self, place: int, new: Tensor) -> Tensor:
-        """A layer's new states [B, M, C] with the ``KERNEL - 1`` before them, zeros at the start."""
-        layer = self.layers[place]
-        before = layer["tail"] if "tail" in layer else new.new_zeros(new.shape[0], KERNEL - 1, new.shape[2])
+    def extended(self, layer: int, name: str, new: Tensor) -> Tensor:
+        """A part with what is new behind what was there; tokens are its last dimension but one."""
+        before = self.length - new.shape[-2]
+        part = self.parts.get((layer, name))
+        if part is None or part.shape[-2] < self.length:
+            room = new.new_empty(*new.shape[:-2], self.length + ROOM, new.shape[-1])
+            if part is not None:
+                room[..., :before, :] = part[..., :before, :]
+            part = self.parts[layer, name] = room
+        part[..., before : self.length, :] = new
+        return part[..., : self.length, :]
+
+    def widened(self, layer: int, new: Tensor) -> Tensor:
+        """A layer's new states [B, M, C] behind the ``KERNEL - 1`` before them, zeros at the start."""
+        before = self.tails.get(layer)
+        if before is None:
+            before = new.new_zeros(new.shape[0], KERNEL - 1, new.shape[2])
         whole = torch.cat([before, new], 1)
-        layer["tail"] = whole[:, 1 - KERNEL :]
+        self.tails[layer] = whole[:, 1 - KERNEL :]
         return whole
 
 
@@ -103,20 +121,21 @@ class Layer(nn.Module):
     ) -> Tensor:
         """States [B, M, D]; ``real`` [B, M, 1] is 0 for padding, ``bias`` [B, 1, M, N] hides what may not be read."""
         qkv = self.qkv(self.before(x)) * real
-        if cache is None:
-            whole = F.pad(qkv, (0, 0, KERNEL - 1, 0))
-        else:
-            if i == len(cache.layers):
-                cache.layers.append({})
-            whole = cache.convolved(i, qkv)
-        qkv = qkv + self.conv(whole.transpose(1, 2)).transpose(1, 2)
+        whole = F.pad(qkv, (0, 0, KERNEL - 1, 0)) if cache is None else cache.widened(i, qkv)
+        qkv = qkv + self._convolved(whole)
         q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in qkv.chunk(3, -1))
         q, k = _rotated(q, turns), _rotated(k, turns)
         if cache is not None:
-            k, v = cache.extended(i, "k", k, 2), cache.extended(i, "v", v, 2)
+            k, v = cache.extended(i, "k", k), cache.extended(i, "v", v)
         read = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
         x = x + self.out(read.transpose(1, 2).flatten(2))
         return x + self.down(F.gelu(self.up(self.after(x)), approximate="tanh"))
+
+    def _convolved(self, whole: Tensor) -> Tensor:
+        """The convolution of states [B, KERNEL - 1 + M, C]; of a single token it is a mere product."""
+        if whole.shape[1] == KERNEL:
+            return (whole * self.conv.weight[:, 0].T).sum(1, keepdim=True)
+        return self.conv(whole.transpose(1, 2)).transpose(1, 2)
 
 
 class PointerLM(PreTrainedModel):
@@ -170,13 +189,11 @@ class PointerLM(PreTrainedModel):
         ``attention_mask`` i64[B, N] and ids of earlier tokens belong together as transformers has it.
         """
         cache = past_key_values
-        ids = input_ids if cache is None or cache.ids is None else torch.cat([cache.ids, input_ids], 1)
+        ids = input_ids if cache is None else cache.append(input_ids)
         new, total = input_ids.shape[1], ids.shape[1]
         mask = torch.ones_like(ids) if attention_mask is None else attention_mask
         if position_ids is None:
             position_ids = torch.arange(total, device=ids.device)[None, total - new :]
-        if cache is not None:
-            cache.ids = ids
         real = mask[:, total - new :, None].to(self.flags.dtype)
         hidden = self._hidden(mask, new)
         turns = _turns(position_ids, self.config.width // self.config.heads)
@@ -186,7 +203,7 @@ class PointerLM(PreTrainedModel):
         x = self.last(x)
         offered = self.offering(x)
         if cache is not None:
-            offered = cache.extended(len(self.layers), "offered", offered, 1)
+            offered = cache.extended(len(self.layers), "offered", offered)
         x, hidden = x[:, -logits_to_keep:], hidden[:, -logits_to_keep:]
         return CausalLMOutputWithPast(logits=self._logits(x, offered, hidden, ids), past_key_values=None)
 

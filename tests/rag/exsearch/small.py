@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from mobula.config import build
 from mobula.models.causal import CausalModel, Continuation, Sampling
+from mobula.rag.exsearch import library
 from mobula.rag.exsearch.config import Config, Mode
 from mobula.rag.exsearch.rollout import Rollouts
 from mobula.rag.exsearch.sources import Problem, corpus_of, problems_of
-from mobula.rag.exsearch.start import fresh
-from mobula.rag.exsearch.workers import searcher_of
+from mobula.rag.exsearch.start import fresh, oracle_of
+from mobula.rag.exsearch.training import RowsTask, tune, write_rows
+from mobula.rag.exsearch.workers import Agent, searcher_of
 from mobula.rag.search import Retrying, Searcher
+from mobula.training import TrainingConfig
 
 CONFIG: dict[str, Any] = {
     "method": "exsearch",
@@ -78,3 +82,22 @@ def problems(split: str = "train", hops: int = 0) -> list[Problem]:
     """The questions of a split, those of one number of hops if it is given."""
     found = problems_of(config().data, split)
     return [problem for problem in found if not hops or len(problem.plan) == hops]
+
+
+def known() -> list[Problem]:
+    """The questions that the agent of :func:`trained` knows: one of each number of hops."""
+    return [problems("dev", hops)[0] for hops in (1, 2, 3)]
+
+
+def trained(root: Path) -> Path:
+    """The artifact of an agent that knows a few questions by heart."""
+    made = config()
+    fresh(made, 0).save(root / "fresh")
+    model = CausalModel.open(str(root / "fresh"))
+    corpus = corpus_of(made.data, "dev")
+    write_rows(root / "rows.jsonl", oracle_of(made, model, corpus, Mode()).rows(known(), 0))
+    training = TrainingConfig(steps=120, batch=3, lr=8e-3, workers=0)
+    tune(RowsTask(root / "fresh", root / "rows.jsonl"), training, root, 0, "known")
+    agent = Agent(root / "model", corpus, made.retrieve, made.rollout, Mode())
+    examples = {problem.kind: [problem.question] for problem in known()}
+    return library.write(root / "artifact", agent, [], examples).directory

@@ -13,13 +13,14 @@ from typing import Any, Protocol
 
 from mobula.data.records import Document
 from mobula.errors import ModelError
-from mobula.models.causal import CausalModel
+from mobula.models.causal import EOS, PAD, UNKNOWN, CausalModel
 
 QUERY, SEARCH, FACT, FINAL = "<QUERY>", "<SEARCH>", "<FACT>", "<FINAL>"
 NONE = "none"  # what an agent records if the passages settle nothing
 # Words of small models alone: the end of the environment's turn, and what it asks for.
 TURN, ANSWER, SELECT = "<turn>", "<ANSWER>", "<SELECT>"
 MARKERS = (QUERY, TURN, SEARCH, FACT, FINAL, ANSWER, SELECT, ">", *(f"[{i}]" for i in range(1, 21)))
+RESERVED = tuple(sorted((*MARKERS, PAD, EOS, UNKNOWN), key=len, reverse=True))
 
 AGENT = (
     "Answer the question at the end by looking things up in a collection of Wikipedia passages. Work in rounds. In "
@@ -67,14 +68,14 @@ class Chat(Protocol):
 
 @dataclass
 class MarkedChat:
-    """Marker words instead of sentences, for models that know no others."""
+    """Marker words instead of sentences, for models that know no others. Questions and passages cannot have them."""
 
     model: CausalModel
     gap: str = " "
 
     def begin(self, question: str) -> list[int]:
         """The question."""
-        return self.model.encode(f"{question} {TURN}")
+        return self.model.encode(f"{_plain(question)} {TURN}")
 
     def found(self, passages: Sequence[Document]) -> list[int]:
         """Texts alone: titles are repeated in them."""
@@ -86,15 +87,22 @@ class MarkedChat:
 
     def choose(self, query: str, passages: Sequence[Document]) -> list[int]:
         """Query, passages and a marker."""
-        return self.model.encode(" ".join([query, *self._lines(passages), SELECT, TURN]))
+        return self.model.encode(" ".join([_plain(query), *self._lines(passages), SELECT, TURN]))
 
     def direct(self, question: str, passages: Sequence[Document]) -> list[int]:
         """Question and passages."""
-        return self.model.encode(" ".join([question, TURN, *self._lines(passages), ANSWER, TURN]))
+        return self.model.encode(" ".join([_plain(question), TURN, *self._lines(passages), ANSWER, TURN]))
 
     @staticmethod
     def _lines(passages: Sequence[Document]) -> list[str]:
-        return [f"[{i}] {passage.text}" for i, passage in enumerate(passages, 1)]
+        return [f"[{i}] {_plain(passage.text)}" for i, passage in enumerate(passages, 1)]
+
+
+def _plain(text: str) -> str:
+    """The text without marker words and the marks that end a sequence."""
+    for marker in RESERVED:
+        text = text.replace(marker, " ")
+    return text
 
 
 @dataclass

@@ -1,0 +1,133 @@
+"""How the `searcher` application answers: questions that wait take their turns together, and every turn is told."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import time
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import replace
+from functools import lru_cache
+from typing import Any
+
+from mobula import artifacts, methods
+from mobula.rag.exsearch.library import KIND, Predictor
+from mobula.rag.exsearch.rollout import Episode, Rollouts
+from mobula.serving.app import time_limit
+from mobula.serving.batching import Batcher
+from mobula.serving.metrics import Metrics
+from mobula.threads import one_thread
+from serve_apps.searcher_schema import SearcherArgs, SolveRequest
+
+Event = tuple[str, dict[str, Any]]
+Limits = tuple[int, int]  # turns, tokens of a turn
+
+
+class State:
+    """The agent of an artifact with its passages."""
+
+    def __init__(self, args: SearcherArgs) -> None:
+        artifact = artifacts.open_artifact(args.artifact, kind=KIND)
+        self.predictor: Predictor = methods.get(artifact.method).load(artifact)
+        self.rollouts: Rollouts = self.predictor.rollouts
+        self.version = artifact.identity
+
+
+class Solving:
+    """Answers questions with the agent of ``state``."""
+
+    def __init__(self, state: State, args: SearcherArgs, metrics: Metrics) -> None:
+        self.state, self.args, self.metrics = state, args, metrics
+        self.batcher = Batcher(self._compute, args.max_batch_size, metrics.batch)
+        self._limited = lru_cache(maxsize=64)(self._with_limits)
+
+    async def solve(self, request: SolveRequest) -> dict[str, Any]:
+        """The final event's value."""
+        async with time_limit(self.args.time_limit_s):
+            async for name, value in self._events(request):
+                if name == "done":
+                    return value
+        raise AssertionError("a solution ends with `done`")
+
+    async def events(self, request: SolveRequest) -> AsyncIterator[Event]:
+        """`search`, `evidence` and `fact` in turn, then `answer`, and `done` with everything."""
+        async with asyncio.timeout(self.args.time_limit_s):
+            async for event in self._events(request):
+                yield event
+
+    async def _events(self, request: SolveRequest) -> AsyncIterator[Event]:
+        began, limits = time.perf_counter(), self._limits(request)
+        episode: Episode = await self.batcher.submit(("begin", limits), Episode(request.question, 0))
+        for _ in range(limits[0]):
+            before = episode
+            episode = await self.batcher.submit(("turn", limits), episode)
+            for event in self._told(before, episode):
+                yield event
+            if not episode.open:
+                break
+        episode = await self.batcher.submit(("answer", limits), episode)
+        answer, status = episode.trajectory.prediction, _status(episode)
+        yield "answer", {"answer": answer, "status": status}
+        ms = round(1000 * (time.perf_counter() - began), 3)
+        self.metrics.solved(status, ms)
+        facts = {"tokens": self._tokens(episode), "ms": ms, "version": self.state.version}
+        yield "done", {"answer": answer, "status": status, "searches": self._searches(episode), **facts}
+
+    def _limits(self, request: SolveRequest) -> Limits:
+        """What was asked for, within what the agent was trained with; in its last turn it does not search."""
+        most = self.state.rollouts.config
+        turns = min(most.max_turns, (request.max_searches or most.max_turns) + 1)
+        return turns, min(most.max_action_tokens, request.max_tokens or most.max_action_tokens)
+
+    def _told(self, before: Episode, after: Episode) -> list[Event]:
+        """What a turn has added: the fact of the last search, the next sub-query, and what it found."""
+        old, new = before.trajectory, after.trajectory
+        events: list[Event] = [("fact", {"fact": fact}) for fact in new.facts[len(old.facts) :]]
+        for number in range(len(old.queries), len(new.queries)):
+            events.append(("search", {"query": new.queries[number]}))
+            events.append(("evidence", {"passages": self._passages(after, number)}))
+        return events
+
+    def _passages(self, episode: Episode, number: int) -> list[dict[str, Any]]:
+        found = {id: (score, rank) for id, score, rank in episode.trajectory.hits[number]}
+        passages = []
+        for id in episode.trajectory.shown[number]:
+            document, (score, rank) = self.state.rollouts.searcher.searcher.document(id), found[id]
+            passages.append({"id": id, "title": document.title, "text": document.text, "rank": rank, "score": score})
+        return passages
+
+    def _searches(self, episode: Episode) -> list[dict[str, Any]]:
+        found = episode.trajectory
+        facts = [*found.facts, *(None for _ in found.queries)]
+        return [
+            {"query": query, "evidence": self._passages(episode, number), "fact": facts[number]}
+            for number, query in enumerate(found.queries)
+        ]
+
+    @staticmethod
+    def _tokens(episode: Episode) -> int:
+        """What the agent wrote."""
+        answer = episode.trajectory.answer
+        return len(episode.trajectory.sampled) + (len(answer.log_probs) if answer else 0)
+
+    def _compute(self, group: tuple[str, Limits], items: Sequence[Episode]) -> list[Episode]:
+        """A step of a batch of questions. Their state is copied: a batch that fails leaves it as it was."""
+        what, limits = group
+        rollouts, episodes = self._limited(limits), copy.deepcopy(list(items))
+        with one_thread():
+            if what == "begin":
+                return [rollouts.begin(episode.question, episode.seed) for episode in episodes]
+            (rollouts.round if what == "turn" else rollouts.answer)(episodes)
+        return episodes
+
+    def _with_limits(self, limits: Limits) -> Rollouts:
+        trained = self.state.rollouts
+        config = replace(trained.config, max_turns=limits[0], max_action_tokens=limits[1])
+        return Rollouts(trained.model, trained.searcher, config, trained.mode, greedy=True)
+
+
+def _status(episode: Episode) -> str:
+    flags = episode.trajectory.flags
+    if flags.retriever_errors:
+        return "no_retriever"
+    return "limit" if flags.forced_final or flags.overflow else "ok"
