@@ -18,11 +18,8 @@ import pytest
 
 from tests import tiny
 from tests.agents.moat import small
-<<<<<<< HEAD
 from tests.rag.dro import small as rag
-=======
 from tests.rag.exsearch import small as searching
->>>>>>> exsearch
 
 pytestmark = [pytest.mark.end_to_end, pytest.mark.timeout(900)]
 ROOT = Path(__file__).parents[2]
@@ -115,7 +112,6 @@ def test_the_agents_are_served_and_stream(tmp_path: Path) -> None:
         return
 
 
-<<<<<<< HEAD
 def test_questions_are_served_and_answered_from_passages(tmp_path: Path) -> None:
     artifact = rag.trained(tmp_path)
     port, log = free_port(), tmp_path / "serve.log"
@@ -133,7 +129,9 @@ def test_questions_are_served_and_answered_from_passages(tmp_path: Path) -> None
                 names = [line.removeprefix("event: ") for line in answer.iter_lines() if line.startswith("event: ")]
             assert names == ["found", "selected", "answer", "done"]
             assert httpx.get(f"{url}/console/rag.html", timeout=60).status_code == 200
-=======
+        return
+
+
 def test_the_searcher_is_served_and_streams(tmp_path: Path) -> None:
     artifact, problem = searching.trained(tmp_path), searching.known()[1]
     port, log = free_port(), tmp_path / "serve.log"
@@ -151,5 +149,4 @@ def test_the_searcher_is_served_and_streams(tmp_path: Path) -> None:
             found = httpx.post(f"{url}/solve", json={**request, "stream": False}, timeout=60).json()
             assert found["answer"] == problem.answers[0]
             assert httpx.get(f"{url}/console/searcher.html", timeout=60).status_code == 200
->>>>>>> exsearch
         return

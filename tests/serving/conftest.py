@@ -8,11 +8,8 @@ import pytest
 
 from tests import tiny
 from tests.agents.moat import small
-<<<<<<< HEAD
 from tests.rag.dro import small as questions
-=======
 from tests.rag.exsearch import small as searching
->>>>>>> exsearch
 
 
 @pytest.fixture(scope="session")
@@ -28,12 +25,12 @@ def agent_artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-<<<<<<< HEAD
 def rag_artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The artifact of a small selector and generator over passages about bakers."""
     return questions.trained(tmp_path_factory.mktemp("rag"))
-=======
+
+
+@pytest.fixture(scope="session")
 def searcher_artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The artifact of a small agent that knows a few questions by heart."""
     return searching.trained(tmp_path_factory.mktemp("searcher"))
->>>>>>> exsearch
