@@ -31,7 +31,7 @@ from mobula.threads import one_thread
 CONFIG: dict[str, Any] = {
     "method": "exsearch",
     "name": "rollouts",
-    "data": {"warm_up": 60, "dev": 64},
+    "data": {"warm_up": 60, "dev": 192},
     "skill": {"steps": 250},
     "skill_questions": 1200,
     "warm_up": {"steps": 100},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -84,6 +85,31 @@ def test_scores_and_samples_do_not_depend_on_company(model: CausalModel, ids: li
     scored = model.log_probs(prompts, [[*c.ids, model.eos] if c.ended else list(c.ids) for c in drawn])
     for c, scores in zip(drawn, scored, strict=True):
         torch.testing.assert_close(torch.tensor(c.log_probs), scores, **CLOSE)
+
+
+def test_what_is_remembered_of_a_chat_changes_nothing(model: CausalModel, ids: list[int]) -> None:
+    """Turns of different lengths in one batch, some shorter than the convolution, one without a past."""
+    first = [ids[:n] for n in (3, 12, 20, 9)]
+    later = [[*row, *ids[5 : 5 + more]] for row, more in zip(first, (2, 11, 1, 6), strict=True)] + [ids[:7]]
+    seeds = range(len(later))
+    memory: list[Any] = [None] * len(first)
+    model.sample(first, Sampling(6), seeds[:4], memory=memory)
+    assert [kept.ids.tolist() for kept in memory] == first
+    memory.append(None)
+    quick = model.sample(later, Sampling(6), seeds, batch=3, memory=memory)
+    plain = model.sample(later, Sampling(6), seeds)
+    assert [kept.ids.tolist() for kept in memory] == later
+    for one, other in zip(quick, plain, strict=True):
+        assert one.ids == other.ids
+        torch.testing.assert_close(torch.tensor(one.log_probs), torch.tensor(other.log_probs), **CLOSE)
+
+
+def test_what_does_not_begin_a_prompt_is_not_used(model: CausalModel, ids: list[int]) -> None:
+    memory: list[Any] = [None]
+    model.sample([ids[:9]], Sampling(3), [0], memory=memory)
+    for prompt in (ids[1:12], ids[:9], ids[:4]):
+        again = model.sample([prompt], Sampling(5), [1], memory=list(memory))
+        assert again[0].ids == model.sample([prompt], Sampling(5), [1])[0].ids
 
 
 def test_logits_are_log_probabilities_that_never_vanish(model: CausalModel, ids: list[int]) -> None:

@@ -224,27 +224,46 @@ class CausalModel:
 
     @torch.inference_mode()
     def sample(
-        self, prompts: Sequence[Sequence[int]], sampling: Sampling, seeds: Sequence[int], batch: int = 64
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        seeds: Sequence[int],
+        batch: int = 64,
+        memory: list[Any] | None = None,
     ) -> list[Continuation]:
-        """One continuation of every prompt, drawn with its own seed."""
+        """One continuation of every prompt, drawn with its own seed.
+
+        ``memory``: by prompt, what an earlier call left there for the tokens that its prompt began with, or None; this
+        call leaves what it has computed of its own prompts. Networks that cannot remember ignore it.
+        """
         order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
         found: dict[int, Continuation] = {}
         for start in range(0, len(order), batch):
             rows = order[start : start + batch]
-            drawn = self._sample([prompts[row] for row in rows], sampling, [seeds[row] for row in rows])
+            mine = None if memory is None else [memory[row] for row in rows]
+            drawn = self._sample([prompts[row] for row in rows], sampling, [seeds[row] for row in rows], mine)
             found.update(zip(rows, drawn, strict=True))
+            if memory is not None and mine is not None:
+                for row, kept in zip(rows, mine, strict=True):
+                    memory[row] = kept
         return [found[row] for row in range(len(prompts))]
 
-    def _sample(self, prompts: Sequence[Sequence[int]], sampling: Sampling, seeds: Sequence[int]) -> list[Continuation]:
+    def _sample(
+        self, prompts: Sequence[Sequence[int]], sampling: Sampling, seeds: Sequence[int], memory: list[Any] | None
+    ) -> list[Continuation]:
         uniform = torch.stack([_uniform(seed, sampling.max_tokens) for seed in seeds])
-        ids, mask = _padded(prompts, self.pad, left=True)
-        cache = self._new_cache()
+        cache, known = self._begin(prompts, memory)
+        ids, new = _padded([prompt[n:] for prompt, n in zip(prompts, known, strict=True)], self.pad, left=True)
+        old = torch.arange(max(known)) >= max(known) - torch.tensor(known).unsqueeze(1)
+        mask = torch.cat([old.long(), new], 1)
+        positions = ((mask.cumsum(1) - 1).clamp(min=0))[:, -ids.shape[1] :]
         alive = torch.arange(len(prompts))
         drawn: list[list[int]] = [[] for _ in prompts]
         scores: list[list[tuple[float, float]]] = [[] for _ in prompts]
-        positions = (mask.cumsum(1) - 1).clamp(min=0)
         for step in range(sampling.max_tokens):
             logits = self._logits(ids, mask, positions, cache)[:, -1].float().cpu()
+            if memory is not None and step == 0 and hasattr(cache, "remembered"):
+                memory[:] = cache.remembered(mask.to(self.device))
             tokens, log_q = _draw(logits, sampling, uniform[alive, step])
             chosen = torch.log_softmax(logits, -1).gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
             found = zip(alive.tolist(), tokens.tolist(), chosen.tolist(), log_q.tolist(), strict=True)
@@ -260,6 +279,14 @@ class CausalModel:
             mask = torch.cat([mask[going], torch.ones(len(going), 1, dtype=mask.dtype)], 1)
             positions = positions[going, -1:] + 1
         return [_continuation(tokens, row, self.eos) for tokens, row in zip(drawn, scores, strict=True)]
+
+    def _begin(self, prompts: Sequence[Sequence[int]], memory: list[Any] | None) -> tuple[Any, list[int]]:
+        """A cache, and how many tokens of each prompt it holds already."""
+        if memory is None or not hasattr(self.network, "new_cache"):
+            return self._new_cache(), [0] * len(prompts)
+        rows = [_fitting(kept, prompt) for kept, prompt in zip(memory, prompts, strict=True)]
+        network: Any = self.network
+        return network.new_cache(rows), [0 if row is None else len(row.ids) for row in rows]
 
     def _new_cache(self) -> Any:
         """The network's own, where it needs another than that of transformers."""
@@ -322,6 +349,13 @@ def _batches(lengths: Sequence[int], most: int) -> Iterator[list[int]]:
         rows.append(row)
     if rows:
         yield rows
+
+
+def _fitting(kept: Any, prompt: Sequence[int]) -> Any:
+    """What is remembered, if the prompt begins with it and goes on."""
+    if kept is None or len(kept.ids) >= len(prompt) or kept.ids.tolist() != list(prompt[: len(kept.ids)]):
+        return None
+    return kept
 
 
 def _uniform(seed: int, count: int) -> Tensor:

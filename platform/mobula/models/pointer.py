@@ -14,6 +14,7 @@ Shapes: B rows, M new tokens, N tokens in all, D width, H heads, V vocabulary, L
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -57,9 +58,18 @@ class PointerConfig(PretrainedConfig):
         super().__init__(**others)
 
 
+@dataclass(frozen=True)
+class Remembered:
+    """What a cache holds of one row's first tokens: their ids i64[N], parts of layers [..., N, C], tails [K - 1, C]."""
+
+    ids: Tensor
+    parts: dict[tuple[int, str], Tensor]
+    tails: dict[int, Tensor]
+
+
 @dataclass
 class PointerCache:
-    """What of earlier tokens later ones need: ids [B, N], and parts of the layers [B, ..., N, C].
+    """What of earlier tokens later ones need: ids [B, N], parts of the layers [B, ..., N, C], tails for convolutions.
 
     Parts lie in buffers with room for more tokens, so that a token does not copy all that came before it.
     """
@@ -68,6 +78,39 @@ class PointerCache:
     length: int = 0
     parts: dict[tuple[int, str], Tensor] = field(default_factory=dict)
     tails: dict[int, Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, rows: Sequence[Remembered | None]) -> PointerCache:
+        """A cache in which each row begins with what is remembered of it, padded on the left; None: with nothing."""
+        known = [row for row in rows if row is not None]
+        cache = cls()
+        if not known:
+            return cache
+        cache.length = max(len(row.ids) for row in known)
+        cache.ids = known[0].ids.new_zeros(len(rows), cache.length)
+        for place, part in known[0].parts.items():
+            cache.parts[place] = part.new_zeros(len(rows), *part.shape[:-2], cache.length + ROOM, part.shape[-1])
+        for layer, tail in known[0].tails.items():
+            cache.tails[layer] = tail.new_zeros(len(rows), *tail.shape)
+        for i, row in enumerate(rows):
+            if row is not None:
+                start = cache.length - len(row.ids)
+                cache.ids[i, start:] = row.ids
+                for place, part in row.parts.items():
+                    cache.parts[place][i, ..., start : cache.length, :] = part
+                for layer, tail in row.tails.items():
+                    cache.tails[layer][i] = tail
+        return cache
+
+    def remembered(self, mask: Tensor) -> list[Remembered]:
+        """What it holds of each row, without padding; ``mask`` i64[B, N]."""
+        assert self.ids is not None
+        found = []
+        for i, real in enumerate(mask.bool()):
+            parts = {place: part[i, ..., : self.length, :][..., real, :] for place, part in self.parts.items()}
+            tails = {layer: tail[i].clone() for layer, tail in self.tails.items()}
+            found.append(Remembered(self.ids[i, real], parts, tails))
+        return found
 
     def batch_select_indices(self, rows: Tensor) -> None:
         """Go on with these rows alone."""
@@ -93,12 +136,20 @@ class PointerCache:
         part[..., before : self.length, :] = new
         return part[..., : self.length, :]
 
-    def widened(self, layer: int, new: Tensor) -> Tensor:
-        """A layer's new states [B, M, C] behind the ``KERNEL - 1`` before them, zeros at the start."""
+    def widened(self, layer: int, new: Tensor, real: Tensor) -> Tensor:
+        """A layer's new states [B, M, C] behind the ``KERNEL - 1`` before them, zeros at the start.
+
+        Where padding stands on the left (``real`` [B, M, 1] is 0), what is before moves up to the first real state.
+        """
         before = self.tails.get(layer)
         if before is None:
             before = new.new_zeros(new.shape[0], KERNEL - 1, new.shape[2])
         whole = torch.cat([before, new], 1)
+        if new.shape[1] > 1:
+            padding = new.shape[1] - real.sum(1, dtype=torch.long)
+            places = (padding + torch.arange(KERNEL - 1, device=new.device)).unsqueeze(-1).expand_as(before)
+            whole[:, : KERNEL - 1] = 0
+            whole.scatter_(1, places, before)
         self.tails[layer] = whole[:, 1 - KERNEL :]
         return whole
 
@@ -121,7 +172,7 @@ class Layer(nn.Module):
     ) -> Tensor:
         """States [B, M, D]; ``real`` [B, M, 1] is 0 for padding, ``bias`` [B, 1, M, N] hides what may not be read."""
         qkv = self.qkv(self.before(x)) * real
-        whole = F.pad(qkv, (0, 0, KERNEL - 1, 0)) if cache is None else cache.widened(i, qkv)
+        whole = F.pad(qkv, (0, 0, KERNEL - 1, 0)) if cache is None else cache.widened(i, qkv, real)
         qkv = qkv + self._convolved(whole)
         q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in qkv.chunk(3, -1))
         q, k = _rotated(q, turns), _rotated(k, turns)
@@ -170,9 +221,9 @@ class PointerLM(PreTrainedModel):
             nn.init.ones_(module.weight)
             nn.init.zeros_(module.bias)
 
-    def new_cache(self) -> PointerCache:
-        """For tokens that come one after another."""
-        return PointerCache()
+    def new_cache(self, rows: Sequence[Remembered | None] = ()) -> PointerCache:
+        """For tokens that come one after another, behind what is remembered of each row."""
+        return PointerCache.of(rows)
 
     def forward(
         self,

@@ -48,7 +48,12 @@ class Scripted(CausalModel):
     say: Say
 
     def sample(
-        self, prompts: Sequence[Sequence[int]], sampling: Sampling, seeds: Sequence[int], batch: int = 64
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        seeds: Sequence[int],
+        batch: int = 64,
+        memory: list[Any] | None = None,
     ) -> list[Continuation]:
         """What the script says, cut to the tokens that are allowed."""
         found = []

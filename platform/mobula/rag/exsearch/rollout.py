@@ -26,12 +26,13 @@ SELECTION_TOKENS = 6  # most tokens for each number of a selection, with bracket
 
 @dataclass
 class Episode:
-    """A question in flight. ``open``: the agent may go on searching."""
+    """A question in flight. ``open``: the agent may go on searching. ``memory``: what the model keeps of its chat."""
 
     question: str
     seed: int
     trajectory: Trajectory = field(default_factory=Trajectory)
     open: bool = True
+    memory: Any = field(default=None, repr=False, compare=False)
 
     @property
     def rounds(self) -> int:
@@ -230,11 +231,20 @@ class Rollouts:
         """What agents say next, after what is put into their mouths."""
         prompts = [[*e.trajectory.context, *start] for e, start in zip(episodes, starts, strict=True)]
         seeds = [seed_of(episode.seed, episode.rounds, what) for episode in episodes]
-        drawn = self._sample(prompts, Sampling(most, self.temperature, self.config.top_p), seeds)
+        memory = [episode.memory for episode in episodes]
+        drawn = self._sample(prompts, Sampling(most, self.temperature, self.config.top_p), seeds, memory)
+        for episode, kept in zip(episodes, memory, strict=True):
+            episode.memory = kept
         return [self._cut(said) for said in drawn]
 
-    def _sample(self, prompts: Sequence[Sequence[int]], sampling: Sampling, seeds: Sequence[int]) -> list[Continuation]:
-        return self.model.sample(prompts, sampling, seeds, self.config.batch)
+    def _sample(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        seeds: Sequence[int],
+        memory: list[Any] | None = None,
+    ) -> list[Continuation]:
+        return self.model.sample(prompts, sampling, seeds, self.config.batch, memory)
 
     def _cut(self, said: Continuation) -> Continuation:
         """Without what an agent said in the environment's name, from the marker of its turns on."""
