@@ -15,6 +15,8 @@ from mobula.data.sources import hub_rows, read_text, require_folder
 from mobula.errors import BadRecord, DataError
 
 HOTPOTQA, NATURAL, SQUAD = "hotpot_train.json", "nq_generator_training.json", "squad_v2.0.json"
+MUSIQUE = "musique_train.json"
+_REFERENCE = re.compile(r"#(\d+)")
 _PASSAGE = re.compile(r"\[\d+\] Title: (.*?) Text: (.*)", re.DOTALL)
 _NEXT = re.compile(r"\n(?=\[\d+\] Title: )")
 
@@ -26,6 +28,7 @@ class Question:
     ``support`` is empty where nobody says which they are. ``kind`` is the set's own name for how the documents hang
     together (``bridge``, ``comparison``). ``passages``: ids of the documents that the question comes with, support and
     distractors. ``evidence`` has, where the set marks it, the first supporting sentence of each supporting document.
+    ``steps`` has, where the set divides the question, a sub-question and its answer for each of them.
     """
 
     id: str
@@ -35,6 +38,7 @@ class Question:
     kind: str = ""
     passages: tuple[str, ...] = ()
     evidence: tuple[str, ...] = ()
+    steps: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -163,6 +167,52 @@ def _hotpotqa(records: Iterable[tuple[str, dict[str, Any]]]) -> Loaded:
         for title, sentences in record["context"]:
             documents.setdefault(title, Document(title, title, "".join(sentences)))
     return questions, list(documents.values())
+
+
+def musique(path: str = "") -> tuple[list[Question], list[Document]]:
+    """100 questions of MuSiQue (Trivedi et al. 2022, arXiv 2108.00573), divided into steps, and all their paragraphs.
+
+    A paragraph's id is its title, with a number where several share one. ``path`` is the folder that holds
+    musique_train.json; empty: MOBULA_DATA.
+
+    Raises:
+        DataError: if the file is missing or damaged.
+    """
+    file = require_folder("musique", path, MUSIQUE, subfolder="multihop_small")[0] / MUSIQUE
+    try:
+        records = json.loads(read_text(file))
+    except ValueError as error:
+        raise DataError(f"{file}: not JSON ({error})") from error
+    documents: dict[tuple[str, str], Document] = {}
+    named: dict[str, int] = {}
+    questions = []
+    for number, record in enumerate(records, 1):
+        try:
+            ids = []
+            for paragraph in record["paragraphs"]:
+                title, text = paragraph["title"], paragraph["paragraph_text"]
+                if (title, text) not in documents:
+                    named[title] = named.get(title, 0) + 1
+                    id = title if named[title] == 1 else f"{title} ({named[title]})"
+                    documents[title, text] = Document(id, title, text)
+                ids.append(documents[title, text].id)
+            questions.append(_divided(record, ids))
+        except (KeyError, TypeError, IndexError) as error:
+            raise BadRecord(f"{file}, record {number}: not a record of MuSiQue ({error!r})") from error
+    return questions, list(documents.values())
+
+
+def _divided(record: dict[str, Any], ids: list[str]) -> Question:
+    """A question of MuSiQue; in its steps, #n is replaced by the answer of the n-th."""
+    parts = record["question_decomposition"]
+    found = [part["answer"] for part in parts]
+    steps = tuple(
+        (_REFERENCE.sub(lambda match: found[int(match[1]) - 1], part["question"]), part["answer"]) for part in parts
+    )
+    support = tuple(ids[part["paragraph_support_idx"]] for part in parts)
+    answers = (record["answer"], *record["answer_aliases"])
+    kind = f"{len(parts)}-hop"
+    return Question(record["id"], record["question"], answers, support, kind, tuple(ids), steps=steps)
 
 
 def _question(record: dict[str, Any], where: str) -> Question:

@@ -19,6 +19,7 @@ from mobula.rag.exsearch.config import ARMS, WARM, Config
 from mobula.rag.exsearch.library import KIND
 from mobula.rag.exsearch.loop import MStepFailed, _row, by_query
 from mobula.rag.exsearch.report import Findings, _shared
+from mobula.rag.exsearch.trial import train_trial
 from mobula.running import run_experiment
 from tests.rag.exsearch import small
 
@@ -56,8 +57,17 @@ def report(directory: Path) -> dict[str, Any]:
 
 
 def test_every_arm_answers_every_test_question(directory: Path) -> None:
-    tested = comparison(directory).tested
-    assert set(tested) == {*NAMES, "skill", WARM, "exsearch, think off", "exsearch, search off", "exsearch, record off"}
+    made = comparison(directory)
+    tested = made.tested
+    assert set(tested) == {
+        *NAMES,
+        "skill",
+        WARM,
+        "exsearch, think off",
+        "exsearch, search off",
+        "exsearch, record off",
+        made.shuffled,
+    }
     measures = report(directory)["measures"]
     for name in tested:
         assert measures[f"{name}/em"]["n"] == RUN["data"]["test"]
@@ -117,6 +127,20 @@ def test_what_is_finished_is_found(directory: Path) -> None:
     assert {path: path.stat().st_mtime_ns for path in directory.rglob("*.safetensors")} == before
 
 
+def test_a_trial_reports_every_iteration_and_shares_its_warm_up(tmp_path: Path) -> None:
+    config = build(Config, {**RUN, "arms": ["exsearch"]})
+    told: list[dict[str, Any]] = []
+    train_trial(config, tmp_path / "one", told.append)
+    assert [row["iteration"] for row in told] == [0, 1, 2]
+    assert all(set(row) == {"iteration", "dev_em", "dev_f1", "held_bound"} for row in told)
+    shared = {path: path.stat().st_mtime_ns for path in (tmp_path / "prepared").rglob("*.safetensors")}
+    config.em.weights.rule, config.alternation.iterations = "uniform", 1
+    train_trial(config, tmp_path / "two", told.append)
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "prepared").rglob("*.safetensors")} == shared
+    train_trial(config, tmp_path / "two", told.append)  # finished: it tells its last row once more
+    assert [row["iteration"] for row in told[3:]] == [0, 1, 1]
+
+
 def test_the_artifact_answers_and_knows_no_answer(directory: Path) -> None:
     opened = artifacts.open_artifact(directory / "artifact", kind=KIND)
     predictor = methods.get(opened.method).load(opened)
@@ -130,7 +154,7 @@ def test_arms_share_all_but_what_they_are(directory: Path) -> None:
     made = comparison(directory)
     names = {name: made.harness(name) for name in made.tested}
     assert len(set(names.values())) == 1
-    findings = Findings(made.config, {}, {}, {}, (np.zeros(1), np.zeros(1)), {**names, "other": "0"})
+    findings = Findings(made.config, {}, {}, {}, "", (np.zeros(1), np.zeros(1)), {**names, "other": "0"})
     with pytest.raises(MobulaError, match="arms differ"):
         _shared(findings)
 

@@ -83,6 +83,15 @@ def test_no_answer_reaches_who_samples(agent: Agent) -> None:
     assert not any(name in vars(rollout_module) for name in ("Problem", "problems_of"))
 
 
+def test_a_probe_changes_the_order_of_what_is_shown_and_nothing_else(agent: Agent) -> None:
+    plain, probe = agent.searcher.searcher, replace(agent, shuffled=True).searcher.searcher
+    queries = [problem.plan[0].query for problem in small.problems()]
+    one, other = plain.search(queries, 5), probe.search(queries, 5)
+    assert [sorted(found, key=lambda hit: hit.rank) for found in other] == one
+    assert other != one and other == probe.search(queries, 5)
+    assert probe.document(one[0][0].id) == plain.document(one[0][0].id)
+
+
 def test_evaluation_repeats_itself_whatever_the_batch(agent: Agent) -> None:
     items = [asdict(problem) for problem in small.problems("dev")]
     many = SolveWorker(agent).process(items, 0)
@@ -259,7 +268,7 @@ def test_the_correction_recovers_the_posterior_where_latents_can_be_enumerated()
 def test_another_temperature_makes_weights_heuristic_and_says_so() -> None:
     def told(**rollout: float) -> list[str]:
         config = small.config(rollout=rollout) if rollout else small.config()
-        return list(_warnings(Findings(config, {}, {}, {}, (np.zeros(1), np.zeros(1)), {})))
+        return list(_warnings(Findings(config, {}, {}, {}, "", (np.zeros(1), np.zeros(1)), {})))
 
     assert told() == []
     assert "heuristic weights" in told(top_p=0.95)[0]
@@ -275,7 +284,7 @@ def test_curves_that_part_are_named() -> None:
         "far": [run((-9, -9, 0.1), (-9, -9, 0.1), (-5, -10, 0.2))],
         "bold": [run((-9, -9, 0.3), (-9, -9, 0.3), (-5, -6, 0.2))],
     }
-    told = list(_warnings(Findings(small.config(), runs, {}, {}, (np.zeros(1), np.zeros(1)), {})))
+    told = list(_warnings(Findings(small.config(), runs, {}, {}, "", (np.zeros(1), np.zeros(1)), {})))
     assert [line.split(",")[0] for line in told] == ["far", "bold"]
     assert "over-fitted" in told[0] and "unsupported answers" in told[1]
 

@@ -62,10 +62,15 @@ class Comparison:
         return {f"{self.first}, {step} off": step for step in STEPS if getattr(mode, step)}
 
     @property
+    def shuffled(self) -> str:
+        """The name of the first arm with what it is shown in another order."""
+        return f"{self.first}, passages shuffled"
+
+    @property
     def tested(self) -> list[str]:
         """Everything that answers test questions."""
         before = [WARM] if self.config.model.base else [SKILL, WARM]
-        return [*before, *self.config.arms, *self.off]
+        return [*before, *self.config.arms, *self.off, self.shuffled]
 
     def run(self) -> None:
         """Train every arm of every seed, and only then look at the test questions, once."""
@@ -119,6 +124,9 @@ class Comparison:
         if name in self.off:
             agent, direct = self.agent(self.first, seed, split)
             return replace(agent, mode=replace(agent.mode, **{self.off[name]: False})), direct
+        if name == self.shuffled:
+            agent, direct = self.agent(self.first, seed, split)
+            return replace(agent, shuffled=True), direct
         arm = ARMS.get(name, Arm())
         config = self.config
         corpus = corpus_of(config.data, split)

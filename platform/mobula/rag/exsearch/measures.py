@@ -49,7 +49,7 @@ def judge(problem: Problem, found: Trajectory, document: Callable[[str], Documen
     row: Row = {name: score(found.prediction, golds) for name, score in SCORES.items()}
     row |= {
         "failed": 0.0 if found.turns else 1.0,
-        "answer_hit": None if is_closed(golds) else float(any(holds(document(id).text, golds) for id in last)),
+        "answer_hit": None if is_closed(golds) else float(any(holds(_whole(document(id)), golds) for id in last)),
         "gold_hit": len(support & seen[-1]) / len(support) if seen else 0.0,
         "last_gold_hit": float(problem.support[-1] in last),
         "searches": len(found.queries),
@@ -58,6 +58,10 @@ def judge(problem: Problem, found: Trajectory, document: Callable[[str], Documen
         "in_facts": float(holds(" ".join(found.facts), golds)),
     }
     return row | {name: float(value) for name, value in asdict(found.flags).items()}
+
+
+def _whole(document: Document) -> str:
+    return f"{document.title} {document.text}"
 
 
 def means(rows: Sequence[Row], names: Sequence[str]) -> Row:

@@ -45,8 +45,9 @@ def run(run: Run) -> Report:
     report = run.report()
     report.data.append(facts)
     solved = {name: comparison.solved(name) for name in comparison.tested}
+    bounds = comparison.bounds(comparison.first)
     harness = {name: comparison.harness(name) for name in comparison.tested}
-    fill(report, Findings(config, found, solved, comparison.off, comparison.bounds(comparison.first), harness))
+    fill(report, Findings(config, found, solved, comparison.off, comparison.shuffled, bounds, harness))
     first = comparison.first
     agent, _ = comparison.agent(first, config.seed, "dev")
     library.write(run.artifact_directory, agent, found[first][0], _examples(problems_of(config.data, "dev")))

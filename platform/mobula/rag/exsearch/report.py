@@ -31,13 +31,15 @@ PLOTTED = {
     "held_bound": "log of the mean likelihood of held-out questions (B_m)",
 }
 CLOSED_BOOK = 0.05  # exact match that nobody may exceed without searching
+ORDER = 0.02  # exact match that may be lost where passages stand in another order
 
 
 @dataclass(frozen=True)
 class Findings:
     """Rows of metrics by arm and seed, answers to test questions by name and seed, and the bounds of the first arm.
 
-    ``off``: names of the first arm with a step switched off, and the step. ``bounds`` f[S, Q], twice: log of the mean
+    ``off``: names of the first arm with a step switched off, and the step; ``shuffled``: its name with what it is shown
+    in another order. ``bounds`` f[S, Q], twice: log of the mean
     likelihood of dev questions' samples before the first iteration and at the best one. ``harness``: by name, what
     all of them must share.
     """
@@ -46,6 +48,7 @@ class Findings:
     rows: Mapping[str, Sequence[Sequence[Row]]]
     solved: Mapping[str, Sequence[Sequence[Row]]]
     off: Mapping[str, str]
+    shuffled: str
     bounds: tuple[np.ndarray, np.ndarray]
     harness: Mapping[str, str]
 
@@ -198,9 +201,9 @@ def _claims(found: Findings) -> Iterator[Claim]:
     first, config = found.first, found.config
     yield from _gaps(found)
 
-    def claim(name: str, statement: str, a: np.ndarray, b: np.ndarray) -> Claim:
-        evaluation = config.evaluation
-        return compare(name, statement, a, b, decisive=evaluation.decisive, resamples=evaluation.resamples)
+    def claim(name: str, statement: str, a: np.ndarray, b: np.ndarray, margin: float = 0.0) -> Claim:
+        how = config.evaluation
+        return compare(name, statement, a, b, margin=margin, decisive=how.decisive, resamples=how.resamples)
 
     before, best = found.bounds
     yield claim("held-out bound", "the held-out bound rises from the warm-up to the best iteration", best, before)
@@ -216,6 +219,9 @@ def _claims(found: Findings) -> Iterator[Claim]:
     for name, statement in statements.items():
         if name in exact:
             yield claim(f"{first} - {name}", statement, exact[first], exact[name])
+    if found.shuffled in exact:
+        statement = f"where a passage is shown does not matter (not worse by {ORDER} in another order)"
+        yield claim(found.shuffled, statement, exact[found.shuffled], exact[first], ORDER)
     if "closed_book" in exact:
         most = np.full(exact["closed_book"].shape, CLOSED_BOOK)
         yield claim("closed book", f"closed-book exact match is below {CLOSED_BOOK}", most, exact["closed_book"])

@@ -6,6 +6,7 @@ Items and rows are JSON, and a row depends on its item and its worker's own seed
 from __future__ import annotations
 
 import logging
+import random
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property, lru_cache
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from mobula.alternation import Row, seed_of
+from mobula.data.records import Document
 from mobula.errors import MobulaError
 from mobula.evaluation.answers import holds
 from mobula.models.causal import CausalModel
@@ -23,7 +25,7 @@ from mobula.rag.exsearch.rollout import Rollouts
 from mobula.rag.exsearch.sources import Corpus, Lookup, Problem
 from mobula.rag.exsearch.trajectory import TrainRow, Trajectory, rows
 from mobula.rag.objective import ANSWER
-from mobula.rag.search import Retrying, Searcher, open_searcher
+from mobula.rag.search import Found, Retrying, Searcher, open_searcher
 from mobula.threads import one_thread
 
 log = logging.getLogger(__name__)
@@ -40,14 +42,40 @@ def searcher_of(corpus: Corpus, kind: str, encoder: str) -> Searcher:
 
 
 @dataclass
+class Shuffled:
+    """A searcher whose lists stand in another order, which the query alone decides: a probe of who reads by place."""
+
+    searcher: Searcher
+
+    def __post_init__(self) -> None:
+        self.hash = f"{self.searcher.hash}-shuffled"
+
+    def search(self, queries: Sequence[str], k: int) -> list[list[Found]]:
+        """As :class:`mobula.rag.search.Searcher`; ranks and scores are those of the search."""
+        lists = self.searcher.search(queries, k)
+        return [
+            random.Random(f"order {query}").sample(found, len(found))
+            for query, found in zip(queries, lists, strict=True)
+        ]
+
+    def document(self, id: str) -> Document:
+        """As :class:`mobula.rag.search.Searcher`."""
+        return self.searcher.document(id)
+
+
+@dataclass
 class Agent:
-    """Where a model is saved, and what it searches; opened on first use. Nothing of it knows an answer."""
+    """Where a model is saved, and what it searches; opened on first use. Nothing of it knows an answer.
+
+    ``shuffled``: what is found stands in another order.
+    """
 
     model: Path
     corpus: Corpus
     retrieve: RetrieveConfig
     rollout: RolloutConfig
     mode: Mode
+    shuffled: bool = False
 
     @cached_property
     def opened(self) -> CausalModel:
@@ -63,7 +91,8 @@ class Agent:
     def searcher(self) -> Retrying:
         """The searcher, tried again where it fails."""
         how = self.retrieve
-        index = searcher_of(self.corpus, how.kind, how.encoder)
+        found = searcher_of(self.corpus, how.kind, how.encoder)
+        index: Searcher = Shuffled(found) if self.shuffled else found
         return Retrying(index, how.timeout_s, how.retries, how.backoff_s)
 
     def rollouts(self, *, greedy: bool) -> Rollouts:
@@ -71,7 +100,7 @@ class Agent:
         return Rollouts(self.opened, self.searcher, self.rollout, self.mode, greedy)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in ("model", "corpus", "retrieve", "rollout", "mode")}
+        return {name: getattr(self, name) for name in ("model", "corpus", "retrieve", "rollout", "mode", "shuffled")}
 
 
 @dataclass
