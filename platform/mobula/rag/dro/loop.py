@@ -101,10 +101,11 @@ class SampleWorker(_Worker):
     def process(self, items: Sequence[Row], seed: int) -> Sequence[Row]:
         """As :class:`mobula.alternation.Worker`."""
         queries, arm = [item["query"] for item in items], self.setting.arm
-        if arm.select == "selector":
+        how = arm.taught or arm.select
+        if how == "selector":
             drawn = self._networks.sample("train", queries, self.samples, [seed_of(seed, query) for query in queries])
         else:
-            drawn = [{"orders": [order]} for order in self._networks.choose("train", queries, arm.select)]
+            drawn = [{"orders": [order]} for order in self._networks.choose("train", queries, how)]
         if arm.greedy:
             best = self._networks.choose("train", queries, arm.select)
             drawn = [{**row, "greedy": order} for row, order in zip(drawn, best, strict=True)]
