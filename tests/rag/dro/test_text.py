@@ -74,7 +74,9 @@ def test_a_run_leaves_its_report(runs: dict[str, Path], kind: str) -> None:
     assert {"exact", "f1", "acc", "hit@1", "hit@2", "tau"} <= found
     claims = {claim["name"] for claim in report["claims"]}
     assert {"dro - cold_start, hit@1", "dro - retriever_order, hit@2"} <= claims
-    rows = read_jsonl(runs[kind] / "seed-0" / "dro" / "iterations.jsonl")
+    iterations = runs[kind] / "seed-0" / "dro" / "iterations.jsonl"
+    assert "NaN" not in iterations.read_text()
+    rows = read_jsonl(iterations)
     likelihoods = {"passages": {"train_log_p", "dev_log_p"}}.get(kind, {"dev_bound"})
     assert all(likelihoods <= set(row) for row in rows)
     assert {"bound", "ess", "all_fail", "unique"} <= set(rows[-1])
