@@ -17,6 +17,7 @@ import yaml
 
 from mobula.alternation import DONE, Row
 from mobula.artifacts import read_jsonl, sha256
+from tests.rag.dro import small
 
 pytestmark = [pytest.mark.end_to_end, pytest.mark.timeout(1800)]
 ROOT = Path(__file__).parents[2]
@@ -56,6 +57,15 @@ EXSEARCH: dict[str, Any] = {
     "fit": {"batch": 4, "checkpoint_every": 5},
     "alternation": {"iterations": 1, "actors": 0},
     "evaluation": {"decisive": False, "resamples": 100},
+}
+# The same over passages: pages are read, and both networks are larger.
+TEXT: dict[str, Any] = {
+    "name": "killed",
+    "arms": ["dro"],
+    "alternation": {"iterations": 2, "actors": 0},
+    "em": {"samples": 8, "shard": 2},
+    "fit": {"steps": 30, "batch": 8, "checkpoint_every": 5},
+    "evaluation": {"decisive": False, "resamples": 100, "redraws": 4},
 }
 # What a method's iterations are made of, at least.
 PHASES = {
@@ -99,7 +109,16 @@ def kill_in(process: subprocess.Popen[str], phase: Path, pause: float) -> bool:
     return not over
 
 
-@pytest.mark.parametrize("config", [MOAT, DRO, EXSEARCH], ids=["moat", "dro", "exsearch"])
+@pytest.fixture(params=["moat", "dro", "exsearch", "dro on text"])
+def config(request: pytest.FixtureRequest, tmp_path: Path) -> dict[str, Any]:
+    """An experiment of a method."""
+    if request.param != "dro on text":
+        return {"moat": MOAT, "dro": DRO, "exsearch": EXSEARCH}[request.param]
+    small.write_nq(tmp_path)
+    small.write_squad(tmp_path)
+    return small.values(tmp_path, **TEXT)
+
+
 def test_killed_in_every_phase_it_ends_with_the_same_numbers(tmp_path: Path, config: dict[str, Any]) -> None:
     experiment = tmp_path / "killed.yaml"
     experiment.write_text(yaml.safe_dump(config))

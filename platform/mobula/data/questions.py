@@ -90,7 +90,7 @@ def natural_questions(path: str = "") -> Loaded:
         try:
             text, found = _parted(record["prompt"])
             question = Question(str(record["query_id"]), text, (record["response"],), (), passages=tuple(found))
-        except (KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise BadRecord(f"{where}: not a question with passages ({error!r})") from error
         documents.update(found)
         questions.append(_sound(question, where))
@@ -113,7 +113,7 @@ def squad(path: str = "") -> list[Reading]:
             reading = Reading(record["question"], record["context"], start, end)
             if reading.text[start:end].lower() != record["answer"].lower():
                 raise ValueError("the answer is not where answer_span says")
-        except (KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise BadRecord(f"{file}, record {number}: not a question about a text ({error!r})") from error
         readings.append(reading)
     return readings
@@ -222,7 +222,7 @@ def _question(record: dict[str, Any], where: str) -> Question:
         question = Question(
             record["_id"], record["question"], (record["answer"],), support, record["type"], tuple(known)
         )
-    except (KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise BadRecord(f"{where}: not a record of HotpotQA ({error!r})") from error
     if not set(support) <= set(known):
         raise BadRecord(f"{where}: supporting paragraphs {set(support) - set(known)} are not in context")
@@ -259,7 +259,7 @@ def _judged(name: str) -> Loaded:
             answers = tuple(row["answers"])
             support, known = (tuple(d.id for d in found) for found in (judged[0], [*judged[0], *judged[1]]))
             question = Question(str(row["query_id"]), row["query"], answers, support, passages=known)
-        except (KeyError, TypeError) as error:
+        except (AttributeError, KeyError, TypeError) as error:
             raise BadRecord(f"{where}: not a question with judged passages ({error!r})") from error
         documents.update({d.id: d for found in judged for d in found})
         questions.append(_sound(question, where))

@@ -44,7 +44,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def config_of(data: Path, kind: str) -> dict[str, Any]:
     if kind == "passages":
-        return small.values(data, arms=["dro", "selector_only", "rag_sft", "reinforce"])
+        return small.values(data, arms=["dro", "supervised", "rag_sft", "reinforce"])
     model = {"base": str(data / "base"), "lora_rank": 4, "lora_alpha": 8.0, "answer_tokens": 4, "positions": 400}
     arms = ["dro", "generator_only", "closed_book"]
     return small.values(data, arms=arms, model=model, select={"decode": "free" if kind == "free" else "constrained"})
@@ -74,7 +74,9 @@ def test_a_run_leaves_its_report(runs: dict[str, Path], kind: str) -> None:
     assert {"exact", "f1", "acc", "hit@1", "hit@2", "tau"} <= found
     claims = {claim["name"] for claim in report["claims"]}
     assert {"dro - cold_start, hit@1", "dro - retriever_order, hit@2"} <= claims
-    rows = read_jsonl(runs[kind] / "seed-0" / "dro" / "iterations.jsonl")
+    iterations = runs[kind] / "seed-0" / "dro" / "iterations.jsonl"
+    assert "NaN" not in iterations.read_text()
+    rows = read_jsonl(iterations)
     likelihoods = {"passages": {"train_log_p", "dev_log_p"}}.get(kind, {"dev_bound"})
     assert all(likelihoods <= set(row) for row in rows)
     assert {"bound", "ess", "all_fail", "unique"} <= set(rows[-1])
@@ -244,7 +246,7 @@ def test_a_networks_own_greedy_order_is_measured(data: Path, runs: dict[str, Pat
 
 def test_arms_train_what_they_say(runs: dict[str, Path]) -> None:
     for kind, arm, trained in (
-        ("passages", "selector_only", {"selector"}),
+        ("passages", "supervised", {"selector"}),
         ("passages", "rag_sft", {"generator"}),
         ("language", "generator_only", {"generator"}),
         ("language", "closed_book", {"generator"}),
@@ -257,6 +259,8 @@ def test_arms_train_what_they_say(runs: dict[str, Path]) -> None:
         assert len(rows) == 10
         if arm == "closed_book":
             assert all(row["orders"] == [[]] for row in rows)
+        if arm == "supervised":
+            assert all(len(row["orders"]) == 1 for row in rows)
 
 
 def test_a_policy_gradients_generator_learns_from_greedy_orders(runs: dict[str, Path]) -> None:

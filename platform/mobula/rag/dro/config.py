@@ -21,14 +21,16 @@ BOTH = ("selector", "generator")
 class Arm:
     """An arm of the comparison: the rule of its weights, its samples a query, which networks learn.
 
-    None: as configured. ``select``: who chooses the passages, in training and afterwards. ``greedy``: the generator
-    learns from the selector's greedy choice instead of weighted samples.
+    None: as configured. ``select``: who chooses the passages, in training and afterwards; ``taught``: who does in
+    training, if not the same. ``greedy``: the generator learns from the selector's greedy choice instead of weighted
+    samples.
     """
 
     rule: str | None = None
     samples: int | None = None
     train: tuple[str, ...] = BOTH
     select: str = "selector"
+    taught: str = ""
     greedy: bool = False
 
 
@@ -50,6 +52,8 @@ ARMS = {
     "raw_m_14": Arm(rule="lik_raw", samples=14),
     "reward": Arm(rule="reward"),
     "reinforce": Arm(rule="reinforce", greedy=True),
+    # What the selector could learn if relevant passages were labelled.
+    "supervised": Arm(rule="uniform", samples=1, train=("selector",), taught="gold"),
     "rag_sft": Arm(rule="uniform", samples=1, train=("generator",), select="retriever"),
     "closed_book": Arm(rule="uniform", samples=1, train=("generator",), select="none"),
 }
@@ -200,7 +204,8 @@ class Config(ExperimentConfig):
         if self.data.source == FACTS:
             if self.model.base:
                 yield "model.base is for real questions; facts of a generated world have networks of their own"
-            if others := [name for name in self.arms if name in ARMS and ARMS[name].select != "selector"]:
+            named = {name: ARMS[name] for name in self.arms if name in ARMS}
+            if others := [name for name, arm in named.items() if arm.select != "selector" or arm.taught]:
                 yield f"arms: {', '.join(others)} need real questions, which have a retriever; set data.source"
         elif "closed_book" in self.arms and not self.model.base:
             yield "arms: closed_book needs model.base; a reader of spans answers nothing without passages"

@@ -101,10 +101,11 @@ class SampleWorker(_Worker):
     def process(self, items: Sequence[Row], seed: int) -> Sequence[Row]:
         """As :class:`mobula.alternation.Worker`."""
         queries, arm = [item["query"] for item in items], self.setting.arm
-        if arm.select == "selector":
+        how = arm.taught or arm.select
+        if how == "selector":
             drawn = self._networks.sample("train", queries, self.samples, [seed_of(seed, query) for query in queries])
         else:
-            drawn = [{"orders": [order]} for order in self._networks.choose("train", queries, arm.select)]
+            drawn = [{"orders": [order]} for order in self._networks.choose("train", queries, how)]
         if arm.greedy:
             best = self._networks.choose("train", queries, arm.select)
             drawn = [{**row, "greedy": order} for row, order in zip(drawn, best, strict=True)]
@@ -220,7 +221,9 @@ def _measure(setting: Setting, context: Context) -> Row:
     """
     source, pair = setting.source, setting.standing(context.history)
     networks, dev = source.open(pair), source.queries("dev")
-    found = {f"dev_{SHORT.get(n, n)}": mean(v) for n, v in networks.measure("dev", dev, setting.arm.select).items()}
+    measured = networks.measure("dev", dev, setting.arm.select)
+    # A measure that applies to no question has no place in the row.
+    found = {f"dev_{SHORT.get(n, n)}": float(np.nanmean(v)) for n, v in measured.items() if np.isfinite(v).any()}
     if source.enumerable:
         watched = source.queries("train")[:WATCHED]
         return {**found, "train_log_p": float(log_marginal(*networks.exact("train", watched)).mean())}
@@ -231,11 +234,6 @@ def _measure(setting: Setting, context: Context) -> Row:
     judged = networks.judge("dev", dev, [row["orders"] for row in rows])
     bounds = [float(np.logaddexp.reduce(one.log_lik) - np.log(samples)) for one in judged]
     return {**found, "dev_bound": float(np.mean(bounds))}
-
-
-def mean(values: np.ndarray) -> float:
-    """The mean over the questions that a measure applies to."""
-    return float(np.nanmean(values)) if np.isfinite(values).any() else float("nan")
 
 
 def _row(history: History, iteration: int) -> Row:

@@ -60,7 +60,7 @@ def fill(report: Report, found: Findings) -> None:
         report.tables["Weighted samples and the exact posterior"] = _distances(found)
     if found.variances:
         report.tables["Variance of the estimate by samples and iteration"] = _variances(found)
-    sized = [name for name in found.rows if ARMS[name].samples]
+    sized = [name for name in found.rows if name.startswith(("m_", "raw_m_"))]
     others = [name for name in found.rows if name not in sized]
     for what, label in wording.plotted.items():
         report.plots[what] = _plot(found, others, what, label)
@@ -134,6 +134,8 @@ def _plot(found: Findings, names: Sequence[str], what: str, label: str) -> dict[
     series = {}
     for name in dict.fromkeys(names):
         runs = found.rows[name]
+        if not all(what in row for run in runs for row in run):
+            continue  # an arm without a selector has no likelihood over orders
         length = min(map(len, runs))
         means = [float(np.mean([run[i][what] for run in runs])) for i in range(length)]
         series[name] = list(enumerate(means))
@@ -155,6 +157,8 @@ def _claims(found: Findings) -> Iterator[Claim]:
     views = [("retriever_order", "the selector beats the retriever's order"), ("rag_sft", "joint EM beats vanilla RAG")]
     pairs += [(first, name, statement) for name, statement in views if name in found.tested]
     pairs += [(first, name, f"joint EM beats {name}") for name in ("reward", "reinforce") if name in arms]
+    if "supervised" in arms and "retriever_order" in found.tested:
+        pairs.append(("supervised", "retriever_order", "a selector with labels beats the retriever's order"))
     compared, evaluation = found.wording.compared, found.config.evaluation
     for what in compared:
         for one, other, statement in pairs:
