@@ -5,6 +5,7 @@ import json
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from rich.console import Console
 
 from mobula.errors import MobulaError
@@ -98,3 +99,10 @@ def test_every_kind_of_plot_is_drawn(data, tmp_path):
 def test_pareto_front():
     points = [(1, 0.1), (2, 0.3), (3, 0.2), (2, 0.25), (4, 0.4), (5, 0.4)]
     assert plots.pareto_front(points) == [(1, 0.1), (2, 0.3), (4, 0.4)]
+
+
+def test_twenty_lines_look_different() -> None:
+    axes = Figure().add_subplot()
+    plots._line(axes, {"series": {str(i): [(0, i), (1, i)] for i in range(20)}})
+    assert len({(line.get_color(), line.get_marker(), line.get_linestyle()) for line in axes.lines}) == 20
+    assert len({line.get_color() for line in axes.lines}) == 20

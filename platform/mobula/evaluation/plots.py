@@ -74,10 +74,12 @@ def pareto_front(points: Iterable[Point]) -> list[tuple[float, float]]:
 def _line(axes: Axes, data: dict[str, Any]) -> None:
     for position, (name, points) in enumerate(data["series"].items()):
         xs, ys = _columns(points)
-        axes.plot(xs, ys, marker=MARKERS[position % len(MARKERS)], label=name, color=f"C{position}")
+        colour, marker = COLOURS[position % len(COLOURS)], MARKERS[position % len(MARKERS)]
+        # Markers begin again after ten series, which are dashed then.
+        axes.plot(xs, ys, marker=marker, label=name, color=colour, linestyle="-" if position < len(MARKERS) else "--")
         if points and len(points[0]) == 4:
             below, above = zip(*((p[1] - p[2], p[3] - p[1]) for p in points), strict=True)
-            axes.errorbar(xs, ys, [below, above], fmt="none", capsize=3, color=f"C{position}")
+            axes.errorbar(xs, ys, [below, above], fmt="none", capsize=3, color=colour)
 
 
 def _scatter(axes: Axes, data: dict[str, Any]) -> None:
