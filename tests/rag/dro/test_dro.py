@@ -218,6 +218,18 @@ def test_measures_are_greedy_and_exact(directory: Path) -> None:
     assert found["log_p"] == pytest.approx(brute)
 
 
+def test_nothing_is_known_by_heart(directory: Path) -> None:
+    """Without either gold fact, answers are right as often as by chance among the symbols of the facts."""
+    whole = comparison(directory)
+    networks = Facts(whole.config).open(whole.standing("dro", 0))
+    drawn = whole.source.split("train").draw()  # type: ignore[attr-defined]
+    gold = ORDERS[drawn.gold]
+    others = (ORDERS[None] != gold[:, :1, None]).all(-1) & (ORDERS[None] != gold[:, 1:, None]).all(-1)
+    assert others.sum(1).eq(12).all()
+    _, right = networks.judged(drawn, torch.arange(len(ORDERS)).expand(len(drawn), -1))
+    assert float(right[others].double().mean()) < 0.1
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

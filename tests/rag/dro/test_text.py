@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -289,6 +290,16 @@ def test_questions_that_the_retriever_failed_count_as_wrong(data: Path, runs: di
         assert all(len(values) == 4 for values in found.values())
         assert [found[name][1] for name in ("exact", "f1", "acc", "hit@1", "hit@2")] == [0] * 5
         assert np.isfinite(found["log_p"]).all()
+
+
+def test_where_passages_are_shown_does_not_matter_to_a_pointer(runs: dict[str, Path]) -> None:
+    predictor = methods.get("dro").load(artifacts.open_artifact(runs["passages"] / "artifact"))
+    asked, _ = predictor.find("where was Mira born")
+    turned = replace(asked, candidates=asked.candidates[::-1], ranks=asked.ranks[::-1])
+    picks, others = predictor.select(asked), predictor.select(turned)
+    assert [pick.document.id for pick in picks] == [pick.document.id for pick in others]
+    assert [pick.probability for pick in picks] == pytest.approx([pick.probability for pick in others], rel=1e-3)
+    assert predictor.answer(asked, picks) == predictor.answer(turned, others)
 
 
 def test_the_exact_likelihood_is_the_sum_over_orders(data: Path, runs: dict[str, Path]) -> None:
