@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,6 +24,8 @@ GRID = tuple((k1, b) for k1 in (0.9, 1.2, 1.6) for b in (0.4, 0.75))
 DEFAULT = (1.2, 0.75)
 MEASURE = "MRR@10"
 _STOP = frozenset(STOPWORDS_EN)
+# The package sets its own logger to DEBUG and tells of every index.
+logging.getLogger("bm25s").setLevel(logging.WARNING)
 
 
 def terms(text: str) -> list[str]:

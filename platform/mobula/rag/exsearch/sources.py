@@ -21,7 +21,7 @@ SKILL_WORLDS = 8
 
 @dataclass(frozen=True)
 class Lookup:
-    """One step of an oracle: what to look up, the fact that settles it, and the passage that has it."""
+    """One step of an oracle: what to look up, the words that settle it, and the passage that has them."""
 
     query: str
     fact: str
@@ -99,7 +99,7 @@ def _world_problems(config: DataConfig, split: str) -> list[Problem]:
 
 def _problem(asked: Asked) -> Problem:
     kind = f"{len(asked.chain)}-hop" + (", chain held out" if asked.held_out else "")
-    plan = tuple(Lookup(hop.query, hop.sentence, hop.passage) for hop in asked.plan)
+    plan = tuple(Lookup(hop.query, hop.found, hop.passage) for hop in asked.plan)
     return Problem(asked.id, asked.text, (asked.answer,), tuple(hop.passage for hop in asked.plan), kind, plan)
 
 
