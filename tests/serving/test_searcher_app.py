@@ -63,7 +63,7 @@ def test_a_question_is_searched_recorded_and_answered(app: FastAPI, known: list[
     done = events[-1][1]
     assert (done["answer"], done["status"]) == (problem.answers[0], "ok")
     assert [search["query"] for search in done["searches"]] == [step.query for step in problem.plan]
-    assert done["tokens"] > 5 * hops and done["ms"] > 0
+    assert done["tokens"] >= 8 * hops and done["ms"] > 0
 
 
 def test_without_a_stream_the_answer_is_the_last_event(app: FastAPI, known: list[Problem], state: State) -> None:
