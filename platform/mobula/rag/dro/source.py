@@ -15,6 +15,7 @@ import numpy as np
 from torch import Tensor
 
 from mobula.alternation import Row
+from mobula.errors import MobulaError
 from mobula.experiment import DataFacts
 from mobula.rag.dro.pair import Pair
 from mobula.training.task import Task
@@ -26,6 +27,10 @@ SELECTIONS = ("selector", "retriever", "first", "gold", "no_gold", "none")
 Order = Any
 # Values f64[N] by name, one a question; NaN where a measure does not apply to it, 0 where it failed.
 Measured = dict[str, np.ndarray]
+
+
+class NotEnumerable(MobulaError):
+    """Orders of a source that only samples them were asked for one by one."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +66,11 @@ class Networks(Protocol):
         """Select, answer and compare with what is right; greedy."""
 
     def exact(self, split: str, queries: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """log p(z|x) and log p(y|x,d_z) f64[N, Z] of all orders, for sources that can enumerate them."""
+        """log p(z|x) and log p(y|x,d_z) f64[N, Z] of all orders.
+
+        Raises:
+            NotEnumerable: by a source whose ``enumerable`` is false.
+        """
 
 
 @dataclass(frozen=True)
@@ -102,7 +111,11 @@ class Source(Protocol):
         """The questions of a split; of those to learn from, only ones that can be learned from."""
 
     def number(self, order: Order) -> int:
-        """The place of an order among all, for sources that can enumerate them."""
+        """The place of an order among all.
+
+        Raises:
+            NotEnumerable: by a source whose ``enumerable`` is false.
+        """
 
     def fresh(self, kind: str, directory: Path, seed: int) -> Path | None:
         """Weights that a ``selector`` or ``generator`` begins its cold start with; None: drawn from the seed."""

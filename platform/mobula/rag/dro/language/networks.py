@@ -20,7 +20,7 @@ from mobula.rag.dro.config import Config
 from mobula.rag.dro.language.lists import Grammar, draw, longest
 from mobula.rag.dro.language.prompts import Prompts
 from mobula.rag.dro.pair import KINDS
-from mobula.rag.dro.source import Judged, Measured
+from mobula.rag.dro.source import Judged, Measured, NotEnumerable
 from mobula.rag.permutations import parse_permutation, repaired
 from mobula.training import load_weights
 
@@ -148,7 +148,7 @@ class LanguageNetworks:
 
     def exact(self, split: str, queries: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Orders are not listed: each would have to be read by the generator."""
-        raise NotImplementedError
+        raise NotEnumerable("lists of a language model are sampled, not enumerated")
 
     def _asked(self, split: str, queries: Sequence[int]) -> list[Asked]:
         return [self.candidates.splits[split][query] for query in queries]

@@ -24,7 +24,7 @@ from mobula.rag.dro.language.networks import Generator, LanguageNetworks, Select
 from mobula.rag.dro.language.training import LanguageTask, Target
 from mobula.rag.dro.pair import KINDS, Pair
 from mobula.rag.dro.questions import Questions
-from mobula.rag.dro.source import Order, Wording
+from mobula.rag.dro.source import NotEnumerable, Order, Wording
 from mobula.training.task import Task
 
 HEADER = "selector and generator are {base} under adapters; the paper's 8B models and its figures are not reproduced"
@@ -54,7 +54,7 @@ class Language(Questions):
 
     def number(self, order: Order) -> int:
         """Orders are not listed."""
-        raise NotImplementedError
+        raise NotEnumerable("lists of a language model are sampled, not enumerated")
 
     def fresh(self, kind: str, directory: Path, seed: int) -> Path | None:
         """Nothing is learned beforehand: the model is pretrained."""
