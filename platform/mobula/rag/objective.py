@@ -11,7 +11,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from mobula.errors import MobulaError
+
 LATENT, ANSWER = 1, 2
+
+
+class MStepFailed(MobulaError):
+    """A training that lowered the objective that it was given."""
 
 
 def em_loss(
@@ -40,6 +46,21 @@ def clipped_loss(
     gains = advantages.to(log_probs.dtype).unsqueeze(-1)
     terms = torch.minimum(ratio * gains, ratio.clamp(1 - clip, 1 + clip) * gains)
     return -(terms * (mask > 0)).sum() / (queries * tokens)
+
+
+def check_gap(gap: float, least: float, what: str, longer: str) -> None:
+    """Refuse an M-step that has changed its own objective by less than ``least`` nats.
+
+    ``what`` is told with the error, ``longer`` is the key that trains for longer.
+
+    Raises:
+        MStepFailed: if it has.
+    """
+    if gap < least:
+        raise MStepFailed(
+            f"{what}: the training changed its own objective by {gap:.3f} nats, below em.min_gap={least}; "
+            f"lower fit.lr, or train for longer ({longer})"
+        )
 
 
 def learned_tokens(masks: Sequence[Sequence[int]]) -> float:

@@ -38,7 +38,14 @@ def with_support(*support: str) -> Asked:
 
 @pytest.mark.parametrize(
     ("how", "expected"),
-    [("retriever", [1, 2]), ("first", [0, 1]), ("gold", [2, 0]), ("no_gold", [1, 3]), ("none", [])],
+    [
+        ("retriever", [1, 2]),
+        ("first", [0, 1]),
+        ("gold", [2, 0]),
+        ("no_gold", [1, 3]),
+        ("each", [0, 1, 2, 3]),
+        ("none", []),
+    ],
 )
 def test_selections_without_a_selector(how: str, expected: list[int]) -> None:
     assert chosen(CANDIDATES, ASKED, how, 2) == expected

@@ -45,9 +45,9 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def config_of(data: Path, kind: str) -> dict[str, Any]:
     if kind == "passages":
-        return small.values(data, arms=["dro", "supervised", "rag_sft", "reinforce"])
+        return small.values(data, arms=["dro", "supervised", "rag_sft", "reinforce", "distillation"])
     model = {"base": str(data / "base"), "lora_rank": 4, "lora_alpha": 8.0, "answer_tokens": 4, "positions": 400}
-    arms = ["dro", "generator_only", "closed_book"]
+    arms = ["dro", "generator_only", "closed_book", "distillation"]
     return small.values(data, arms=arms, model=model, select={"decode": "free" if kind == "free" else "constrained"})
 
 
@@ -270,6 +270,35 @@ def test_a_policy_gradients_generator_learns_from_greedy_orders(runs: dict[str, 
     assert len(greedy) == 10 and all(row["weights"] == [1.0] and len(row["orders"]) == 1 for row in greedy)
 
 
+@pytest.mark.parametrize("kind", ["passages", "language"])
+def test_distillation_weighs_every_passage_by_itself(runs: dict[str, Path], kind: str) -> None:
+    (weigh,) = (runs[kind] / "seed-0" / "distillation").glob("*/*-weigh")
+    (score,) = (runs[kind] / "seed-0" / "distillation").glob("*/*-score")
+    scores = {row["query"]: row for file in score.glob("shard-*.jsonl") for row in read_jsonl(file)}
+    for row in read_jsonl(weigh / "weights.jsonl"):
+        assert row["orders"] == [[place] for place in range(6)]
+        log_lik = torch.tensor(scores[row["query"]]["log_lik"], dtype=torch.float64)
+        assert row["weights"] == pytest.approx(torch.softmax(log_lik, 0).tolist())
+
+
+def test_distillation_is_the_divergence_from_the_first_choice(
+    data: Path, runs: dict[str, Path], tmp_path: Path
+) -> None:
+    """Up to a constant; a question with fewer passages is filled with weight 0."""
+    whole = comparison(data, runs, "passages")
+    file, wanted = tmp_path / "weights.jsonl", [[0.1, 0.2, 0.3, 0.0, 0.25, 0.15], [0.5, 0.5]]
+    rows = [{"query": q, "orders": [[z] for z in range(len(w))], "weights": w} for q, w in enumerate(wanted)]
+    write_jsonl(file, rows)
+    task = whole.source.task("selector", "train", file, whole.start(0).selector, 0)
+    model = task.build()
+    batch = task.batch(torch.arange(2), torch.Generator())
+    loss, _ = task.loss(model, batch)
+    asked, found = model.states(batch["question"], batch["passages"], batch["ranks"])  # type: ignore[operator]
+    first = model.step(0, asked, found, None, batch["ranks"] == 0)  # type: ignore[operator]
+    cross = [-(torch.tensor(w) * row[: len(w)]).sum() for w, row in zip(wanted, first, strict=True)]
+    assert float(loss) == pytest.approx(float(torch.stack(cross).mean()) / task.tokens, rel=1e-5)
+
+
 def test_questions_that_the_retriever_failed_count_as_wrong(data: Path, runs: dict[str, Path], tmp_path: Path) -> None:
     whole = comparison(data, runs, "passages")
     out = tmp_path / "failed"
@@ -309,7 +338,7 @@ def test_the_exact_likelihood_is_the_sum_over_orders(data: Path, runs: dict[str,
     prior, likelihood = networks.exact("dev", [0, 1])
     assert prior.shape == likelihood.shape == (2, 30)
     assert prior.exp().sum(1).tolist() == pytest.approx([1, 1], abs=1e-5)
-    order = whole.source.number([3, 0])
+    order = whole.source.orders().index([3, 0])
     (judged,) = networks.judge("dev", [1], [[[3, 0]]])
     assert judged.log_lik[0] == pytest.approx(float(likelihood[1, order]))
 

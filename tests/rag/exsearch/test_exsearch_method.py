@@ -17,9 +17,10 @@ from mobula.errors import ConfigError, DataError, MobulaError
 from mobula.rag.exsearch.comparison import Comparison, require_hops
 from mobula.rag.exsearch.config import ARMS, WARM, Config
 from mobula.rag.exsearch.library import KIND
-from mobula.rag.exsearch.loop import MStepFailed, _row, by_query
+from mobula.rag.exsearch.loop import _row, by_query
 from mobula.rag.exsearch.report import Findings, _shared
 from mobula.rag.exsearch.trial import train_trial
+from mobula.rag.objective import MStepFailed
 from mobula.running import run_experiment
 from tests.rag.exsearch import small
 

@@ -10,8 +10,8 @@ import numpy as np
 from mobula.alternation import Row
 from mobula.evaluation.answers import accuracy, exact_match, f1, is_closed
 from mobula.rag.candidates import Asked, Candidates
-from mobula.rag.dro.config import Config
-from mobula.rag.dro.source import Measured, Wording
+from mobula.rag.dro.config import EACH, Config
+from mobula.rag.dro.source import WEIGHED, Measured, Wording
 
 CUTS = (1, 3, 5, 10, 20)
 CHANCE = "chance"  # answer_hit@1 of a passage drawn at random
@@ -26,6 +26,8 @@ def chosen(candidates: Candidates, asked: Asked, how: str, k: int) -> Positions:
     """
     if how == "none" or not asked.candidates:
         return []
+    if how == EACH:
+        return list(range(len(asked.candidates)))
     if how == "first":
         return list(range(min(k, len(asked.candidates))))
     ranked = sorted(range(len(asked.ranks)), key=asked.ranks.__getitem__)
@@ -122,5 +124,5 @@ def wording(config: Config, header: str, enumerable: bool) -> Wording:
     else:
         followed = {"dev_bound": "estimate of log p(y|x), dev"}
     plotted = {f"dev_{hit}": f"answer_{hit}, dev" for hit in hits} | {"dev_f1": "F1, dev"} | followed
-    shown = (*plotted, "dev_em", "bound", "sample_em", "ess", "all_fail", "unique", "skipped")
+    shown = (*plotted, "dev_em", *WEIGHED)
     return Wording(header, measures, (hits[0], hits[-1]), plotted, shown)

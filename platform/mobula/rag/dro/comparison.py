@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from mobula import alternation
 from mobula.alternation import Outcome, Row
 from mobula.artifacts import read_jsonl
@@ -21,6 +19,7 @@ from mobula.rag.dro.pair import Pair
 from mobula.rag.dro.source import Measured, Source
 from mobula.rag.dro.sources import source_of
 from mobula.rag.dro.start import cold_start
+from mobula.rag.dro.variance import Variances, variances
 from mobula.threads import one_thread
 
 log = logging.getLogger(__name__)
@@ -112,28 +111,20 @@ class Comparison:
             found.append(row)
         return found
 
-    def variances(self, name: str, samples: Sequence[int], queries: int = 200) -> dict[int, list[float]]:
-        """By samples m and iteration: the variance of (1/m) sum_k p(y|x,d_zk) over re-draws.
+    def variances(self, name: str, samples: Sequence[int]) -> list[Variances]:
+        """By iteration of the first seed, how much estimates from m samples vary.
 
-        The mean over some dev questions; the first seed. Empty where orders cannot be enumerated.
+        Empty where orders cannot be enumerated.
         """
         if not self.source.enumerable:
-            return {}
-        seed = self.config.seed
-        setting, history = self.setting(name, seed), self.outcome(name, seed).history
-        chance, redraws = np.random.default_rng(seed), self.config.evaluation.redraws
-        found: dict[int, list[float]] = {m: [] for m in samples}
-        for iteration in range(len(self.outcome(name, seed).rows)):
-            networks = setting.source.open(setting.standing(history.until(iteration)))
-            exact = networks.exact("dev", setting.source.queries("dev"))
-            prior, likelihood = (part.exp().numpy() for part in exact)
-            for m in samples:
-                drawn = [
-                    np.var(chance.choice(p, size=(redraws, m), p=q / q.sum()).mean(1), ddof=1)
-                    for p, q in zip(likelihood[:queries], prior[:queries], strict=True)
-                ]
-                found[m].append(float(np.mean(drawn)))
-        return found
+            return []
+        seed, source = self.config.seed, self.source
+        setting, outcome = self.setting(name, seed), self.outcome(name, seed)
+        weights, redraws = self.config.of(ARMS[name]).weights, self.config.evaluation.redraws
+        file = self._place(seed) / "every_order.jsonl"
+        with one_thread():
+            pairs = [setting.standing(outcome.history.until(row["iteration"])) for row in outcome.rows]
+            return [variances(source, pair, weights, samples, redraws, file) for pair in pairs]
 
     def _place(self, seed: int) -> Path:
         return self.directory / f"seed-{seed}"

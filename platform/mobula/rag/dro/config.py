@@ -13,6 +13,7 @@ from mobula.rag.weights import WeightConfig
 from mobula.training import TrainingConfig
 
 COLD, FACTS = "cold_start", "facts"
+EACH = "each"
 LABELS = ("numbers", "letters")
 BOTH = ("selector", "generator")
 
@@ -22,8 +23,8 @@ class Arm:
     """An arm of the comparison: the rule of its weights, its samples a query, which networks learn.
 
     None: as configured. ``select``: who chooses the passages, in training and afterwards; ``taught``: who does in
-    training, if not the same. ``greedy``: the generator learns from the selector's greedy choice instead of weighted
-    samples.
+    training, if not the same, :data:`EACH` for every candidate by itself. ``greedy``: the generator learns from the
+    selector's greedy choice instead of weighted samples.
     """
 
     rule: str | None = None
@@ -54,6 +55,8 @@ ARMS = {
     "reinforce": Arm(rule="reinforce", greedy=True),
     # What the selector could learn if relevant passages were labelled.
     "supervised": Arm(rule="uniform", samples=1, train=("selector",), taught="gold"),
+    # The selector's first choice imitates how likely each passage alone makes the answer (Izacard et al. 2022, Atlas).
+    "distillation": Arm(rule="lik_softmax", taught=EACH, greedy=True),
     "rag_sft": Arm(rule="uniform", samples=1, train=("generator",), select="retriever"),
     "closed_book": Arm(rule="uniform", samples=1, train=("generator",), select="none"),
 }
@@ -144,6 +147,7 @@ class EmConfig:
 
     samples: int = key(8, "orders sampled a question (m)", ge=1, le=1000)
     shard: int = key(500, "questions sampled and scored together; an interrupted phase goes on at a shard", ge=1)
+    min_gap: float = key(-0.5, "an M-step that raises its own objective by less, in nats a question, is an error")
     weights: WeightConfig = section(WeightConfig)
 
 
@@ -153,7 +157,7 @@ class EvaluationConfig:
 
     seeds: int = key(1, "training seeds: seed, seed + 1, ...", ge=1, le=20)
     resamples: int = key(10_000, "bootstrap resamples", ge=100)
-    redraws: int = key(32, "re-draws that the variance of the estimate is measured with", ge=2)
+    redraws: int = key(32, "re-draws that the variance of estimates from samples is measured with", ge=2)
     decisive: bool = key(True, "false: too small to decide; every claim is undecided (smoke)")
 
 

@@ -17,16 +17,18 @@ from mobula.artifacts import write_jsonl
 from mobula.config import digest
 from mobula.errors import MobulaError
 from mobula.experiment import identity
-from mobula.rag.dro.config import Arm, Config
+from mobula.rag.dro.config import EACH, Arm, Config
+from mobula.rag.dro.gap import entropy, objective
 from mobula.rag.dro.pair import STATE, Pair, SnapshotMismatch
 from mobula.rag.dro.source import Measured, Networks, Source
 from mobula.rag.exact import log_marginal, posterior, total_variation
+from mobula.rag.objective import check_gap
 from mobula.rag.weights import Sampled, WeightConfig, weigh
 from mobula.training import fit
 
 log = logging.getLogger(__name__)
 WATCHED = 1000  # training questions on which the exact likelihood is followed
-WEIGHTS, GREEDY = "weights.jsonl", "greedy.jsonl"
+WEIGHTS, GREEDY, SAMPLES = "weights.jsonl", "greedy.jsonl", "samples.jsonl"
 SHORT = {"exact": "em"}  # measures that have a shorter name in an iteration's row
 
 
@@ -58,6 +60,7 @@ def dro_loop(setting: Setting) -> Loop:
         Sharded("score", lambda c: c.history.rows("sample"), lambda c: ScoreWorker(setting, c.history), size),
         Step("weigh", lambda context: _weigh(context, em.weights)),
         Step("fit", lambda context: _fit(setting, context)),
+        Step("gap", lambda context: _gap(setting, context)),
         Step("measure", lambda context: _measure(setting, context)),
     ]
     start: list[Phase] = [Step("measure", lambda context: _measure(setting, context))]
@@ -92,8 +95,9 @@ class _Worker:
 class SampleWorker(_Worker):
     """Items ``{query}`` to rows ``{query, orders, snapshot}``: orders drawn from the selector as it stands.
 
-    An arm without a selector has one order, the same each time; one whose generator learns from greedy contexts has a
-    ``greedy`` order beside the samples. Answers and gold passages take no part, unless the arm is given them.
+    An arm without a selector has one order, the same each time, or one of every passage alone; one whose generator
+    learns from greedy contexts has a ``greedy`` order beside the samples. Answers and gold passages take no part, unless
+    the arm is given them.
     """
 
     samples: int
@@ -105,7 +109,8 @@ class SampleWorker(_Worker):
         if how == "selector":
             drawn = self._networks.sample("train", queries, self.samples, [seed_of(seed, query) for query in queries])
         else:
-            drawn = [{"orders": [order]} for order in self._networks.choose("train", queries, how)]
+            named = self._networks.choose("train", queries, how)
+            drawn = [{"orders": [[place] for place in order] if how == EACH else [order]} for order in named]
         if arm.greedy:
             best = self._networks.choose("train", queries, arm.select)
             drawn = [{**row, "greedy": order} for row, order in zip(drawn, best, strict=True)]
@@ -203,8 +208,7 @@ def _fit(setting: Setting, context: Context) -> Row:
     standing = setting.standing(context.history)
     learned = {"selector": standing.selector, "generator": standing.generator}
     for kind in setting.arm.train:
-        rows = weights / (GREEDY if kind == "generator" and setting.arm.greedy else WEIGHTS)
-        task = setting.source.task(kind, "train", rows, learned[kind], 0)
+        task = setting.source.task(kind, "train", weights / _taught(setting.arm, kind), learned[kind], 0)
         if task.examples == 0:
             log.warning("no question has weights that the %s could learn from; it stays as it is", kind)
             continue
@@ -212,6 +216,36 @@ def _fit(setting: Setting, context: Context) -> Row:
         learned[kind] = fit(task, setting.config.fit, context.directory / kind, seed=seed, name=kind).weights
     replace(standing, **learned).write(context.directory)
     return {"trained": [kind for kind in setting.arm.train if learned[kind] != getattr(standing, kind)]}
+
+
+def _taught(arm: Arm, kind: str) -> str:
+    """The file that a network learns from."""
+    return GREEDY if kind == "generator" and arm.greedy else WEIGHTS
+
+
+def _gap(setting: Setting, context: Context) -> Row:
+    """By how much each network's training has raised the objective that it was given, and H(z|x) before it.
+
+    Raises:
+        MStepFailed: if a training lowered it by more than ``em.min_gap``.
+    """
+    history, config, source = context.history, setting.config, setting.source
+    weights = history.latest("weigh")
+    assert weights is not None
+    before, after = setting.standing(history.until(context.iteration - 1)), setting.standing(history)
+    found = {}
+    for kind in history.facts("fit")["trained"]:
+        rows = weights / _taught(setting.arm, kind)
+        old, new = (
+            objective(source.task(kind, "train", rows, getattr(pair, kind), 0), config.fit.micro)
+            for pair in (before, after)
+        )
+        found[f"gap_{kind}"] = new - old
+        check_gap(new - old, config.em.min_gap, f"iteration {context.iteration}, {kind}", "fit.steps")
+    if not setting.arm.taught and setting.arm.select == "selector":
+        file = context.directory / SAMPLES
+        found["entropy"] = entropy(source, history.rows("sample"), before.selector, file, config.fit.micro)
+    return found
 
 
 def _measure(setting: Setting, context: Context) -> Row:
@@ -238,7 +272,7 @@ def _measure(setting: Setting, context: Context) -> Row:
 
 def _row(history: History, iteration: int) -> Row:
     facts = history.facts("measure")
-    return {**facts, **history.facts("weigh")} if iteration else facts
+    return {**facts, **history.facts("weigh"), **history.facts("gap")} if iteration else facts
 
 
 def measure(setting: Setting, pair: Pair, how: str) -> Measured:
@@ -250,6 +284,7 @@ def distance(networks: Networks, source: Source, weights: Sequence[Row]) -> floa
     """Total variation between weighted samples and the exact posterior, mean over the queries of some rows."""
     log_prior, log_lik = networks.exact("train", [row["query"] for row in weights])
     found = torch.zeros_like(log_prior)
-    orders = torch.tensor([[source.number(order) for order in row["orders"]] for row in weights])
+    place = {str(order): number for number, order in enumerate(source.orders())}
+    orders = torch.tensor([[place[str(order)] for order in row["orders"]] for row in weights])
     found.scatter_add_(1, orders, torch.tensor([row["weights"] for row in weights]).double())
     return float(total_variation(found, posterior(log_prior, log_lik)).mean())

@@ -14,9 +14,16 @@ from mobula.evaluation.claims import compare
 from mobula.evaluation.intervals import mean_interval
 from mobula.experiment import Claim, Measure, Report, Verdict
 from mobula.rag.dro.config import ARMS, COLD, Config
+from mobula.rag.dro.pair import KINDS
 from mobula.rag.dro.source import Measured, Wording
+from mobula.rag.dro.variance import GRADIENT, LIKELIHOOD, Variances
 
 LEAK = 0.1  # share of questions by which the passages shown first may hold answers more often than others
+# Title of the table of what varies with the samples, and how a claim calls it.
+VARIED = {
+    LIKELIHOOD: ("Variance of the likelihood's estimate by samples", "the estimate of the likelihood"),
+    GRADIENT: ("Variance of the selector's gradient by samples (trace)", "the selector's gradient"),
+}
 FALL = 0.02  # nats by which the likelihood of training questions may fall in an iteration
 
 
@@ -29,7 +36,7 @@ class Findings:
     rows: Mapping[str, Sequence[Sequence[Row]]]
     tested: Mapping[str, Sequence[Measured]]
     distances: Sequence[Sequence[float]]
-    variances: Mapping[int, Sequence[float]]
+    variances: Sequence[Variances]
 
     @property
     def first(self) -> str:
@@ -58,8 +65,9 @@ def fill(report: Report, found: Findings) -> None:
     report.tables["Iterations, mean of seeds"] = _iterations(found)
     if found.distances:
         report.tables["Weighted samples and the exact posterior"] = _distances(found)
-    if found.variances:
-        report.tables["Variance of the estimate by samples and iteration"] = _variances(found)
+    for what, (title, _) in VARIED.items():
+        if found.variances:
+            report.tables[title] = _variances(found, what)
     sized = [name for name in found.rows if name.startswith(("m_", "raw_m_"))]
     others = [name for name in found.rows if name not in sized]
     for what, label in wording.plotted.items():
@@ -124,10 +132,9 @@ def _distances(found: Findings) -> list[list[Any]]:
     return table
 
 
-def _variances(found: Findings) -> list[list[Any]]:
-    iterations = max((len(values) for values in found.variances.values()), default=0)
-    table: list[list[Any]] = [["samples", *(f"iteration {i}" for i in range(iterations))]]
-    return table + [[m, *(f"{value:.2e}" for value in values)] for m, values in found.variances.items()]
+def _variances(found: Findings, what: str) -> list[list[Any]]:
+    table: list[list[Any]] = [["samples", *(f"iteration {i}" for i in range(len(found.variances)))]]
+    return table + [[m, *(f"{one[what][m].mean():.2e}" for one in found.variances)] for m in found.variances[0][what]]
 
 
 def _plot(found: Findings, names: Sequence[str], what: str, label: str) -> dict[str, Any]:
@@ -145,6 +152,8 @@ def _plot(found: Findings, names: Sequence[str], what: str, label: str) -> dict[
 
 def _claims(found: Findings) -> Iterator[Claim]:
     yield from _monotone(found)
+    yield from _gaps(found)
+    yield from _fewer_samples_vary_more(found)
     first, arms = found.first, found.config.arms
     pairs = [(first, COLD, "joint EM beats the cold start")]
     pairs += [(first, half, f"joint EM beats {half}") for half in ("generator_only", "selector_only") if half in arms]
@@ -156,7 +165,9 @@ def _claims(found: Findings) -> Iterator[Claim]:
         pairs += [(more, fewer, f"{more} beats {fewer}") for fewer, more in pairwise(sizes)]
     views = [("retriever_order", "the selector beats the retriever's order"), ("rag_sft", "joint EM beats vanilla RAG")]
     pairs += [(first, name, statement) for name, statement in views if name in found.tested]
-    pairs += [(first, name, f"joint EM beats {name}") for name in ("reward", "reinforce") if name in arms]
+    pairs += [
+        (first, name, f"joint EM beats {name}") for name in ("reward", "reinforce", "distillation") if name in arms
+    ]
     if "supervised" in arms and "retriever_order" in found.tested:
         pairs.append(("supervised", "retriever_order", "a selector with labels beats the retriever's order"))
     compared, evaluation = found.wording.compared, found.config.evaluation
@@ -185,4 +196,35 @@ def _monotone(found: Findings) -> Iterator[Claim]:
             max(changes),
             len(changes),
             holds if found.config.evaluation.decisive else "undecided",
+        )
+
+
+def _gaps(found: Findings) -> Iterator[Claim]:
+    """Every training of the first arm has raised the objective that it was given."""
+    for kind in KINDS:
+        gaps = [row[f"gap_{kind}"] for run in found.rows[found.first] for row in run if f"gap_{kind}" in row]
+        if gaps:
+            holds: Verdict = "holds" if min(gaps) > 0 else "does_not_hold"
+            yield Claim(
+                f"gaps, {kind}",
+                f"every M-step raises the {kind}'s own objective (nats a question; smallest and largest)",
+                float(np.mean(gaps)),
+                min(gaps),
+                max(gaps),
+                len(gaps),
+                holds if found.config.evaluation.decisive else "undecided",
+            )
+
+
+def _fewer_samples_vary_more(found: Findings) -> Iterator[Claim]:
+    """Mean over iterations, paired by question."""
+    if not found.variances:
+        return
+    evaluation, sizes = found.config.evaluation, list(found.variances[0][LIKELIHOOD])
+    few, many = min(sizes), max(sizes)
+    for what, (_, called) in VARIED.items():
+        one, other = (np.mean([v[what][m] for v in found.variances], 0) for m in (few, many))
+        statement = f"{called} varies less with {many} samples than with {few} (fall of its variance)"
+        yield compare(
+            f"variance, {what}", statement, one, other, decisive=evaluation.decisive, resamples=evaluation.resamples
         )

@@ -22,8 +22,10 @@ from mobula.training.task import Task
 
 SPLITS = ("labelled", "train", "dev", "test")
 # How the passages of an answer are chosen: by the selector, as the retriever ranks them, those that are shown first,
-# those that are known to support the answer, others, or none at all.
-SELECTIONS = ("selector", "retriever", "first", "gold", "no_gold", "none")
+# those that are known to support the answer, others, every candidate, or none at all.
+SELECTIONS = ("selector", "retriever", "first", "gold", "no_gold", "each", "none")
+# What is shown of every iteration's samples, weights and trainings.
+WEIGHED = ("sample_em", "ess", "bound", "all_fail", "unique", "skipped", "entropy", "gap_selector", "gap_generator")
 Order = Any
 # Values f64[N] by name, one a question; NaN where a measure does not apply to it, 0 where it failed.
 Measured = dict[str, np.ndarray]
@@ -45,6 +47,16 @@ class Judged:
     right: list[float]
     reward: list[float]
     tokens: int = 1
+
+
+class OrdersTask(Task, Protocol):
+    """A training of a selector or a generator on weighted orders.
+
+    ``tokens``: the learned tokens of a row, by which its loss is divided.
+    """
+
+    @property
+    def tokens(self) -> float: ...
 
 
 class Networks(Protocol):
@@ -110,8 +122,8 @@ class Source(Protocol):
     def queries(self, split: str) -> list[int]:
         """The questions of a split; of those to learn from, only ones that can be learned from."""
 
-    def number(self, order: Order) -> int:
-        """The place of an order among all.
+    def orders(self) -> list[Order]:
+        """All orders of a question, as :meth:`Networks.exact` counts them.
 
         Raises:
             NotEnumerable: by a source whose ``enumerable`` is false.
@@ -123,7 +135,7 @@ class Source(Protocol):
     def labels(self, kind: str, seed: int) -> list[Row]:
         """What a network of this kind learns from in the cold start: rows ``{query, orders, weights}``."""
 
-    def task(self, kind: str, split: str, rows: Path, start: Path | None, seed: int) -> Task:
+    def task(self, kind: str, split: str, rows: Path, start: Path | None, seed: int) -> OrdersTask:
         """Train a network on weighted orders, rows ``{query, orders, weights}`` of a file."""
 
     def open(self, pair: Pair) -> Networks:

@@ -161,7 +161,7 @@ class EmConfig:
     answer_coef: float = key(1.0, "weight of answer tokens beside those of the trajectory", ge=0)
     mix_warm_up: float = key(0.0, "oracle trajectories beside each M-step's questions, as a share of them", ge=0)
     clip: float = key(0.2, "grpo: how far a token's ratio to the sampling model may go from 1", gt=0, lt=1)
-    min_gap: float = key(-0.05, "an M-step that raises its own objective by less, in nats, is an error")
+    min_gap: float = key(-0.5, "an M-step that raises its own objective by less, in nats a question, is an error")
 
 
 @dataclass

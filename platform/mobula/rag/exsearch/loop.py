@@ -15,7 +15,6 @@ import numpy as np
 from mobula.alternation import Context, History, Loop, Phase, Row, Sharded, Step
 from mobula.artifacts import read_jsonl, write_json, write_jsonl
 from mobula.config import digest
-from mobula.errors import MobulaError
 from mobula.experiment import identity
 from mobula.rag.exsearch.config import Arm, Config
 from mobula.rag.exsearch.measures import MEASURES, means
@@ -24,15 +23,12 @@ from mobula.rag.exsearch.start import warm_up_rows
 from mobula.rag.exsearch.training import DATA, MODEL, QueryRows, RowsTask, tune, write_rows
 from mobula.rag.exsearch.trajectory import TrainRow, Trajectory, own_rows, rows
 from mobula.rag.exsearch.workers import Agent, GapWorker, SampleWorker, ScoreWorker, SolveWorker
+from mobula.rag.objective import check_gap
 from mobula.rag.weights import Sampled, Weights, weigh
 
 STATE, WEIGHTS = "state.json", "weights.jsonl"
 SHARD = 64  # questions, or trajectories, that are worked on at a time
 log = logging.getLogger(__name__)
-
-
-class MStepFailed(MobulaError):
-    """A training that has lowered its own objective."""
 
 
 @dataclass(frozen=True)
@@ -248,9 +244,5 @@ def _row(setting: Setting, history: History, iteration: int) -> Row:
     row |= {**history.facts("weigh"), **history.facts("fit")}
     if setting.arm.learns == "em" and row["steps"]:
         row["gap"] = float(np.mean([found["gap"] for found in history.rows("gap")]))
-        if row["gap"] < setting.config.em.min_gap:
-            raise MStepFailed(
-                f"iteration {iteration}: the training changed its own objective by {row['gap']:.3f} nats, below "
-                f"em.min_gap={setting.config.em.min_gap}; lower fit.lr, or train for longer (em.epochs)"
-            )
+        check_gap(row["gap"], setting.config.em.min_gap, f"iteration {iteration}", "em.epochs")
     return row

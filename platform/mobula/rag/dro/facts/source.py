@@ -21,9 +21,8 @@ from mobula.rag.dro.facts.networks import Shape
 from mobula.rag.dro.facts.training import Split, WeightedTask, of_answers, open_network
 from mobula.rag.dro.facts.world import ORDERS, Questions
 from mobula.rag.dro.pair import KINDS, Pair
-from mobula.rag.dro.source import SPLITS, Judged, Measured, Wording
+from mobula.rag.dro.source import SPLITS, WEIGHED, Judged, Measured, Wording
 from mobula.rag.exact import log_marginal
-from mobula.training.task import Task
 
 ARTIFACT = "rag_toy"
 BATCH = 250
@@ -39,7 +38,7 @@ WORDING = Wording(
     },
     compared=("exact",),
     plotted={"dev_em": "exact match, dev", "dev_log_p": "log p(y|x), dev", "train_log_p": "log p(y|x), train"},
-    shown=("dev_em", "dev_gold", "dev_log_p", "train_log_p", "sample_em", "ess", "bound", "all_fail", "unique"),
+    shown=("dev_em", "dev_gold", "dev_log_p", "train_log_p", *WEIGHED),
 )
 
 
@@ -77,9 +76,9 @@ class Facts:
         """All of them."""
         return list(range(self.split(split).count))
 
-    def number(self, order: int) -> int:
+    def orders(self) -> list[int]:
         """An order is its number."""
-        return order
+        return list(range(len(ORDERS)))
 
     def fresh(self, kind: str, directory: Path, seed: int) -> Path | None:
         """Nothing is learned beforehand."""
@@ -90,7 +89,7 @@ class Facts:
         gold = self.split("labelled").draw().gold.tolist()
         return [{"query": query, "orders": [order], "weights": [1.0]} for query, order in enumerate(gold)]
 
-    def task(self, kind: str, split: str, rows: Path, start: Path | None, seed: int) -> Task:
+    def task(self, kind: str, split: str, rows: Path, start: Path | None, seed: int) -> WeightedTask:
         """As :class:`WeightedTask`."""
         return WeightedTask(kind, self.shapes[kind], self.split(split), rows, start, seed)
 

@@ -77,6 +77,11 @@ class WeightedTask:
         """Queries."""
         return len(self._rows[0])
 
+    @property
+    def tokens(self) -> int:
+        """Choices of an order, or the one symbol of an answer."""
+        return CHOSEN if self.kind == "selector" else 1
+
     def identity(self) -> str:
         """Data, start, kind and size."""
         start = self.start and sha256(self.start)
@@ -109,7 +114,7 @@ class WeightedTask:
             said = model(batch["asked"], batch["context"])
             log_probs, learned = of_answers(said, batch["answers"]).view(-1, 1), ANSWER
         mask = torch.full(log_probs.shape, learned, device=log_probs.device)
-        return em_loss(log_probs, mask, batch["weights"].flatten(), len(batch["answers"]), log_probs.shape[1]), {}
+        return em_loss(log_probs, mask, batch["weights"].flatten(), len(batch["answers"]), self.tokens), {}
 
     def evaluate(self, model: Any) -> dict[str, float]:
         """Nothing: the loop measures both networks together."""

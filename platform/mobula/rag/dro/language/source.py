@@ -25,7 +25,6 @@ from mobula.rag.dro.language.training import LanguageTask, Target
 from mobula.rag.dro.pair import KINDS, Pair
 from mobula.rag.dro.questions import Questions
 from mobula.rag.dro.source import NotEnumerable, Order, Wording
-from mobula.training.task import Task
 
 HEADER = "selector and generator are {base} under adapters; the paper's 8B models and its figures are not reproduced"
 
@@ -52,7 +51,7 @@ class Language(Questions):
         model = Pretrained.find(self.config.model.base).hash
         return digest([self.found, asdict(self.config.model), asdict(self.config.select), model])
 
-    def number(self, order: Order) -> int:
+    def orders(self) -> list[Order]:
         """Orders are not listed."""
         raise NotEnumerable("lists of a language model are sampled, not enumerated")
 
@@ -60,7 +59,7 @@ class Language(Questions):
         """Nothing is learned beforehand: the model is pretrained."""
         return None
 
-    def task(self, kind: str, split: str, rows: Path, start: Path | None, seed: int) -> Task:
+    def task(self, kind: str, split: str, rows: Path, start: Path | None, seed: int) -> LanguageTask:
         """As :class:`LanguageTask`."""
         return LanguageTask(self, kind, split, rows, start, seed)
 

@@ -50,7 +50,7 @@ class LanguageTask:
         return [row for row in rows if self.kind == "generator" or any(row.get("valid", [1]))]
 
     @cached_property
-    def _length(self) -> float:
+    def tokens(self) -> float:
         """The mean number of learned tokens of a row."""
         found = [target for row in self._rows for target in self.source.targets(self.kind, self.split, row)]
         return sum(len(target.tokens) for target in found) / len(found)
@@ -80,7 +80,7 @@ class LanguageTask:
         log_probs = target_log_probs(model, batch)
         learned = LATENT if self.kind == "selector" else ANSWER
         mask = batch["there"].long() * learned
-        return em_loss(log_probs, mask, batch["weights"], int(batch["queries"]), self._length), {}
+        return em_loss(log_probs, mask, batch["weights"], int(batch["queries"]), self.tokens), {}
 
     def evaluate(self, model: Any) -> dict[str, float]:
         """Nothing: the loop measures both networks together."""
@@ -90,7 +90,7 @@ class LanguageTask:
         """Nothing: a loss that is not finite ends the training by itself."""
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if not name.startswith("_")}
+        return {name: value for name, value in vars(self).items() if name in self.__dataclass_fields__}
 
 
 def collated(targets: Sequence[Target]) -> dict[str, Tensor]:

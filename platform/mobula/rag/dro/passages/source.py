@@ -27,7 +27,6 @@ from mobula.rag.dro.questions import Questions
 from mobula.rag.dro.source import Wording
 from mobula.rag.search import encoder_of
 from mobula.training import fit
-from mobula.training.task import Task
 
 MOST_ORDERS = 1000  # orders of a question that are listed
 HEADER = (
@@ -64,9 +63,9 @@ class Passages(Questions):
         encoder = encoder_of(config.retrieve.encoder).hash
         return digest([self.found, asdict(config.model), asdict(config.retrieve), encoder])
 
-    def number(self, order: Positions) -> int:
-        """Its place among the permutations in their usual order."""
-        return self._orders().tolist().index(order)
+    def orders(self) -> list[Positions]:
+        """Permutations in their usual order."""
+        return self._orders().tolist()
 
     def fresh(self, kind: str, directory: Path, seed: int) -> Path | None:
         """The reader has learned to read from SQuAD."""
@@ -78,7 +77,7 @@ class Passages(Questions):
             task, replace(self.config.fit, steps=steps), directory / "reading", seed=seed, name="reading"
         ).weights
 
-    def task(self, kind: str, split: str, rows: Path, start: Path | None, seed: int) -> Task:
+    def task(self, kind: str, split: str, rows: Path, start: Path | None, seed: int) -> PassageTask:
         """As :class:`PassageTask`."""
         return PassageTask(self, kind, split, rows, start, seed)
 

@@ -48,6 +48,11 @@ class PassageTask:
         """Questions."""
         return len(self._readings) if self.data is None else len(self._rows)
 
+    @property
+    def tokens(self) -> int:
+        """Choices of an order; an answer is one span."""
+        return self.source.config.retrieve.choose if self.kind == "selector" else 1
+
     def identity(self) -> str:
         """Data, start, kind and sizes."""
         files = [path and sha256(path) for path in (self.data, self.start)]
@@ -63,7 +68,7 @@ class PassageTask:
             read = batched([self._readings[i] for i in indices.tolist()])
             at = torch.arange(len(indices)).view(-1, 1, 1)
             return {**read, "at": at, "weights": torch.ones(len(indices), 1)}
-        rows = [self._rows[i] for i in indices.tolist()]
+        rows = _alike([self._rows[i] for i in indices.tolist()])
         weights = torch.tensor([row["weights"] for row in rows])
         orders = torch.tensor([row["orders"] for row in rows])
         queries = [row["query"] for row in rows]
@@ -88,7 +93,7 @@ class PassageTask:
             log_probs = log_likelihood(gold[batch["at"]], whole[batch["at"]], rank).view(-1, 1)
             learned = ANSWER
         mask = torch.full(log_probs.shape, learned, device=log_probs.device)
-        return em_loss(log_probs, mask, batch["weights"].flatten(), len(batch["weights"]), log_probs.shape[1]), {}
+        return em_loss(log_probs, mask, batch["weights"].flatten(), len(batch["weights"]), self.tokens), {}
 
     def evaluate(self, model: Any) -> dict[str, float]:
         """Nothing: the loop measures both networks together."""
@@ -99,3 +104,13 @@ class PassageTask:
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if not name.startswith("_")}
+
+
+def _alike(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows with as many orders each; what is added has weight 0."""
+    most = max(len(row["orders"]) for row in rows)
+    more = [most - len(row["orders"]) for row in rows]
+    return [
+        {**row, "orders": row["orders"] + row["orders"][:1] * n, "weights": row["weights"] + [0.0] * n}
+        for row, n in zip(rows, more, strict=True)
+    ]
