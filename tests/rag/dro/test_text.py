@@ -281,9 +281,7 @@ def test_distillation_weighs_every_passage_by_itself(runs: dict[str, Path], kind
         assert row["weights"] == pytest.approx(torch.softmax(log_lik, 0).tolist())
 
 
-def test_distillation_is_the_divergence_from_the_first_choice(
-    data: Path, runs: dict[str, Path], tmp_path: Path
-) -> None:
+def test_distillation_is_a_divergence_from_the_first_choice(data: Path, runs: dict[str, Path], tmp_path: Path) -> None:
     """Up to a constant; a question with fewer passages is filled with weight 0."""
     whole = comparison(data, runs, "passages")
     file, wanted = tmp_path / "weights.jsonl", [[0.1, 0.2, 0.3, 0.0, 0.25, 0.15], [0.5, 0.5]]
@@ -296,7 +294,7 @@ def test_distillation_is_the_divergence_from_the_first_choice(
     asked, found = model.states(batch["question"], batch["passages"], batch["ranks"])  # type: ignore[operator]
     first = model.step(0, asked, found, None, batch["ranks"] == 0)  # type: ignore[operator]
     cross = [-(torch.tensor(w) * row[: len(w)]).sum() for w, row in zip(wanted, first, strict=True)]
-    assert float(loss) == pytest.approx(float(torch.stack(cross).mean()) / task.tokens, rel=1e-5)
+    assert float(loss.detach()) == pytest.approx(float(torch.stack(cross).detach().mean()) / task.tokens, rel=1e-5)
 
 
 def test_questions_that_the_retriever_failed_count_as_wrong(data: Path, runs: dict[str, Path], tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from mobula.running import run_experiment
 from tests.rag.exsearch import small
 
 # An arm of every kind, each as short as it can be.
-NAMES = ["exsearch", "grpo", "rerank", "single_shot", "closed_book"]
+NAMES = ["exsearch", "grpo", "rerank", "search_only", "single_shot", "closed_book"]
 RUN: dict[str, Any] = {
     **small.CONFIG,
     "arms": NAMES,

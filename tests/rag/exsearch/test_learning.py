@@ -410,6 +410,18 @@ def test_selections_of_the_oracle_name_the_gold_passage_first_from_one(agent: Ag
             assert 1 <= first <= 6 and prompt.count(f"[{first}]") == 1
 
 
+def test_an_oracle_writes_facts_apart_and_learns_each_of_them_once(agent: Agent) -> None:
+    model, problems = agent.opened, small.problems("warm_up")
+    for found, problem in zip(oracle_rows(model, 5, Mode(apart=True)), problems, strict=False):
+        main, *notes = found.rows
+        texts = [model.decode([t for t, kind in zip(row.ids, row.mask, strict=True) if kind == 1]) for row in notes]
+        assert texts == [f"<FACT> {step.fact or 'none'}" for step in problem.plan]
+        learned = model.decode([token for token, kind in zip(main.ids, main.mask, strict=True) if kind == 1])
+        assert "<FACT>" not in learned and learned.count("<QUERY>") == len(problem.plan) and "<FINAL>" in learned
+        whole = oracle_rows(model, 5)[problems.index(problem)].rows
+        assert [main.ids] == [row.ids for row in whole]
+
+
 def test_the_skill_stage_shuffles_what_it_shows(agent: Agent) -> None:
     config = small.config()
     oracle = oracle_of(config, agent.opened, corpus_of(config.data, "warm_up"), Mode(), shuffle=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Sequence
 
@@ -226,6 +227,65 @@ def test_a_selection_is_shown_in_its_order_and_is_a_row_of_its_own() -> None:
     _, chosen = rows(found, [model.eos], 1.0)
     assert model.decode([t for t, kind in zip(chosen.ids, chosen.mask, strict=True) if kind]) == "[3] > [1] > [9]"
     assert found.selections[0].turn.log_probs[0] in found.sampled
+
+
+def noting(problem: Problem, facts: Sequence[str]) -> Callable[[str], str]:
+    """Writes these facts, one a note, and otherwise follows the plan of a problem."""
+
+    def say(prompt: str) -> str:
+        if prompt.startswith("<turn>"):
+            step = next(i for i, step in enumerate(problem.plan) if f"<QUERY> {step.query} <SEARCH>" in prompt)
+            return facts[step]
+        if prompt.endswith("<ANSWER> <turn>"):
+            return problem.answers[0]
+        step = prompt.count("<QUERY>")
+        return f"<QUERY> {problem.plan[step].query}" if step < len(problem.plan) else "<FINAL>"
+
+    return say
+
+
+def test_a_fact_written_apart_sees_its_search_alone_and_is_a_row_of_its_own() -> None:
+    problem = small.problems(hops=2)[0]
+    say = noting(problem, [f"<FACT> {step.fact}" for step in problem.plan])
+    found = run(say, problem.question, mode=Mode(apart=True))
+    assert (found.queries, found.facts) == ([s.query for s in problem.plan], [s.fact for s in problem.plan])
+    assert (found.prediction, found.flags.malformed) == (problem.answers[0], 0)
+    model = small.scripted(say)
+    for note, step in zip(found.notes, problem.plan, strict=True):
+        prompt = model.decode(note.prompt)
+        assert prompt.startswith(f"<turn> <QUERY> {step.query} <SEARCH> [1] ")
+        assert problem.question not in prompt
+        assert note.turn.text == f"<FACT> {step.fact}" and all(note.turn.mask)
+    for turn, fact in zip(found.turns[3:-1:2], found.facts, strict=True):
+        given = len(model.encode(f"<FACT> {fact}"))
+        assert turn.mask == [0] * given + [1] * (len(turn.ids) - given)
+    main, *notes = rows(found, model.encode("x"), 0.5)
+    assert len(notes) == 2 and all(row.weight == 0.5 for row in notes)
+    assert [row.ids for row in notes] == [[*note.prompt, *note.turn.ids] for note in found.notes]
+    assert sum(main.mask[: found.length]) == sum(sum(turn.mask) for turn in found.turns)
+    assert len(found.sampled) == sum(sum(turn.mask) for turn in found.turns) + sum(len(n.turn.ids) for n in found.notes)
+    assert Trajectory.read(json.loads(json.dumps(found.to_dict()))) == found
+
+
+@pytest.mark.parametrize(
+    ("said", "fact", "malformed"),
+    [("<FACT> none", "", 0), ("home of", "home of", 1), ("<FACT> home <QUERY> seat", "home", 0), ("", "", 1)],
+)
+def test_a_fact_written_apart_without_its_marker_counts_as_it_is(said: str, fact: str, malformed: int) -> None:
+    problem = small.problems(hops=1)[0]
+    found = run(noting(problem, [said]), problem.question, mode=Mode(apart=True))
+    assert (found.facts, found.flags.malformed, found.flags.repaired) == ([fact], malformed, 0)
+    assert found.turns[3].text.split() == ["<FACT>", *fact.split(), "<FINAL>"]  # small models have no word for none
+
+
+def test_a_turn_after_a_fact_written_apart_is_repaired_behind_it() -> None:
+    problem = small.problems(hops=1)[0]
+    query, fact = problem.plan[0].query, problem.plan[0].fact
+    said = iter([f"<QUERY> {query}", f"<FACT> {fact}", "well", query, f"<FACT> {fact}", "<FINAL>", "x"])
+    found = run(lambda prompt: next(said), problem.question, mode=Mode(apart=True))
+    assert (found.flags.malformed, found.flags.repaired, found.flags.repeat_queries) == (1, 1, 1)
+    assert found.turns[3].text == f"<FACT> {fact} <QUERY> {query}"
+    assert found.facts == [fact, fact]
 
 
 def test_a_selection_that_cannot_be_read_leaves_the_retrievers_order() -> None:

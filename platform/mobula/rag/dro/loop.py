@@ -96,8 +96,8 @@ class SampleWorker(_Worker):
     """Items ``{query}`` to rows ``{query, orders, snapshot}``: orders drawn from the selector as it stands.
 
     An arm without a selector has one order, the same each time, or one of every passage alone; one whose generator
-    learns from greedy contexts has a ``greedy`` order beside the samples. Answers and gold passages take no part, unless
-    the arm is given them.
+    learns from greedy contexts has a ``greedy`` order beside the samples. Answers and gold passages take no part,
+    unless the arm is given them.
     """
 
     samples: int

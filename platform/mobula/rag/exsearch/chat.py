@@ -34,6 +34,11 @@ CHOOSING = (
     'A search for "{query}" returned these {n} passages:\n{passages}\nName the passages that help to settle this '
     "search, most helpful first, by number, like [3] > [1]. Write nothing else."
 )
+NOTING = (
+    'A search for "{query}" returned these {n} passages:\n{passages}\n'
+    f"Write `{FACT}` and the shortest span of them that settles this search, or `{FACT} {NONE}` if they do not. Write "
+    "nothing else."
+)
 DIRECT = "{passages}Give only the answer, as briefly as possible.\n\nQuestion: {question}"
 
 
@@ -59,6 +64,10 @@ class Chat(Protocol):
 
     def choose(self, query: str, passages: Sequence[Document]) -> list[int]:
         """A prompt by itself: which of the passages help to settle the query?"""
+        ...
+
+    def note(self, query: str, passages: Sequence[Document]) -> list[int]:
+        """A prompt by itself: which fact of the passages settles the query?"""
         ...
 
     def direct(self, question: str, passages: Sequence[Document]) -> list[int]:
@@ -88,6 +97,11 @@ class MarkedChat:
     def choose(self, query: str, passages: Sequence[Document]) -> list[int]:
         """Query, passages and a marker."""
         return self.model.encode(" ".join([_plain(query), *self._lines(passages), SELECT, TURN]))
+
+    def note(self, query: str, passages: Sequence[Document]) -> list[int]:
+        """A chat that begins with the sub-query."""
+        asked = self.model.encode(f"{TURN} {QUERY} {_plain(query)}")
+        return [*asked, self.model.eos, *self.found(passages)]
 
     def direct(self, question: str, passages: Sequence[Document]) -> list[int]:
         """Question and passages."""
@@ -133,13 +147,20 @@ class TemplatedChat:
 
     def choose(self, query: str, passages: Sequence[Document]) -> list[int]:
         """The instruction to choose."""
-        lines = "\n".join(self._lines(passages))
-        return self._first(CHOOSING.format(query=self._plain(query), n=len(passages), passages=lines))
+        return self._about(CHOOSING, query, passages)
+
+    def note(self, query: str, passages: Sequence[Document]) -> list[int]:
+        """The instruction to record."""
+        return self._about(NOTING, query, passages)
 
     def direct(self, question: str, passages: Sequence[Document]) -> list[int]:
         """The instruction to answer."""
         lines = "".join(f"{line}\n" for line in self._lines(passages))
         return self._first(DIRECT.format(passages=lines, question=self._plain(question)))
+
+    def _about(self, request: str, query: str, passages: Sequence[Document]) -> list[int]:
+        lines = "\n".join(self._lines(passages))
+        return self._first(request.format(query=self._plain(query), n=len(passages), passages=lines))
 
     def _lines(self, passages: Sequence[Document]) -> list[str]:
         return [f"[{i}] {self._plain(p.title)}: {self._cut(self._plain(p.text))}" for i, p in enumerate(passages, 1)]

@@ -21,19 +21,21 @@ class Mode:
     """Which of its steps an agent takes.
 
     Without ``think`` every sub-query is the question itself, without ``search`` no passage is shown, without
-    ``record`` no fact stays in the chat. With ``select`` it chooses among candidates what is shown.
+    ``record`` no fact stays in the chat. With ``select`` it chooses among candidates what is shown. With ``apart`` it
+    writes a fact from its sub-query and passages alone, as the paper's formula has it, instead of the whole chat.
     """
 
     think: bool = True
     search: bool = True
     record: bool = True
     select: bool = False
+    apart: bool = False
 
     @property
     def name(self) -> str:
         """Names the mode in paths and tables; the usual one is empty."""
-        without = [step for step in ("think", "search", "record") if not getattr(self, step)]
-        return "-".join([*(f"no_{step}" for step in without), *(["select"] if self.select else [])])
+        without = [f"no_{step}" for step in ("think", "search", "record") if not getattr(self, step)]
+        return "-".join([*without, *(step for step in ("select", "apart") if getattr(self, step))])
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,7 @@ ARMS = {
     "no_search": Arm(mode=Mode(search=False)),
     "no_record": Arm(mode=Mode(record=False)),
     "rerank": Arm(mode=Mode(select=True)),
+    "search_only": Arm(mode=Mode(apart=True)),
     "closed_book": Arm("direct", mode=Mode(search=False)),
     "single_shot": Arm("direct"),
 }

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 
 from mobula.data.records import Document
 from mobula.models.causal import CausalModel
-from mobula.rag.exsearch.chat import Chat
+from mobula.rag.exsearch.chat import FACT, NONE, Chat
 from mobula.rag.exsearch.config import Mode
 from mobula.rag.exsearch.sources import Lookup, Problem
 from mobula.rag.exsearch.training import QueryRows
-from mobula.rag.exsearch.trajectory import Action, Selection, Trajectory, Turn, rows
+from mobula.rag.exsearch.trajectory import GIVEN, Action, Aside, Selection, Trajectory, Turn, rows
 from mobula.rag.objective import LATENT
 from mobula.rag.permutations import written
 from mobula.rag.search import Searcher
@@ -62,18 +62,22 @@ class Oracle:
             settled = step.passage in found.shown[-1]
             fact = step.fact if settled else ""
             found.facts.append(fact)
+            if self.mode.apart:
+                found.notes.append(Aside(self.chat.note(query, passages), self._turn(f"{FACT} {fact or NONE}")))
         self._say(found, Action("final", fact), first=False)
         found.turns.append(Turn.given("user", "", self.chat.close(problem.question)))
         return found
 
     def _say(self, found: Trajectory, action: Action, *, first: bool) -> None:
-        text = action.written(self.chat.gap, fact=not first and self.mode.record)
-        found.turns.append(self._turn(text))
+        written = not first and self.mode.record
+        apart = f"{FACT} {action.fact or NONE}{self.chat.gap}" if written and self.mode.apart else ""
+        found.turns.append(self._turn(action.written(self.chat.gap, fact=written), apart))
 
-    def _turn(self, text: str) -> Turn:
-        """A turn that is learned whole."""
-        ids = [*self.model.encode(text), self.model.eos]
-        return Turn("assistant", text, ids, [LATENT] * len(ids), [0.0] * len(ids), [0.0] * len(ids))
+    def _turn(self, text: str, given: str = "") -> Turn:
+        """A turn that is learned, but for the part ``given`` that it begins with."""
+        start, rest = self.model.encode(given), [*self.model.encode(text.removeprefix(given)), self.model.eos]
+        mask, zeros = [GIVEN] * len(start) + [LATENT] * len(rest), [0.0] * len(rest)
+        return Turn("assistant", text, [*start, *rest], mask, zeros, list(zeros))
 
     def _passages(self, found: Trajectory, query: str, step: Lookup, chance: random.Random) -> list[Document] | None:
         """What is shown for a step; None if its gold passage cannot be found."""

@@ -13,9 +13,9 @@ from typing import Any
 from mobula.alternation import seed_of
 from mobula.data.records import Document
 from mobula.models.causal import CausalModel, Continuation, Sampling
-from mobula.rag.exsearch.chat import FACT, QUERY, SEARCH, Chat, chat_of
+from mobula.rag.exsearch.chat import FACT, NONE, QUERY, SEARCH, Chat, chat_of
 from mobula.rag.exsearch.config import Mode, RolloutConfig
-from mobula.rag.exsearch.trajectory import GIVEN, Action, Selection, Trajectory, Turn, parse
+from mobula.rag.exsearch.trajectory import GIVEN, Action, Aside, Selection, Trajectory, Turn, parse, parse_fact
 from mobula.rag.objective import LATENT
 from mobula.rag.permutations import parse_permutation
 from mobula.rag.search import Reply, Retrying
@@ -75,12 +75,16 @@ class Rollouts:
         going = [episode for episode in episodes if episode.open]
         if not going:
             return
-        drawn = self._draw(going, [[] for _ in going], self.config.max_action_tokens, "act")
-        actions = [self._parse(episode, self._text(c)) for episode, c in zip(going, drawn, strict=True)]
-        for episode, action, said in zip(going, actions, drawn, strict=True):
+        starts = self._noted(going)
+        drawn = self._draw(going, starts, self.config.max_action_tokens, "act")
+        broken = []
+        for episode, start, said in zip(going, starts, drawn, strict=True):
+            action = self._parse(episode, self._text(start, said))
             if action.kind != "malformed" or self.config.on_malformed == "terminate":
-                self._say(episode, action, [], said)
-        self._repair([(e, c) for e, a, c in zip(going, actions, drawn, strict=True) if a.kind == "malformed"])
+                self._say(episode, action, start, said)
+            if action.kind == "malformed":
+                broken.append((episode, start, said))
+        self._repair(broken)
         self._search([episode for episode in going if episode.open])
 
     def answer(self, episodes: Sequence[Episode]) -> None:
@@ -128,25 +132,43 @@ class Rollouts:
         first = episode.rounds == 0
         return parse(text, fact=not first and self.mode.record, query=first)
 
-    def _repair(self, broken: Sequence[tuple[Episode, Continuation]]) -> None:
+    def _noted(self, episodes: Sequence[Episode]) -> list[list[int]]:
+        """What each turn begins with: the fact, where it is written apart from the chat; nothing otherwise."""
+        starts: list[list[int]] = [[] for _ in episodes]
+        noting = [row for row, episode in enumerate(episodes) if self.mode.apart and episode.rounds]
+        if not noting:
+            return starts
+        last = [(episodes[row].trajectory.queries[-1], episodes[row].trajectory.shown[-1]) for row in noting]
+        prompts = [self.chat.note(query, self._documents(ids)) for query, ids in last]
+        sampling = Sampling(self.config.max_action_tokens, self.temperature, self.config.top_p)
+        seeds = [seed_of(episodes[row].seed, episodes[row].rounds, "note") for row in noting]
+        drawn = self._sample(prompts, sampling, seeds)
+        for row, prompt, said in zip(noting, prompts, drawn, strict=True):
+            turn = self._turn([], self._cut(said))
+            fact, marked = parse_fact(turn.text)
+            episodes[row].trajectory.notes.append(Aside(prompt, turn))
+            episodes[row].trajectory.flags.malformed += not marked
+            starts[row] = self.model.encode(f"{FACT} {fact or NONE}{self.chat.gap}")
+        return starts
+
+    def _repair(self, broken: Sequence[tuple[Episode, Sequence[int], Continuation]]) -> None:
         """A second chance: the turn begins as it must, and the agent writes on."""
-        for episode, _ in broken:
+        for episode, _, _ in broken:
             episode.trajectory.flags.malformed += 1
         if self.config.on_malformed == "terminate" or not broken:
             return
-        episodes = [episode for episode, _ in broken]
-        starts = [self.model.encode(self._start(episode, self._text(said))) for episode, said in broken]
+        episodes = [episode for episode, _, _ in broken]
+        starts = [self._start(*parts) for parts in broken]
         drawn = self._draw(episodes, starts, self.config.max_action_tokens, "repair")
         for episode, start, said in zip(episodes, starts, drawn, strict=True):
             episode.trajectory.flags.repaired += 1
-            text = self.model.decode([*start, *said.ids])
-            self._say(episode, self._parse(episode, text), start, said)
+            self._say(episode, self._parse(episode, self._text(start, said)), start, said)
 
-    def _start(self, episode: Episode, text: str) -> str:
-        if episode.rounds == 0 or not self.mode.record:
-            return QUERY
-        lines = [line.strip() for line in text.replace(FACT, " ").split("\n") if line.strip()]
-        return f"{FACT} {lines[0] if lines else ''}{self.chat.gap}{QUERY}"
+    def _start(self, episode: Episode, start: Sequence[int], said: Continuation) -> list[int]:
+        if start or episode.rounds == 0 or not self.mode.record:
+            return [*start, *self.model.encode(QUERY)]
+        lines = [line.strip() for line in self._text([], said).replace(FACT, " ").split("\n") if line.strip()]
+        return self.model.encode(f"{FACT} {lines[0] if lines else ''}{self.chat.gap}{QUERY}")
 
     def _say(self, episode: Episode, action: Action, start: Sequence[int], said: Continuation) -> None:
         """Put the agent's turn into the chat, with what it means; a turn that cannot be read ends the search."""
@@ -191,7 +213,8 @@ class Rollouts:
         for episode in episodes:
             shown = self._documents(episode.trajectory.shown[-1])
             ids = self.chat.found(shown)
-            room = self.config.max_action_tokens + 2 * len(self.chat.close(episode.question))
+            turn = self.config.max_action_tokens * (2 if self.mode.apart else 1)
+            room = turn + 2 * len(self.chat.close(episode.question))
             if episode.trajectory.length + len(ids) + room + self.config.max_answer_tokens > self.config.seq_len:
                 episode.open, episode.trajectory.flags.overflow = False, True
                 episode.trajectory.shown[-1] = []
@@ -253,15 +276,14 @@ class Rollouts:
         keep = next(n for n in range(1, len(said.ids) + 1) if SEARCH in self.model.decode(said.ids[:n]))
         return Continuation(said.ids[:keep], said.log_probs[:keep], said.log_q[:keep], ended=False)
 
-    def _text(self, said: Continuation) -> str:
-        return self.model.decode(said.ids).strip()
+    def _text(self, start: Sequence[int], said: Continuation) -> str:
+        return self.model.decode([*start, *said.ids]).strip()
 
     def _turn(self, start: Sequence[int], said: Continuation) -> Turn:
         """A turn with its end, which is not learned if it was not drawn."""
         ids = [*start, *said.ids, self.model.eos]
         mask = [*(GIVEN for _ in start), *(LATENT for _ in said.log_probs), *([] if said.ended else [GIVEN])]
-        text = self.model.decode([*start, *said.ids]).strip()
-        return Turn("assistant", text, ids, mask, list(said.log_probs), list(said.log_q))
+        return Turn("assistant", self._text(start, said), ids, mask, list(said.log_probs), list(said.log_q))
 
     def __getstate__(self) -> dict[str, Any]:
         raise TypeError("rollouts hold an open model; send the worker that opens it")

@@ -43,11 +43,17 @@ class Turn:
 
 
 @dataclass
-class Selection:
-    """A choice among candidates: a prompt, what was said after it, and the passages it led to."""
+class Aside:
+    """Something said beside the chat: a prompt by itself, and what was said after it."""
 
     prompt: list[int]
     turn: Turn
+
+
+@dataclass
+class Selection(Aside):
+    """A choice among candidates, and the passages it led to."""
+
     ids: list[str]
 
 
@@ -69,7 +75,8 @@ class Flags:
 class Trajectory:
     """Turns, and what they mean: sub-queries, facts, what was found (id, score, rank) and shown, and the answer.
 
-    ``turns`` end with the request for the answer; what was answered is ``prediction`` and ``answer``.
+    ``turns`` end with the request for the answer; what was answered is ``prediction`` and ``answer``. ``notes`` are the
+    facts that were written apart from the chat.
     """
 
     turns: list[Turn] = field(default_factory=list)
@@ -78,6 +85,7 @@ class Trajectory:
     hits: list[list[tuple[str, float, int]]] = field(default_factory=list)
     shown: list[list[str]] = field(default_factory=list)
     selections: list[Selection] = field(default_factory=list)
+    notes: list[Aside] = field(default_factory=list)
     prediction: str = ""
     answer: Turn | None = None
     flags: Flags = field(default_factory=Flags)
@@ -104,7 +112,12 @@ class Trajectory:
 
     @property
     def _said(self) -> list[Turn]:
-        return [*self.turns, *(selection.turn for selection in self.selections)]
+        return [*self.turns, *(aside.turn for aside in self.asides)]
+
+    @property
+    def asides(self) -> list[Aside]:
+        """All that was said beside the chat."""
+        return [*self.selections, *self.notes]
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON."""
@@ -121,6 +134,7 @@ class Trajectory:
             hits=[[(id, score, rank) for id, score, rank in found] for found in row["hits"]],
             shown=row["shown"],
             selections=[Selection(s["prompt"], Turn(**s["turn"]), s["ids"]) for s in row["selections"]],
+            notes=[Aside(s["prompt"], Turn(**s["turn"])) for s in row["notes"]],
             prediction=row["prediction"],
             answer=None if answer is None else Turn(**answer),
             flags=Flags(**row["flags"]),
@@ -172,6 +186,16 @@ def parse(text: str, *, fact: bool, query: bool) -> Action:
     return Action("query", recorded, asked) if asked else MALFORMED
 
 
+def parse_fact(text: str) -> tuple[str, bool]:
+    """Read a fact that was written by itself, and whether it has its marker; without that, all that was said counts."""
+    before, marker, rest = text.partition(FACT)
+    fact = rest if marker else before
+    for other in (SEARCH, QUERY, FACT, FINAL):
+        fact = fact.split(other)[0]
+    fact = " ".join(fact.split())
+    return ("" if fact.lower() == NONE else fact), bool(marker)
+
+
 @dataclass(frozen=True)
 class TrainRow:
     """A row of the M-step: tokens, and by token 0 (not learned), 1 (latent) or 2 (answer).
@@ -186,8 +210,8 @@ class TrainRow:
 
 
 def rows(trajectory: Trajectory, gold: Sequence[int], weight: float) -> list[TrainRow]:
-    """What is learned from a trajectory: its own tokens and the GOLD answer, and each selection by itself."""
-    return _with_selections(trajectory, [*gold], [ANSWER] * len(gold), None, weight)
+    """What is learned from a trajectory: its own tokens and the GOLD answer, and each aside by itself."""
+    return _with_asides(trajectory, [*gold], [ANSWER] * len(gold), None, weight)
 
 
 def own_rows(trajectory: Trajectory, weight: float) -> list[TrainRow]:
@@ -195,10 +219,10 @@ def own_rows(trajectory: Trajectory, weight: float) -> list[TrainRow]:
     answer = trajectory.answer
     assert answer is not None
     mask = [ANSWER if kind else GIVEN for kind in answer.mask]
-    return _with_selections(trajectory, answer.ids, mask, answer.aligned, weight)
+    return _with_asides(trajectory, answer.ids, mask, answer.aligned, weight)
 
 
-def _with_selections(
+def _with_asides(
     trajectory: Trajectory, answer: list[int], mask: list[int], old: list[float] | None, weight: float
 ) -> list[TrainRow]:
     turns = trajectory.turns
@@ -206,8 +230,8 @@ def _with_selections(
     kinds = [*(kind for turn in turns for kind in turn.mask), *mask]
     before = None if old is None else [*(p for turn in turns for p in turn.aligned), *old]
     found = [TrainRow(ids, kinds, weight, before)]
-    for selection in trajectory.selections:
-        prompt, turn = selection.prompt, selection.turn
+    for aside in trajectory.asides:
+        prompt, turn = aside.prompt, aside.turn
         said = None if old is None else [*(0.0 for _ in prompt), *turn.aligned]
         found.append(TrainRow([*prompt, *turn.ids], [*(GIVEN for _ in prompt), *turn.mask], weight, said))
     return found
