@@ -226,6 +226,29 @@ def run(
     return _outcome(rows, config, _ended(rows, config) or "iterations", history)
 
 
+def tell(
+    loop: Loop,
+    config: AlternationConfig,
+    directory: Path,
+    seed: int,
+    facts: Callable[[Row], Row],
+    report: Callable[[Row], None],
+) -> None:
+    """Run the loop and report facts of each iteration, the start included: what a sweep's trial does.
+
+    A loop that was interrupted after its last iteration has nothing new to tell, so it tells its last row once more.
+    """
+    told: list[int] = []
+
+    def progress(row: Row) -> None:
+        told.append(row["iteration"])
+        report(facts(row))
+
+    outcome = run(loop, config, directory, seed=seed, progress=progress)
+    if not told:
+        report(facts(outcome.rows[-1]))
+
+
 def seed_of(seed: int, *place: int | str) -> int:
     """The seed of a phase (seed, iteration, name) or of a shard (seed of the phase, number): 63 bits."""
     digest = hashlib.sha256("\0".join(map(str, (seed, *place))).encode()).digest()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from mobula.data import RetrievalData
 from mobula.data.records import Query
 from mobula.data.views import body, make_views
 from mobula.errors import DataError
+from mobula.locks import alone
 from mobula.models.encoders import TextEncoder, TransformerEncoder, load_encoder
 from mobula.models.pretrained import Pretrained
 from mobula.models.text import load_static
@@ -74,10 +74,7 @@ class Material:
 
 def prepare(config: Preparable, data: RetrievalData, directory: Path) -> Material:
     """Make (or find, after an interruption) the prepared folder of a run."""
-    directory.mkdir(parents=True, exist_ok=True)
-    # Concurrent trials of a sweep share a folder; one of them fills it.
-    with (directory / ".lock").open("w") as stream:
-        fcntl.flock(stream, fcntl.LOCK_EX)
+    with alone(directory):
         return _prepare(config, data, directory)
 
 

@@ -25,6 +25,7 @@ from mobula.rag.dro.facts.training import Split, WeightedTask
 from mobula.rag.dro.facts.world import ENTITIES, ORDERS, questions
 from mobula.rag.dro.loop import EqualWeights, SampleWorker, ScoreWorker, _check
 from mobula.rag.dro.pair import SnapshotMismatch
+from mobula.rag.dro.trial import train_trial
 from mobula.rag.weights import WeightConfig
 from mobula.running import run_experiment
 
@@ -174,6 +175,19 @@ def test_the_same_run_again_has_the_same_numbers_and_weights(directory: Path, tm
     again = run_in(tmp_path / "run")
     assert rows(again) == rows(directory)
     assert weights_of(again) == weights_of(directory)
+
+
+def test_a_trial_reports_every_iteration_and_shares_its_cold_start(directory: Path, tmp_path: Path) -> None:
+    config = build(Config, CONFIG)
+    told: list[dict[str, Any]] = []
+    train_trial(config, tmp_path / "one", told.append)
+    assert told == [{n: v for n, v in row.items() if n == "iteration" or n[:4] == "dev_"} for row in rows(directory)]
+    shared = {path: path.stat().st_mtime_ns for path in (tmp_path / "prepared").rglob("*.safetensors")}
+    config.em.samples, config.alternation.iterations = 2, 1
+    train_trial(config, tmp_path / "two", told.append)
+    train_trial(config, tmp_path / "two", told.append)  # finished: it tells its last row once more
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "prepared").rglob("*.safetensors")} == shared
+    assert [row["iteration"] for row in told[3:]] == [0, 1, 1]
 
 
 def test_samples_of_other_networks_are_refused(directory: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import logging
 import random
@@ -19,6 +18,7 @@ from mobula.agents.moat.templates import ACT, ground_text, plan_text
 from mobula.agents.worlds import Task, World
 from mobula.agents.worlds.world import STYLES
 from mobula.artifacts import write_json
+from mobula.locks import alone
 from mobula.models.causal import CausalModel, SmallShape, word_tokenizer
 from mobula.models.sft import Pair, SftTask, write_pairs
 
@@ -40,10 +40,7 @@ def independent(
     places = {name: directory / name for name in PAIRS}
     first = ARMS[config.arms[0]]
     setting = Setting(config, first, tasks, worlds, places["planner"] / MODEL, places["grounder"] / MODEL, seed)
-    directory.mkdir(parents=True, exist_ok=True)
-    # Concurrent trials of a sweep share a folder; one of them fills it.
-    with (directory / ".lock").open("w") as stream:
-        fcntl.flock(stream, fcntl.LOCK_EX)
+    with alone(directory):
         _train(setting, places)
     return setting
 

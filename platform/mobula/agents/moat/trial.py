@@ -23,18 +23,7 @@ def train_trial(config: Config, directory: Path, report: Callable[[dict[str, Any
     worlds, tasks = world_tasks(config.tasks)
     shared = directory.parent / "prepared" / digest(start_identity(config))[:16]
     setting = independent(config, worlds, tasks, shared, config.seed)
-    told: list[int] = []
-
-    def progress(row: Row) -> None:
-        told.append(row["iteration"])
-        report(_facts(row))
-
-    outcome = alternation.run(
-        moat_loop(setting), config.alternation, directory / "loop", seed=config.seed, progress=progress
-    )
-    # A trial that was interrupted after its last iteration has nothing new to tell.
-    if not told:
-        report(_facts(outcome.rows[-1]))
+    alternation.tell(moat_loop(setting), config.alternation, directory / "loop", config.seed, _facts, report)
 
 
 def _facts(row: Row) -> dict[str, Any]:

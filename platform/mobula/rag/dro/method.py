@@ -15,8 +15,9 @@ from mobula.rag.dro.comparison import Comparison
 from mobula.rag.dro.config import COLD, VIEWS, Config
 from mobula.rag.dro.report import Findings, fill
 from mobula.rag.dro.sources import open_predictor
+from mobula.rag.dro.trial import train_trial
 
-__all__ = ["Config", "load", "run"]
+__all__ = ["Config", "load", "run", "train_trial"]
 SAMPLES = (1, 2, 4, 8, 14)
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import logging
 import random
 from collections.abc import Iterator
 from pathlib import Path
 
 from mobula.alternation import seed_of
+from mobula.locks import alone
 from mobula.models.causal import CausalModel, word_tokenizer
 from mobula.rag.exsearch.chat import MARKERS, QUERY, TURN, chat_of
 from mobula.rag.exsearch.config import SKILL, WARM, Config, Mode
@@ -105,7 +105,5 @@ def oracle_of(config: Config, model: CausalModel, corpus: Corpus, mode: Mode, *,
 @contextlib.contextmanager
 def _alone(place: Path) -> Iterator[bool]:
     """Whether the model of ``place`` is missing; concurrent trials of a sweep share it, and one of them makes it."""
-    place.mkdir(parents=True, exist_ok=True)
-    with (place / ".lock").open("w") as stream, one_thread():
-        fcntl.flock(stream, fcntl.LOCK_EX)
+    with alone(place), one_thread():
         yield not (place / MODEL).is_dir()

@@ -26,19 +26,13 @@ def train_trial(config: Config, directory: Path, report: Callable[[dict[str, Any
     """
     arm = ARMS[config.arms[0]]
     shared = directory.parent / "prepared" / digest(start_identity(config))[:16]
-    told: list[int] = []
-
-    def progress(row: Row) -> None:
-        told.append(row["iteration"])
-        report({name: row[name] for name in TOLD})
-
     with one_thread():
         setting = Setting(config, arm, warmed_up(config, shared, config.seed, arm.mode), config.seed)
-        place = directory / "loop"
-        outcome = alternation.run(em_loop(setting), config.alternation, place, seed=config.seed, progress=progress)
-    # A trial that was interrupted after its last iteration has nothing new to tell.
-    if not told:
-        report({name: outcome.rows[-1][name] for name in TOLD})
+        alternation.tell(em_loop(setting), config.alternation, directory / "loop", config.seed, _told, report)
+
+
+def _told(row: Row) -> Row:
+    return {name: row[name] for name in TOLD}
 
 
 def start_identity(config: Config) -> list[object]:
