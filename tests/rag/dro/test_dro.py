@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,18 +14,18 @@ import torch
 import yaml
 
 from mobula import artifacts, methods
-from mobula.alternation import Row
+from mobula.alternation import Context, Row
 from mobula.artifacts import read_jsonl, sha256, write_jsonl
 from mobula.config import build
 from mobula.errors import ConfigError
 from mobula.rag.dro.comparison import Comparison
-from mobula.rag.dro.config import COLD, Config
+from mobula.rag.dro.config import ARMS, COLD, Config
 from mobula.rag.dro.facts.networks import Generator, Selector, Shape
 from mobula.rag.dro.facts.source import Facts
 from mobula.rag.dro.facts.training import Split, WeightedTask
 from mobula.rag.dro.facts.world import ENTITIES, ORDERS, questions
-from mobula.rag.dro.loop import EqualWeights, SampleWorker, ScoreWorker, _check
-from mobula.rag.dro.pair import SnapshotMismatch
+from mobula.rag.dro.loop import EqualWeights, SampleWorker, ScoreWorker, Setting, _check, _fit, _weigh
+from mobula.rag.dro.pair import Pair, SnapshotMismatch
 from mobula.rag.dro.trial import train_trial
 from mobula.rag.weights import WeightConfig
 from mobula.running import run_experiment
@@ -137,6 +138,23 @@ def test_weights_decide_what_is_learned(tmp_path: Path, kind: str) -> None:
     assert not torch.allclose(first, second)
 
 
+@pytest.mark.parametrize("kind", ["selector", "generator"])
+@pytest.mark.parametrize("parts", [[[0, 1], [2, 3]], [[0], [1], [2], [3]]], ids=["halves", "single"])
+def test_a_gradient_does_not_depend_on_micro_batches(tmp_path: Path, kind: str, parts: list[list[int]]) -> None:
+    data = tmp_path / "weights.jsonl"
+    weights = [[0.5, 0.3, 0.2], [1.0, 0.0, 0.0], [0.1, 0.1, 0.8], [0.0, 0.6, 0.4]]
+    write_jsonl(data, [{"query": q, "orders": [3, 7, q], "weights": w} for q, w in enumerate(weights)])
+    task = WeightedTask(kind, Shape(1, 16, 4), Split(4, 0), data, None, 0)
+
+    def gradient(parts: list[list[int]]) -> torch.Tensor:
+        model = task.build().double()
+        for part in parts:
+            (task.loss(model, task.batch(torch.tensor(part), torch.Generator()))[0] / len(parts)).backward()
+        return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+    torch.testing.assert_close(gradient(parts), gradient([[0, 1, 2, 3]]), atol=1e-9, rtol=1e-6)
+
+
 def test_a_run_leaves_its_report_and_an_artifact_that_answers(directory: Path) -> None:
     report = json.loads((directory / "report.json").read_text())
     assert {"cold_start/exact", "dro/exact", "generator_only/log_p"} <= set(report["measures"])
@@ -194,7 +212,7 @@ def test_samples_of_other_networks_are_refused(directory: Path) -> None:
     whole = comparison(directory)
     setting, history = whole.setting("dro", 0), whole.outcome("dro", 0).history
     items = [{"query": q} for q in range(10)]
-    drawn = SampleWorker(setting, history, 4).process(items, 1)
+    drawn = SampleWorker(setting, history, 4, 1).process(items, 0)
     assert ScoreWorker(setting, history).process(drawn, 0)
     with pytest.raises(SnapshotMismatch, match="cannot be scored by"):
         ScoreWorker(setting, history.until(0)).process(drawn, 0)
@@ -203,23 +221,112 @@ def test_samples_of_other_networks_are_refused(directory: Path) -> None:
 def test_a_sample_depends_on_its_question_and_seed_alone(directory: Path) -> None:
     whole = comparison(directory)
     setting, history = whole.setting("dro", 0), whole.outcome("dro", 0).history
-    together = SampleWorker(setting, history, 4).process([{"query": q} for q in range(10)], 1)
-    alone = SampleWorker(setting, history, 4).process([{"query": 7}], 1)
+    together = SampleWorker(setting, history, 4, 1).process([{"query": q} for q in range(10)], 5)
+    alone = SampleWorker(setting, history, 4, 1).process([{"query": 7}], 6)
     assert alone == [together[7]]
     assert "answer" not in json.dumps(together)
 
 
-def test_weights_that_prefer_nothing_are_refused() -> None:
+def test_networks_of_two_iterations_cannot_score_together(directory: Path) -> None:
+    whole = comparison(directory)
+    setting, history = whole.setting("dro", 0), whole.outcome("dro", 0).history
+    drawn = SampleWorker(setting, history, 4, 1).process([{"query": 1}], 0)
+    now, before = setting.standing(history), setting.standing(history.until(1))
+    for mixed in (Pair(now.selector, before.generator), Pair(before.selector, now.generator)):
+        with pytest.raises(SnapshotMismatch):
+            ScoreWorker(replace(setting, cold=mixed), history.until(0)).process(drawn, 0)
+
+
+def test_both_networks_learn_from_one_file_of_weights_and_only_those_that_an_arm_trains(
+    directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = comparison(directory)
+    history = whole.outcome("dro", 0).history.until(1)
+    weights = history.latest("weigh")
+    assert weights is not None
+    for arm in ("dro", "selector_only", "generator_only"):
+        setting = replace(whole.setting("dro", 0), arm=ARMS[arm])
+        learned: dict[str, str] = {}
+
+        def spy(task: Any, config: Any, place: Path, *, seed: int, name: str) -> Any:
+            learned[name] = sha256(task.data)  # noqa: B023
+            return SimpleNamespace(weights=getattr(setting.cold, name))  # noqa: B023
+
+        monkeypatch.setattr("mobula.rag.dro.loop.fit", spy)
+        _fit(setting, Context(tmp_path, 1, 0, history, None))
+        assert learned == dict.fromkeys(ARMS[arm].train, sha256(weights / "weights.jsonl"))
+
+
+def test_weights_stay_those_of_the_networks_that_sampled(directory: Path, tmp_path: Path) -> None:
+    """They follow from the scores alone: networks that have learned since do not change them."""
+    whole = comparison(directory)
+    history = whole.outcome("dro", 0).history.until(1)
+    weights = history.latest("weigh")
+    assert weights is not None
+    _weigh(whole.setting("dro", 0), Context(tmp_path, 1, 0, history, None))
+    assert (tmp_path / "weights.jsonl").read_bytes() == (weights / "weights.jsonl").read_bytes()
+
+
+def test_questions_that_all_samples_fail_are_counted_and_those_alone_are_skipped(
+    directory: Path, tmp_path: Path
+) -> None:
+    whole = comparison(directory)
+    setting, history = whole.setting("dro", 0), whole.outcome("dro", 0).history.until(1)
+    best = {row["query"]: max(row["log_lik"]) for row in history.rows("score")}
+    middle = float(np.median(list(best.values())))
+    setting.config.em.weights = WeightConfig(gate="skip", fail_eps=float(np.exp(middle)))
+    facts = _weigh(setting, Context(tmp_path, 1, 0, history, None))
+    kept = {query for query, value in best.items() if value >= middle}
+    assert {row["query"] for row in read_jsonl(tmp_path / "weights.jsonl")} == kept
+    assert (facts["queries"], facts["skipped"]) == (len(kept), len(best) - len(kept))
+    assert facts["all_fail"] == pytest.approx(1 - len(kept) / len(best))
+
+
+FACTS_OF = {"unique": 1.0, "ess": 1.0}
+
+
+def setting_of(directory: Path, rule: str = "lik_softmax", samples: int = 2) -> Setting:
+    setting = comparison(directory).setting("dro", 0)
+    setting.config.em.weights, setting.config.em.samples = WeightConfig(rule=rule), samples
+    return setting
+
+
+def test_weights_that_prefer_nothing_are_refused(directory: Path) -> None:
     equal = [{"query": 0, "orders": [1, 2], "weights": [0.5, 0.5]}]
     with pytest.raises(EqualWeights, match="lik_softmax gave all samples"):
-        _check(WeightConfig(), equal, equal)
-    _check(WeightConfig(rule="uniform"), equal, equal)
+        _check(setting_of(directory), equal, equal, FACTS_OF)
+    _check(setting_of(directory, "uniform"), equal, equal, FACTS_OF)
 
 
-def test_a_collapsed_sampler_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
-    same = [{"query": 0, "orders": [4, 4, 4], "weights": [1 / 3] * 3}]
-    _check(WeightConfig(), same, same)
-    assert "the sampler has collapsed: all 3 samples" in caplog.text
+def test_questions_that_kept_one_sample_are_refused(directory: Path) -> None:
+    """Then every weight is 1, whatever the likelihoods say."""
+    one = [{"query": q, "orders": [q], "weights": [1.0]} for q in range(5)]
+    with pytest.raises(EqualWeights, match=r"em\.samples=4 orders were drawn of every question, 1 are left"):
+        _check(setting_of(directory, samples=4), one, one, FACTS_OF)
+    _check(setting_of(directory, samples=1), one, one, FACTS_OF)
+    _check(replace(setting_of(directory, samples=4), arm=ARMS["supervised"]), one, one, FACTS_OF)
+
+
+@pytest.mark.parametrize(("different", "warned"), [(0, True), (1, True), (10, False)])
+def test_a_sampler_that_is_nearly_collapsed_is_warned_of(
+    directory: Path, caplog: pytest.LogCaptureFixture, different: int, warned: bool
+) -> None:
+    orders = [[4, 4, 4]] * (20 - different) + [[4, 4, 5]] * different
+    rows = [{"query": q, "orders": found, "weights": [0.3, 0.3, 0.4]} for q, found in enumerate(orders)]
+    facts = {"unique": float(np.mean([len(set(found)) / 3 for found in orders])), "ess": 2.95}
+    _check(setting_of(directory, samples=3), rows, rows, facts)
+    assert ("the sampler has collapsed: nearly all 3 samples" in caplog.text) == warned
+
+
+def test_the_greedy_order_is_the_likeliest(directory: Path) -> None:
+    whole = comparison(directory)
+    networks = whole.source.open(whole.standing("dro", 0))
+    prior, _ = networks.exact("dev", list(range(20)))
+    assert networks.choose("dev", list(range(20)), "selector") == prior.argmax(-1).tolist()
+
+
+def test_train_and_held_out_likelihoods_are_in_every_row(directory: Path) -> None:
+    assert all({"train_log_p", "dev_log_p"} <= set(row) for row in rows(directory))
 
 
 def test_measures_are_greedy_and_exact(directory: Path) -> None:

@@ -17,18 +17,20 @@ from mobula.artifacts import read_jsonl, sha256, write_jsonl
 from mobula.config import build
 from mobula.data.records import Document
 from mobula.errors import ConfigError
+from mobula.models.causal import CausalModel, Sampling
 from mobula.rag.candidates import RETRIEVER_ERROR
 from mobula.rag.dro.comparison import Comparison
 from mobula.rag.dro.config import COLD, Config
+from mobula.rag.dro.gap import objective
 from mobula.rag.dro.language.networks import Generator, LanguageNetworks, Selector
 from mobula.rag.dro.language.prompts import Prompts, RowTooLong, line
 from mobula.rag.dro.language.source import _tokens
 from mobula.rag.dro.language.training import LanguageTask, Target, collated, target_log_probs
-from mobula.rag.dro.loop import SampleWorker, ScoreWorker
+from mobula.rag.dro.loop import SampleWorker, ScoreWorker, _told
 from mobula.rag.dro.pair import SnapshotMismatch
 from mobula.rag.dro.passages.networks import PassageNetworks
 from mobula.rag.dro.source import Source
-from mobula.rag.objective import LATENT, em_loss
+from mobula.rag.objective import ANSWER, LATENT, em_loss
 from tests.rag.dro import small
 
 KINDS = ["passages", "language", "free"]
@@ -101,9 +103,9 @@ def test_samples_name_passages_once_and_see_no_answer(data: Path, runs: dict[str
     whole = comparison(data, runs, kind)
     setting, history = whole.setting("dro", 0), whole.outcome("dro", 0).history
     items = [{"query": q} for q in range(6)]
-    drawn = SampleWorker(setting, history, 4).process(items, 1)
+    drawn = SampleWorker(setting, history, 4, 1).process(items, 0)
     assert all(len(set(order)) == 2 and max(order) < 6 for row in drawn for order in row["orders"])
-    assert SampleWorker(setting, history, 4).process([{"query": 4}], 1) == [drawn[4]]
+    assert SampleWorker(setting, history, 4, 1).process([{"query": 4}], 3) == [drawn[4]]
     assert not any(city in json.dumps(drawn) for city in small.CITIES)
     scored = ScoreWorker(setting, history).process(drawn, 0)
     assert ScoreWorker(setting, history).process([drawn[4]], 0)[0]["log_lik"] == pytest.approx(
@@ -115,9 +117,20 @@ def test_samples_name_passages_once_and_see_no_answer(data: Path, runs: dict[str
 
 
 def rows_for(kind: str) -> list[Row]:
-    """Two orders of four questions; free ones named one passage and none by themselves."""
-    rows: list[Row] = [{"query": q, "orders": [[0, 3], [5, q]], "weights": [0.75, 0.25]} for q in range(4)]
-    return [{**row, "valid": [1, 0]} for row in rows] if kind == "free" else rows
+    """One to three orders of four questions; free ones named two, one and no passages by themselves."""
+    orders = [[0, 3], [5, 1], [2, 4]]
+    weights = {1: [1.0], 2: [0.75, 0.25], 3: [0.5, 0.3, 0.2]}
+    rows: list[Row] = [{"query": q, "orders": orders[:m], "weights": weights[m]} for q, m in enumerate((1, 2, 3, 1))]
+    return [{**row, "valid": [2, 1, 0][: len(row["orders"])]} for row in rows] if kind == "free" else rows
+
+
+@pytest.fixture
+def long_answers(data: Path, runs: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Answers of one to three words."""
+    for kind in KINDS:
+        splits = comparison(data, runs, kind).source.candidates.splits  # type: ignore[attr-defined]
+        longer = [replace(one, answers=(" ".join(small.CITIES[: 1 + i % 3]),)) for i, one in enumerate(splits["train"])]
+        monkeypatch.setitem(splits, "train", longer)
 
 
 def gradients(source: Source, network: str, path: Path, rows: list[Row], parts: list[list[int]]) -> torch.Tensor:
@@ -132,6 +145,7 @@ def gradients(source: Source, network: str, path: Path, rows: list[Row], parts: 
     return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
 
+@pytest.mark.usefixtures("long_answers")
 @pytest.mark.parametrize("network", ["selector", "generator"])
 def test_gradients_do_not_depend_on_micro_batches(
     data: Path, runs: dict[str, Path], kind: str, network: str, tmp_path: Path
@@ -144,6 +158,73 @@ def test_gradients_do_not_depend_on_micro_batches(
     assert whole.abs().max() > 0
     torch.testing.assert_close(halves, whole, atol=1e-5, rtol=1e-3)
     torch.testing.assert_close(single, whole, atol=1e-5, rtol=1e-3)
+
+
+@pytest.mark.usefixtures("long_answers")
+@pytest.mark.parametrize("kind", ["passages", "language"])
+@pytest.mark.parametrize("network", ["selector", "generator"])
+def test_what_is_trained_is_what_was_drawn_and_scored(
+    data: Path, runs: dict[str, Path], kind: str, network: str, tmp_path: Path
+) -> None:
+    """The same passages in the same order, and sums over tokens: the objective of a row is its log-probability."""
+    whole = comparison(data, runs, kind)
+    source, pair, order = whole.source, whole.standing("dro", 0), [3, 0]
+    networks, file = source.open(pair), tmp_path / "rows.jsonl"
+    if network == "generator":
+        wanted = networks.judge("train", [2], [[order]])[0].log_lik[0]
+    elif kind == "passages":
+        wanted = float(networks.exact("train", [2])[0][0, source.orders().index(order)])
+    else:
+        asked = networks.candidates.splits["train"][2]  # type: ignore[attr-defined]
+        order, said, _ = networks.selector.greedy(asked.text, networks._shown(asked))  # type: ignore[attr-defined]
+        wanted = sum(said)
+    write_jsonl(file, [{"query": 2, "orders": [order], "weights": [1.0]}])
+    task = source.task(network, "train", file, getattr(pair, network), 0)
+    assert objective(task, 4) == pytest.approx(wanted, abs=1e-3)
+
+
+def test_the_pointers_greedy_order_takes_the_likeliest_passage_each_time(data: Path, runs: dict[str, Path]) -> None:
+    whole = comparison(data, runs, "passages")
+    networks, orders = whole.source.open(whole.standing("dro", 0)), torch.tensor(whole.source.orders())
+    prior, _ = networks.exact("dev", [0, 1])
+    for chances, chosen in zip(prior.exp(), networks.choose("dev", [0, 1], "selector"), strict=True):
+        first = int(torch.stack([chances[orders[:, 0] == z].sum() for z in range(6)]).argmax())
+        rest = torch.where(orders[:, 0] == first, chances, 0).argmax()
+        assert chosen == orders[rest].tolist()
+
+
+def test_the_pointer_draws_orders_as_often_as_it_says(data: Path, runs: dict[str, Path]) -> None:
+    whole = comparison(data, runs, "passages")
+    networks, orders = whole.source.open(whole.standing("dro", 0)), whole.source.orders()
+    (drawn,) = networks.sample("dev", [0], 4000, [0])
+    found = torch.bincount(torch.tensor([orders.index(order) for order in drawn["orders"]]), minlength=30) / 4000
+    assert float((found - networks.exact("dev", [0])[0][0].exp()).abs().sum()) / 2 < 0.05
+
+
+@pytest.mark.parametrize("kind", ["language", "free"])
+def test_language_models_are_measured_greedily(
+    data: Path, runs: dict[str, Path], kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = comparison(data, runs, kind)
+    networks, seen = whole.source.open(whole.standing("dro", 0)), []
+    sample = CausalModel.sample
+
+    def spy(self: CausalModel, prompts: Any, sampling: Sampling, *rest: Any, **named: Any) -> Any:
+        seen.append(sampling.temperature)
+        return sample(self, prompts, sampling, *rest, **named)
+
+    monkeypatch.setattr(CausalModel, "sample", spy)
+    networks.measure("test", [0, 1], "selector")
+    assert set(seen) == {0}
+
+
+def test_free_lists_are_read_filled_and_counted(data: Path, runs: dict[str, Path]) -> None:
+    whole = comparison(data, runs, "free")
+    selector = whole.source.open(whole.standing("dro", 0)).selector  # type: ignore[attr-defined]
+    read = [selector._read(selector.model.encode(text), 6) for text in ("[3]", "the baker", "[3] > [1] > [2]")]
+    assert read == [([2, 0], 1), ([0, 1], 0), ([2, 0], 2)]
+    told = _told([{"orders": [order for order, _ in read], "valid": [valid for _, valid in read]}])
+    assert told == {"malformed": pytest.approx(1 / 3), "repaired": pytest.approx(1 / 3)}
 
 
 @pytest.mark.parametrize("network", ["selector", "generator"])
@@ -215,7 +296,8 @@ def test_every_prompt_writes_passages_alike() -> None:
         Prompts(Words(), 3, 10, "numbers").answer("what?", [document])  # type: ignore[arg-type]
 
 
-def test_prompts_and_padding_are_not_learned() -> None:
+@pytest.mark.parametrize(("grammar", "learned"), [(True, LATENT), (False, LATENT), (False, ANSWER)])
+def test_prompts_and_padding_are_not_learned(grammar: bool, learned: int) -> None:
     """The gradient reaches the logits that predict targets, and no others."""
 
     class Fixed(torch.nn.Module):
@@ -225,15 +307,15 @@ def test_prompts_and_padding_are_not_learned() -> None:
             return type("Output", (), {"logits": self.logits[:, -logits_to_keep:]})
 
     model = Fixed()
-    targets = [Target([1, 2, 3, 4], [5, 6], [[5, 7], [6, 8]], 1.0), Target([1, 2], [9], [[9, 10]], 1.0)]
-    batch = collated(targets)
+    allowed = ([[5, 7], [6, 8]], [[9, 10]]) if grammar else (None, None)
+    batch = collated([Target([1, 2, 3, 4], [5, 6], allowed[0], 1.0), Target([1, 2], [9], allowed[1], 1.0)])
     log_probs = target_log_probs(model, batch)
-    em_loss(log_probs, batch["there"].long() * LATENT, batch["weights"], 2, 1.5).backward()
+    em_loss(log_probs, batch["there"].long() * learned, batch["weights"], 2, 1.5).backward()
     touched = model.logits.grad.abs().sum(-1) > 0  # type: ignore[union-attr]
     # Rows end together; the logits before a token predict it.
     assert touched.tolist() == [[False] * 3 + [True, True, False], [False] * 4 + [True, False]]
     among = (model.logits.grad.abs() > 0)[0, 3].nonzero().flatten().tolist()  # type: ignore[union-attr]
-    assert among == [5, 7]
+    assert among == ([5, 7] if grammar else list(range(11)))
 
 
 def test_a_networks_own_greedy_order_is_measured(data: Path, runs: dict[str, Path], kind: str) -> None:

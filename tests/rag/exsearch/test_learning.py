@@ -14,12 +14,13 @@ import pytest
 import torch
 
 from mobula.alternation import Row
-from mobula.errors import ConfigError
+from mobula.errors import ConfigError, DataError
 from mobula.models.causal import CausalModel, Continuation
 from mobula.rag.exsearch import rollout as rollout_module
-from mobula.rag.exsearch.config import ARMS, Mode
+from mobula.rag.exsearch.comparison import require_search
+from mobula.rag.exsearch.config import ARMS, WARM, Mode
 from mobula.rag.exsearch.loop import Setting, em_loop, weights_of
-from mobula.rag.exsearch.report import Findings, _warnings
+from mobula.rag.exsearch.report import Findings, _claims, _warnings
 from mobula.rag.exsearch.sources import corpus_of
 from mobula.rag.exsearch.start import fresh, oracle_of
 from mobula.rag.exsearch.training import QueryRows, RowsTask, collate, read_rows, token_log_probs, write_rows
@@ -276,17 +277,43 @@ def test_another_temperature_makes_weights_heuristic_and_says_so() -> None:
 
 
 def test_curves_that_part_are_named() -> None:
-    def run(*points: tuple[float, float, float]) -> list[Row]:
-        return [{"bound": b, "held_bound": h, "sample_em": e} for b, h, e in points]
+    """Training samples are of the model before a row's M-step, held-out ones of the model behind it."""
+
+    def run(bounds: list[float], held: list[float], em: float) -> list[Row]:
+        later = [{"bound": b, "sample_em": 0.1 + em * i} for i, b in enumerate(bounds)]
+        return [{"held_bound": h, **row} for h, row in zip(held, [{}, *later], strict=True)]
 
     runs = {
-        "fine": [run((-9, -9, 0.1), (-9, -9, 0.1), (-5, -6, 0.2))],
-        "far": [run((-9, -9, 0.1), (-9, -9, 0.1), (-5, -10, 0.2))],
-        "bold": [run((-9, -9, 0.3), (-9, -9, 0.3), (-5, -6, 0.2))],
+        "fine": [run([-9, -7, -5], [-9, -5, -6, -6], 0.1)],
+        "last": [run([-9, -7, -5], [-9, -5, -6, -12], 0.1)],
+        "far": [run([-9, -7, -5], [-9, -8, -10, -8], 0.1)],
+        "bold": [run([-9, -7, -5], [-9, -8, -6, -6], -0.01)],
     }
     told = list(_warnings(Findings(small.config(), runs, {}, {}, "", (np.zeros(1), np.zeros(1)), {})))
     assert [line.split(",")[0] for line in told] == ["far", "bold"]
     assert "over-fitted" in told[0] and "unsupported answers" in told[1]
+
+
+@pytest.mark.parametrize(("closed", "verdict"), [(1.0, "does_not_hold"), (0.0, "holds")])
+def test_claims_that_fail_say_so(closed: float, verdict: str) -> None:
+    def solved(em: list[float]) -> list[list[Row]]:
+        return [[{"em": e, "f1": e, "last_gold_hit": e, "kind": "1-hop"} for e in em]]
+
+    right = [1.0] * 20
+    tested = {name: solved(right) for name in ("exsearch", WARM)}
+    tested |= {"mixed": solved([1.0] * 5 + [0.0] * 15), "closed_book": solved([closed] * 20)}
+    config = small.config(evaluation={"decisive": True})
+    findings = Findings(config, {"exsearch": [[]]}, tested, {}, "mixed", (np.zeros((1, 5)),) * 2, {})
+    verdicts = {claim.name: claim.verdict for claim in _claims(findings)}
+    assert (verdicts["mixed"], verdicts["closed book"]) == ("does_not_hold", verdict)
+
+
+def test_a_world_that_is_known_by_heart_ends_the_run() -> None:
+    config, half = small.config(evaluation={"decisive": True}), np.array([[1.0, 0.0], [0.0, 1.0]])
+    require_search(config, np.zeros((2, 2)))
+    with pytest.raises(DataError, match=r"closed_book answers 0\.50 of the test questions"):
+        require_search(config, half)
+    require_search(small.config(), half)  # too small to decide
 
 
 # Training.

@@ -34,6 +34,11 @@ class Arm:
     taught: str = ""
     greedy: bool = False
 
+    @property
+    def teacher(self) -> str:
+        """Who chooses the passages in training."""
+        return self.taught or self.select
+
 
 ARMS = {
     "dro": Arm(),

@@ -23,12 +23,13 @@ from mobula.rag.dro.pair import STATE, Pair, SnapshotMismatch
 from mobula.rag.dro.source import Measured, Networks, Source
 from mobula.rag.exact import log_marginal, posterior, total_variation
 from mobula.rag.objective import check_gap
-from mobula.rag.weights import Sampled, WeightConfig, weigh
+from mobula.rag.weights import Sampled, weigh
 from mobula.training import fit
 
 log = logging.getLogger(__name__)
 WATCHED = 1000  # training questions on which the exact likelihood is followed
 WEIGHTS, GREEDY, SAMPLES = "weights.jsonl", "greedy.jsonl", "samples.jsonl"
+ALIKE = 0.05  # from which share of one another samples and weights count as all alike
 SHORT = {"exact": "em"}  # measures that have a shorter name in an iteration's row
 
 
@@ -56,9 +57,11 @@ def dro_loop(setting: Setting) -> Loop:
     """The phases of an arm."""
     em, size = setting.config.of(setting.arm), setting.config.em.shard
     phases: list[Phase] = [
-        Sharded("sample", lambda c: _queries(setting), lambda c: SampleWorker(setting, c.history, em.samples), size),
+        Sharded(
+            "sample", lambda c: _queries(setting), lambda c: SampleWorker(setting, c.history, em.samples, c.seed), size
+        ),
         Sharded("score", lambda c: c.history.rows("sample"), lambda c: ScoreWorker(setting, c.history), size),
-        Step("weigh", lambda context: _weigh(context, em.weights)),
+        Step("weigh", lambda context: _weigh(setting, context)),
         Step("fit", lambda context: _fit(setting, context)),
         Step("gap", lambda context: _gap(setting, context)),
         Step("measure", lambda context: _measure(setting, context)),
@@ -97,17 +100,21 @@ class SampleWorker(_Worker):
 
     An arm without a selector has one order, the same each time, or one of every passage alone; one whose generator
     learns from greedy contexts has a ``greedy`` order beside the samples. Answers and gold passages take no part,
-    unless the arm is given them.
+    unless the arm is given them. A question's seed is that of the phase and the question: how questions are divided
+    into shards does not matter.
     """
 
     samples: int
+    seed: int
 
     def process(self, items: Sequence[Row], seed: int) -> Sequence[Row]:
         """As :class:`mobula.alternation.Worker`."""
         queries, arm = [item["query"] for item in items], self.setting.arm
-        how = arm.taught or arm.select
+        how = arm.teacher
         if how == "selector":
-            drawn = self._networks.sample("train", queries, self.samples, [seed_of(seed, query) for query in queries])
+            drawn = self._networks.sample(
+                "train", queries, self.samples, [seed_of(self.seed, query) for query in queries]
+            )
         else:
             named = self._networks.choose("train", queries, how)
             drawn = [{"orders": [[place] for place in order] if how == EACH else [order]} for order in named]
@@ -140,8 +147,9 @@ class ScoreWorker(_Worker):
         return [{**item, **asdict(judged)} for item, judged in zip(kept, found, strict=True)]
 
 
-def _weigh(context: Context, config: WeightConfig) -> Row:
+def _weigh(setting: Setting, context: Context) -> Row:
     """Weights of every query that has any, and what they are like."""
+    config = setting.config.of(setting.arm).weights
     rows, found = [], []
     scores = context.history.rows("score")
     for row in scores:
@@ -157,8 +165,7 @@ def _weigh(context: Context, config: WeightConfig) -> Row:
     if greedy:
         write_jsonl(context.directory / GREEDY, greedy)
     kept_weights = [weights for weights in found if not weights.skipped]
-    _check(config, rows, scores)
-    return {
+    facts = {
         "queries": len(rows),
         "skipped": len(found) - len(kept_weights),
         "ess": float(np.mean([weights.ess for weights in kept_weights])) if kept_weights else 0.0,
@@ -169,6 +176,8 @@ def _weigh(context: Context, config: WeightConfig) -> Row:
         "variance": float(np.mean([np.var(np.exp(row["log_lik"])) for row in scores])),
         **_told(scores),
     }
+    _check(setting, rows, scores, facts)
+    return facts
 
 
 def _told(scores: Sequence[Row]) -> Row:
@@ -187,18 +196,22 @@ def _different(orders: Sequence[Any]) -> int:
     return len({json.dumps(order) for order in orders})
 
 
-def _check(config: WeightConfig, rows: Sequence[Row], scores: Sequence[Row]) -> None:
+def _check(setting: Setting, rows: Sequence[Row], scores: Sequence[Row], facts: Row) -> None:
     """Refuse weights that say nothing, and warn of samples that do.
 
     Raises:
-        EqualWeights: no query prefers one of its different samples to another, though the rule is not uniform.
+        EqualWeights: no query prefers one of its different samples to another, though the rule is not uniform, or
+            samples are missing.
     """
+    em, drawn = setting.config.of(setting.arm), setting.arm.teacher == "selector"
+    fewest = min(len(row["orders"]) for row in scores)
+    if drawn and fewest < em.samples:
+        raise EqualWeights(f"em.samples={em.samples} orders were drawn of every question, {fewest} are left of one")
     varied = [row for row in rows if _different(row["orders"]) > 1]
-    if config.rule != "uniform" and varied and all(len(set(row["weights"])) == 1 for row in varied):
-        raise EqualWeights(f"rule {config.rule} gave all samples of every query the same weight; were scores lost?")
-    samples = len(scores[0]["orders"])
-    if samples > 1 and all(_different(row["orders"]) == 1 for row in scores):
-        log.warning("the sampler has collapsed: all %d samples of every query are alike; weights say nothing", samples)
+    if em.weights.rule != "uniform" and varied and all(len(set(row["weights"])) == 1 for row in varied):
+        raise EqualWeights(f"rule {em.weights.rule} gave all samples of every query the same weight; were scores lost?")
+    if em.samples > 1 and facts["unique"] <= 1 / em.samples + ALIKE and facts["ess"] >= (1 - ALIKE) * em.samples:
+        log.warning("the sampler has collapsed: nearly all %d samples of a query are alike", em.samples)
 
 
 def _fit(setting: Setting, context: Context) -> Row:
@@ -242,7 +255,7 @@ def _gap(setting: Setting, context: Context) -> Row:
         )
         found[f"gap_{kind}"] = new - old
         check_gap(new - old, config.em.min_gap, f"iteration {context.iteration}, {kind}", "fit.steps")
-    if not setting.arm.taught and setting.arm.select == "selector":
+    if setting.arm.teacher == "selector":
         file = context.directory / SAMPLES
         found["entropy"] = entropy(source, history.rows("sample"), before.selector, file, config.fit.micro)
     return found

@@ -94,12 +94,16 @@ def _warnings(found: Findings) -> Iterator[str]:
 
 
 def _overfitted(found: Findings) -> Iterator[str]:
-    """Arms whose likelihood rises on training questions, while that of dev questions falls below where it began."""
+    """Arms whose likelihood rises on training questions, while that of dev questions falls below where it began.
+
+    Samples of training questions are those of the networks before the row's M-step, all else of those behind it.
+    """
     for name, runs in found.rows.items():
-        for train, dev in (("train_log_p", "dev_log_p"), ("bound", "dev_bound")):
-            rows = [[row for row in run if train in row and dev in row] for run in runs]
-            if all(len(run) > 1 for run in rows):
-                learned, held_out = (float(np.mean([run[-1][n] - run[0][n] for run in rows])) for n in (train, dev))
+        for train, dev, later in (("train_log_p", "dev_log_p", 0), ("bound", "dev_bound", 1)):
+            both = [[(a, b) for a, b in zip(run[later:], run, strict=False) if train in a and dev in b] for run in runs]
+            pairs = [[(a[train], b[dev]) for a, b in run] for run in both]
+            if all(len(run) > 1 for run in pairs):
+                learned, held_out = np.mean([np.subtract(run[-1], run[0]) for run in pairs], 0).tolist()
                 if learned > 0 > held_out:
                     yield f"{name}: over-fitted, {train} rose by {learned:.3f} nats and {dev} fell by {-held_out:.3f}"
 

@@ -18,7 +18,7 @@ from mobula.cluster.spec import ClusterSpec
 from mobula.comparing import crew
 from mobula.config import digest
 from mobula.errors import DataError
-from mobula.rag.exsearch.config import ARMS, SKILL, WARM, Arm, Config, Mode
+from mobula.rag.exsearch.config import ARMS, CLOSED_BOOK, SKILL, WARM, Arm, Config, Mode
 from mobula.rag.exsearch.loop import SHARD, Setting, by_query, em_loop, steps_of, weights_of
 from mobula.rag.exsearch.sources import corpus_of, problems_of
 from mobula.rag.exsearch.start import begun, warmed_up
@@ -182,6 +182,20 @@ class Comparison:
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in ("config", "directory", "cluster")}
+
+
+def require_search(config: Config, exact: np.ndarray) -> None:
+    """Check that questions of the world are not known by heart: ``exact`` matches f[S, Q] without searching are few.
+
+    Raises:
+        DataError: otherwise: what searching adds would prove nothing.
+    """
+    found = float(exact.mean())
+    if config.data.source == "world" and config.evaluation.decisive and found > CLOSED_BOOK:
+        raise DataError(
+            f"data: closed_book answers {found:.2f} of the test questions without searching (at most {CLOSED_BOOK}); "
+            "use other data.seed or more data.people, data.firms and data.books"
+        )
 
 
 def require_hops(config: Config) -> None:

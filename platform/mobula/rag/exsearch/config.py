@@ -13,6 +13,7 @@ from mobula.rag.search import KINDS
 from mobula.rag.weights import WeightConfig
 from mobula.training import TrainingConfig
 
+CLOSED_BOOK = 0.05  # exact match that nobody may exceed without searching
 SKILL, WARM = "skill", "warm_up"  # before EM: the start of a small model, and what has seen oracle trajectories
 
 

@@ -10,10 +10,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict
 
+import numpy as np
+
 from mobula.config import digest
 from mobula.experiment import DataFacts, Report, Run
 from mobula.rag.exsearch import library
-from mobula.rag.exsearch.comparison import Comparison
+from mobula.rag.exsearch.comparison import Comparison, require_search
 from mobula.rag.exsearch.config import Config
 from mobula.rag.exsearch.report import Findings, fill
 from mobula.rag.exsearch.sources import SPLITS, Problem, corpus_of, problems_of
@@ -45,6 +47,8 @@ def run(run: Run) -> Report:
     report = run.report()
     report.data.append(facts)
     solved = {name: comparison.solved(name) for name in comparison.tested}
+    if "closed_book" in solved:
+        require_search(config, np.array([[row["em"] for row in rows] for rows in solved["closed_book"]]))
     bounds = comparison.bounds(comparison.first)
     harness = {name: comparison.harness(name) for name in comparison.tested}
     fill(report, Findings(config, found, solved, comparison.off, comparison.shuffled, bounds, harness))
