@@ -20,6 +20,7 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from mobula.errors import MobulaError
 
@@ -80,6 +81,8 @@ def _line(axes: Axes, data: dict[str, Any]) -> None:
         if points and len(points[0]) == 4:
             below, above = zip(*((p[1] - p[2], p[3] - p[1]) for p in points), strict=True)
             axes.errorbar(xs, ys, [below, above], fmt="none", capsize=3, color=colour)
+    if not data.get("log_x") and all(float(p[0]).is_integer() for points in data["series"].values() for p in points):
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))  # there is no iteration 0.5
 
 
 def _scatter(axes: Axes, data: dict[str, Any]) -> None:
