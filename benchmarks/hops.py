@@ -1,7 +1,8 @@
 """What a question finds of the passages that answer it, and what an oracle's sub-queries find: by hop, no training.
 
-Over HotpotQA (its sub-queries are the titles of supporting paragraphs, which flatters them) and MuSiQue (the
-sub-questions of its annotators, earlier answers filled in). ``python -m benchmarks.hops``; needs MOBULA_DATA.
+Over HotpotQA and 2WikiMultihopQA (their sub-queries are the titles of supporting paragraphs, which flatters them) and
+MuSiQue (the sub-questions of its annotators, earlier answers filled in). ``python -m benchmarks.hops``; needs
+MOBULA_DATA.
 """
 
 from __future__ import annotations
@@ -12,10 +13,11 @@ from typing import Any
 
 import numpy as np
 
-from mobula.data.questions import Question, hotpotqa, musique
+from mobula.data.multihop import hotpotqa_100, musique, two_wiki
+from mobula.data.questions import Question, hotpotqa
 from mobula.rag.search import KINDS, Searcher, open_searcher
 
-SETS = {"hotpotqa": hotpotqa, "musique": musique}
+SETS = {"hotpotqa": hotpotqa, "hotpotqa_100": hotpotqa_100, "2wiki": two_wiki, "musique": musique}
 DEPTHS = (1, 3, 5, 20)
 HOPS = 4
 

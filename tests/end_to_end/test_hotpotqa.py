@@ -55,7 +55,7 @@ def test_a_pretrained_agent_searches_real_passages(run: Path) -> None:
     assert any(shown for row in rows for shown in row["trajectory"]["shown"])
     report = json.loads((run / "report.json").read_text())
     assert {"exsearch/em", "exsearch/f1", "exsearch/acc", "exsearch/gold_hit", "warm_up/em"} <= set(report["measures"])
-    assert report["data"][0]["records"] == 4 + 2 + 2 + 2 + 4923
+    assert report["data"][0]["records"] == 4 + 2 + 2 + 2 + 4923 + 994
 
 
 def test_every_phase_ran_and_only_adapters_were_written(run: Path) -> None:

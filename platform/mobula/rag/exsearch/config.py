@@ -83,6 +83,10 @@ class DataConfig:
         "world", "world: generated; hotpotqa: 500 questions and their paragraphs", choices=("world", "hotpotqa")
     )
     path: str = key("", "source=hotpotqa: folder with its file; empty: MOBULA_DATA")
+    test_set: str = key(
+        "", "source=hotpotqa: hotpotqa_100 tests on 100 further questions among passages of their own; empty: the same",
+        choices=("", "hotpotqa_100"),
+    )  # fmt: skip
     warm_up: int = key(100, "questions with oracle trajectories, for the warm-up alone", ge=1)
     train: int = key(300, "questions with answers alone, for EM", ge=1)
     dev: int = key(200, "questions that choose the best iteration and hold out the bound", ge=2)
@@ -233,6 +237,8 @@ class Config(ExperimentConfig):
         trainings = (self.skill, self.warm_up, self.fit)
         if self.parallel > 1 and (self.alternation.actors != 0 or any(t.workers != 0 for t in trainings)):
             yield f"parallel={self.parallel} needs alternation.actors=0 and workers=0: trainings have the actors"
+        if self.data.source == "world" and self.data.test_set:
+            yield f"data.test_set={self.data.test_set} needs data.source=hotpotqa"
         if self.data.source == "world" and self.model.base:
             yield "model.base: the generated world has no sentences for a pretrained model; use data.source=hotpotqa"
         if self.data.source != "world" and not self.model.base:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from mobula.alternation import seed_of
+from mobula.data.multihop import hotpotqa_100
 from mobula.data.questions import hotpotqa
 from mobula.data.records import Document
 from mobula.errors import BadRecord, DataError
@@ -54,13 +55,13 @@ class Corpus:
 
     def documents(self) -> Sequence[Document]:
         """The documents."""
-        return world(self.seed, self.size).documents if self.source == "world" else _hotpotqa(self.path)[1]
+        return world(self.seed, self.size).documents if self.source == "world" else _read(self.source, self.path)[1]
 
 
 def corpus_of(config: DataConfig, split: str) -> Corpus:
     """The passages in which the questions of a split are answered: every split of the world has a seed of its own."""
     if config.source != "world":
-        return Corpus(config.source, config.path)
+        return Corpus(_set_of(config, split), config.path)
     size = Size(config.people, config.towns, config.firms, config.books)
     return Corpus("world", seed=seed_of(config.seed, "world", split) % 2**31, size=size)
 
@@ -105,18 +106,26 @@ def _problem(asked: Asked) -> Problem:
 
 def _hotpotqa_problems(config: DataConfig, split: str) -> list[Problem]:
     """A stretch of the questions in an order that the seed decides. The oracle looks the supporting titles up."""
-    problems = list(_hotpotqa(config.path)[0])
+    name = _set_of(config, split)
+    problems = list(_read(name, config.path)[0])
     random.Random(config.seed).shuffle(problems)
-    sizes = [getattr(config, name) for name in SPLITS]
-    if sum(sizes) > len(problems):
-        raise DataError(f"data: {' + '.join(map(str, sizes))} questions are asked for; hotpotqa has {len(problems)}")
-    start = sum(sizes[: SPLITS.index(split)])
-    return problems[start : start + sizes[SPLITS.index(split)]]
+    # Those that are drawn from the same set.
+    sizes = {other: getattr(config, other) for other in SPLITS if _set_of(config, other) == name}
+    if sum(sizes.values()) > len(problems):
+        wanted = " + ".join(map(str, sizes.values()))
+        raise DataError(f"data: {wanted} questions are asked for; {name} has {len(problems)}")
+    start = sum(size for other, size in sizes.items() if SPLITS.index(other) < SPLITS.index(split))
+    return problems[start : start + sizes[split]]
 
 
-@lru_cache(maxsize=2)
-def _hotpotqa(path: str) -> tuple[list[Problem], list[Document]]:
-    questions, documents = hotpotqa(path)
+def _set_of(config: DataConfig, split: str) -> str:
+    """The set that a split's questions and passages are of."""
+    return config.test_set if split == "test" and config.test_set else config.source
+
+
+@lru_cache(maxsize=4)
+def _read(name: str, path: str) -> tuple[list[Problem], list[Document]]:
+    questions, documents = SETS[name](path)
     problems = [
         Problem(q.id, q.text, q.answers, q.support, q.kind, tuple(map(Lookup, q.support, q.evidence, q.support)))
         for q in questions
@@ -124,6 +133,7 @@ def _hotpotqa(path: str) -> tuple[list[Problem], list[Document]]:
     return problems, documents
 
 
+SETS = {"hotpotqa": hotpotqa, "hotpotqa_100": hotpotqa_100}
 MAKERS: dict[str, Callable[[DataConfig, str], list[Problem]]] = {
     "world": _world_problems,
     "hotpotqa": _hotpotqa_problems,
