@@ -1,0 +1,243 @@
+"""Mistakes that would show in the numbers of exsearch alone, if anywhere: each has a test that they fail."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from mobula.alternation import Context, Row
+from mobula.config import build
+from mobula.models.causal import CausalModel, SmallShape
+from mobula.rag.exsearch.comparison import Comparison
+from mobula.rag.exsearch.config import ARMS, Config, Mode
+from mobula.rag.exsearch.loop import WEIGHTS, _weigh, by_query
+from mobula.rag.exsearch.sources import Problem, corpus_of
+from mobula.rag.exsearch.start import fresh, oracle_of
+from mobula.rag.exsearch.training import DATA, QueryRows, RowsTask, collate, read_rows, token_log_probs, write_rows
+from mobula.rag.exsearch.trajectory import TrainRow, own_rows, rows
+from mobula.rag.exsearch.workers import (
+    Agent,
+    SampleWorker,
+    ScoreWorker,
+    SnapshotMismatch,
+)
+from mobula.running import run_experiment
+from mobula.training import TrainingConfig, fit
+from mobula.training.loop import read_metrics
+from tests.rag.exsearch import small
+
+# One iteration of arms that learn by EM, by policy gradient and directly, one of them in another mode.
+RUN: dict[str, Any] = {
+    **small.CONFIG,
+    "arms": ["exsearch", "grpo", "rerank", "closed_book"],
+    "data": {**small.CONFIG["data"], "warm_up": 10, "train": 8, "dev": 4, "test": 4},
+    "rollout": {"max_turns": 3, "max_action_tokens": 10},
+    "em": {"samples": 2},
+    "skill": {"steps": 4},
+    "warm_up": {"steps": 4},
+    "alternation": {**small.CONFIG["alternation"], "iterations": 1},
+}
+# The agent's turn begins right behind a line end.
+MERGING = (
+    "{% for m in messages %}\n{{ m.role }}\n{{ m.content }}{{ eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}\nassistant\n{% endif %}"
+)
+QUESTION = "what is the home of belford ?"
+
+
+@pytest.fixture(scope="module")
+def agent(tmp_path_factory: pytest.TempPathFactory) -> Agent:
+    """An untrained agent among the passages of train questions."""
+    config, place = small.config(), tmp_path_factory.mktemp("agent") / "model"
+    fresh(config, 0).save(place)
+    return Agent(place, corpus_of(config.data, "train"), config.retrieve, config.rollout, Mode())
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run."""
+    root = tmp_path_factory.mktemp("exsearch")
+    (root / "experiment.yaml").write_text(yaml.safe_dump(RUN))
+    run_experiment(root / "experiment.yaml", [], root / "run")
+    return root / "run"
+
+
+@pytest.fixture
+def task(agent: Agent, tmp_path: Path) -> RowsTask:
+    """Six questions with one to three rows of different lengths and weights."""
+    config = small.config()
+    oracle = oracle_of(config, agent.opened, corpus_of(config.data, "warm_up"), Mode())
+    every = [found.rows[0] for found in oracle.rows(small.problems("warm_up"), 0)]
+    parts = [every[0:2], every[2:3], every[3:6], every[6:7], every[7:9], every[9:10]]
+    write_rows(
+        tmp_path / "rows.jsonl",
+        [QueryRows([replace(row, weight=(k + 1) / 3) for k, row in enumerate(part)]) for part in parts],
+    )
+    return RowsTask(agent.model, tmp_path / "rows.jsonl")
+
+
+def comparison(directory: Path) -> Comparison:
+    return Comparison(build(Config, RUN), directory)
+
+
+def asked(count: int) -> list[Row]:
+    return [{"id": problem.id, "question": problem.question} for problem in small.problems()[:count]]
+
+
+def perfect(chosen: Sequence[Problem], lost: str = "") -> small.Say:
+    """Follows the plans of problems; at the question ``lost`` it fails."""
+    known = {problem.question: problem for problem in chosen}
+
+    def say(prompt: str) -> str:
+        question = prompt.split(" <turn>")[0]
+        if question == lost:
+            raise RuntimeError("no memory is left")
+        if prompt.endswith("<ANSWER> <turn>"):
+            return known[question].answers[0]
+        plan, step = known[question].plan, prompt.count("<QUERY>")
+        query = f"<QUERY> {plan[step].query}" if step < len(plan) else "<FINAL>"
+        return f"<FACT> {plan[step - 1].fact} {query}" if step else query
+
+    return say
+
+
+# Training.
+
+
+def test_the_training_loop_learns_the_same_from_micro_batches(task: RowsTask, tmp_path: Path) -> None:
+    """Questions have different numbers of rows, of different lengths; later losses depend on the gradients before."""
+    losses = []
+    for micro in (4, 1):
+        config = TrainingConfig(steps=3, batch=4, micro_batch=micro, lr=1e-2, warmup=0.0, report_every=1, workers=0)
+        result = fit(task, config, tmp_path / f"micro-{micro}", seed=0, name="parts")
+        losses.append([row["loss"] for row in read_metrics(result.history) if "loss" in row])
+    assert len(losses[0]) == 3
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+
+
+def gradient(task: RowsTask, parts: list[list[int]]) -> torch.Tensor:
+    """The gradient of a batch that is done in parts, averaged as the training loop does."""
+    network = task.build().double()
+    for part in parts:
+        loss, _ = task.loss(network, task.batch(torch.tensor(part), torch.Generator()))
+        (loss / len(parts)).backward()
+    return torch.cat([p.grad.flatten() for p in network.parameters() if p.grad is not None])
+
+
+@pytest.mark.parametrize("parts", [[[0, 1], [2, 3]], [[3, 0], [1, 2]], [[0], [1], [2], [3]]], ids=str)
+def test_a_clipped_gradient_does_not_depend_on_how_queries_are_divided(task: RowsTask, parts: list[list[int]]) -> None:
+    """Some ratios are 1, some have risen or fallen beyond the clip; advantages have both signs."""
+    network, moved, changed = task.build(), (0.0, -0.5, 0.5), []
+
+    def aged(row: TrainRow, said: list[float], sign: int) -> TrainRow:
+        old = [p + moved[i % 3] for i, p in enumerate(said[: len(row.ids) - 1])]
+        return replace(row, weight=sign * row.weight, old=[0.0, *old])
+
+    for found in read_rows(task.data):
+        batch = collate(found.rows)
+        said = token_log_probs(network, batch["ids"], batch["real"]).tolist()
+        parts_of = zip(found.rows, said, strict=True)
+        changed.append(QueryRows([aged(row, own, (-1) ** k) for k, (row, own) in enumerate(parts_of)]))
+    write_rows(task.data, changed)
+    clipped = RowsTask(task.start, task.data, clip=0.2)
+    whole = gradient(clipped, [[0, 1, 2, 3]])
+    assert whole.abs().max() > 0
+    torch.testing.assert_close(gradient(clipped, parts), whole, rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize("clip", [None, 0.2])
+def test_nothing_is_learned_of_what_a_repair_puts_into_the_agents_mouth(
+    agent: Agent, tmp_path: Path, clip: float | None
+) -> None:
+    """The logits' gradient is exactly 0 where the target is a token of it, in a turn that was really repaired."""
+    said = iter(["<QUERY> home of belford", "folford is the", "seat of folford", "<FACT> by <FINAL>", "folford"])
+    (found,) = small.rollouts(lambda prompt: next(said)).run([QUESTION], [0])
+    assert found.flags.repaired == 1
+    encode, eos = agent.opened.encode, agent.opened.eos
+    given, own = encode("<FACT> folford is the <QUERY>"), [*encode("seat of folford"), eos]
+    start = sum(len(turn.ids) for turn in found.turns[:3])
+    (row,) = own_rows(found, 1.0) if clip else rows(found, [*encode("folford"), eos], 1.0)
+    assert row.ids[start : start + len(given) + len(own)] == given + own
+
+    write_rows(tmp_path / "rows.jsonl", [QueryRows([row])])
+    task = RowsTask(agent.model, tmp_path / "rows.jsonl", clip=clip)
+    network, logits = task.build(), []
+
+    def keep(module: torch.nn.Module, inputs: Any, output: Any) -> None:
+        output.logits.retain_grad()
+        logits.append(output.logits)
+
+    network.register_forward_hook(keep)
+    task.loss(network, task.batch(torch.arange(1), torch.Generator()))[0].backward()
+    touched = [False, *(logits[0].grad[0, :-1].abs().sum(-1) > 0).tolist()]
+    assert touched[start : start + len(given) + len(own)] == [False] * len(given) + [True] * len(own)
+    assert touched == [kind > 0 for kind in row.mask]
+
+
+# Scores and weights.
+
+
+def test_one_sample_of_another_model_among_many_is_refused(agent: Agent) -> None:
+    answers = {problem.id: list(problem.answers) for problem in small.problems()}
+    drawn = SampleWorker(agent, 2, 7).process(asked(4), 0)
+    items = [{**row, "answers": answers[row["query"]]} for row in drawn]
+    assert len(ScoreWorker(agent).process(items, 0)) == len(items)
+    with pytest.raises(SnapshotMismatch, match="samples of another cannot be scored"):
+        ScoreWorker(agent).process([*items[:-1], {**items[-1], "snapshot": "another"}], 0)
+
+
+def test_weighing_again_after_the_model_has_changed_gives_the_same_bytes(directory: Path, tmp_path: Path) -> None:
+    setting = comparison(directory).setting("exsearch", 0)
+    history = comparison(directory).outcome("exsearch", 0).history.until(1)
+    before = {row["snapshot"] for row in history.rows("score")}
+    assert setting.agent(setting.standing(history), "train").snapshot not in before
+    facts, written = _weigh(setting, Context(tmp_path, 1, 0, history, None)), history.latest("weigh")
+    assert written is not None
+    for name in (WEIGHTS, DATA):
+        assert (tmp_path / name).read_bytes() == (written / name).read_bytes()
+    assert facts == history.facts("weigh")
+
+
+def test_sums_are_exact_though_the_logits_are_in_half_precision(agent: Agent) -> None:
+    """The network's own logits are, unlike those of the copying one: log-probabilities are taken in fp32."""
+    model = CausalModel.small(agent.opened.tokenizer, SmallShape(positions=128), 0)
+    model.network.to(torch.bfloat16)
+    kept: list[torch.Tensor] = []
+    model.network.register_forward_hook(lambda module, inputs, output: kept.append(output.logits))
+    prompt, target = model.encode(QUESTION), model.encode(" ".join(["folford"] * 70))
+    (said,) = model.log_probs([prompt], [target])
+    (logits,) = kept
+    assert logits.dtype == torch.bfloat16 and said.dtype == torch.float32
+    plain = logits[0].double().log_softmax(-1)
+    expected = sum(float(plain[len(prompt) + i - 1, token]) for i, token in enumerate(target))
+    assert expected < -300
+    assert float(said.double().sum()) == pytest.approx(expected, abs=1e-3)
+
+
+def test_exactly_the_questions_that_all_samples_fail_are_counted_and_left_out(directory: Path, tmp_path: Path) -> None:
+    """With a threshold that half of them fail; without the gate they count, and stay."""
+    made = comparison(directory)
+    setting, history = made.setting("exsearch", 0), made.outcome("exsearch", 0).history.until(1)
+    scores = by_query(history.rows("score"))
+    best = {query: max(row["log_lik"] for row in mine) / mine[0]["answer_tokens"] for query, mine in scores.items()}
+    setting.config.em.weights.fail_eps = float(np.exp(np.median(list(best.values()))))
+    failed = {query for query, value in best.items() if value < np.log(setting.config.em.weights.fail_eps)}
+    assert 0 < len(failed) < len(best)
+    questions = {problem.id: problem.question for problem in setting.problems("train")}
+    decode = setting.agent(setting.start, "train").opened.decode
+    for name, left in (("gate_skip", set(best) - failed), ("gate_none", set(best))):
+        (tmp_path / name).mkdir()
+        facts = _weigh(replace(setting, arm=ARMS[name]), Context(tmp_path / name, 1, 0, history, None))
+        assert facts["all_fail"] == pytest.approx(len(failed) / len(best))
+        assert (facts["queries"], facts["skipped"]) == (len(left), len(best) - len(left))
+        learned = read_rows(tmp_path / name / DATA)
+        told = [{decode(row.ids).split(" <turn>")[0] for row in query.rows} for query in learned]
+        assert told == [{questions[query]} for query in best if query in left]
+        assert all(sum(row.weight for row in query.rows) == pytest.approx(1) for query in learned)
