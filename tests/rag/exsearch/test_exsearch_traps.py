@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import pickle
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,9 @@ import yaml
 
 from mobula.alternation import Context, Row
 from mobula.config import build
+from mobula.data.records import Document
 from mobula.models.causal import CausalModel, SmallShape
+from mobula.rag.exsearch import library, sources
 from mobula.rag.exsearch.comparison import Comparison
 from mobula.rag.exsearch.config import ARMS, Config, Mode
 from mobula.rag.exsearch.loop import WEIGHTS, _weigh, by_query
@@ -26,8 +30,13 @@ from mobula.rag.exsearch.workers import (
     Agent,
     SampleWorker,
     ScoreWorker,
+    Shuffled,
     SnapshotMismatch,
+    SolveWorker,
+    searcher_of,
 )
+from mobula.rag.exsearch.world import World, world
+from mobula.rag.search import Found, IndexSelfTestError, open_searcher, self_test
 from mobula.running import run_experiment
 from mobula.training import TrainingConfig, fit
 from mobula.training.loop import read_metrics
@@ -241,3 +250,114 @@ def test_exactly_the_questions_that_all_samples_fail_are_counted_and_left_out(di
         told = [{decode(row.ids).split(" <turn>")[0] for row in query.rows} for query in learned]
         assert told == [{questions[query]} for query in best if query in left]
         assert all(sum(row.weight for row in query.rows) == pytest.approx(1) for query in learned)
+
+
+# Questions, answers and who may see them.
+
+
+def test_who_samples_needs_nothing_that_knows_an_answer(agent: Agent, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Passages are made again and the worker is opened anew, while nobody can ask for questions."""
+    items, carried = asked(3), pickle.dumps(SampleWorker(agent, 2, 7))
+    before = SampleWorker(agent, 2, 7).process(items, 0)
+
+    def refuse(*arguments: Any, **options: Any) -> None:
+        raise PermissionError("answers are elsewhere")
+
+    monkeypatch.setattr(World, "questions", refuse)
+    monkeypatch.setattr(sources, "problems_of", refuse)
+    searcher_of.cache_clear()
+    world.cache_clear()
+    with pytest.raises(PermissionError):
+        small.problems()
+    assert pickle.loads(carried).process(items, 0) == before
+
+
+def test_a_question_that_fails_costs_no_other_its_answer(agent: Agent, caplog: pytest.LogCaptureFixture) -> None:
+    chosen = small.problems()
+    items, lost = [asdict(problem) for problem in chosen], chosen[5]
+
+    def solved(say: small.Say) -> list[Row]:
+        told = replace(agent)
+        told.opened = small.scripted(say)
+        return list(SolveWorker(told).process(items, 0))
+
+    undisturbed, found = solved(perfect(chosen)), solved(perfect(chosen, lost.question))
+    assert {row["em"] for row in undisturbed} == {1.0}
+    assert found[5]["query"] == lost.id and (found[5]["em"], found[5]["failed"]) == (0.0, 1.0)
+    assert found[5]["error"] == "RuntimeError: no memory is left"
+    assert found[:5] + found[6:] == undisturbed[:5] + undisturbed[6:]
+    assert "could not be answered" in caplog.text
+
+
+def test_the_oracle_selects_the_passage_that_has_the_fact(agent: Agent) -> None:
+    """Wherever it stands among the candidates: their order is shuffled, for BM25 finds it first every time."""
+    config, model = small.config(), agent.opened
+    corpus = corpus_of(config.data, "warm_up")
+    oracle = oracle_of(config, model, corpus, Mode(select=True))
+    oracle = replace(oracle, searcher=Shuffled(oracle.searcher))
+    texts, named = {document.id: document.text for document in corpus.documents()}, set()
+    for problem in small.problems("warm_up"):
+        for found in oracle.rows([problem], 0):
+            for row, step in zip(found.rows[1:], problem.plan, strict=True):
+                prompt = model.decode([token for token, kind in zip(row.ids, row.mask, strict=True) if not kind])
+                label = model.decode([token for token, kind in zip(row.ids, row.mask, strict=True) if kind])
+                first = label.split()[0]
+                assert prompt.split(f"{first} ")[1].startswith(texts[step.passage])
+                named.add(first)
+    assert len(named) > 3
+
+
+@pytest.mark.parametrize("direct", [False, True])
+def test_evaluation_does_not_heed_the_temperature_of_samples(agent: Agent, direct: bool) -> None:
+    hot = replace(agent, rollout=replace(agent.rollout, temperature=3.0, top_p=0.5))
+    items = [asdict(problem) for problem in small.problems()]
+    assert SolveWorker(hot, direct).process(items, 0) == SolveWorker(agent, direct).process(items, 0)
+
+
+def test_what_is_served_does_not_heed_it_either(agent: Agent, tmp_path: Path) -> None:
+    hot = replace(agent, rollout=replace(agent.rollout, temperature=3.0, top_p=0.5))
+    plain, served = (
+        library.load(library.write(tmp_path / name, made, [], {})) for name, made in (("plain", agent), ("hot", hot))
+    )
+    questions = [problem.question for problem in small.problems()]
+    assert served.rollout.temperature == 3.0
+    assert served.answer(questions) == plain.answer(questions)
+
+
+# Searching.
+
+
+class Constant:
+    """Answers every query alike."""
+
+    hash = "constant"
+
+    def search(self, queries: Sequence[str], k: int) -> list[list[Found]]:
+        return [[Found(str(i), 1.0, i + 1) for i in range(k)] for _ in queries]
+
+    def document(self, id: str) -> Document:
+        raise KeyError(id)
+
+
+def test_an_index_that_finds_all_because_there_are_few_must_tell_them_apart() -> None:
+    documents = [Document(str(i), f"title {i}", f"text of number {i}") for i in range(5)]
+    with pytest.raises(IndexSelfTestError, match=r"of 5 documents, 5 are found .* and 1 different ones come first"):
+        self_test(Constant(), documents)
+    self_test(open_searcher(documents, "bm25"), documents)
+
+
+def test_an_index_is_tested_when_it_is_made() -> None:
+    with pytest.raises(IndexSelfTestError, match="are documents alike"):
+        open_searcher([Document(str(i), "", "all of them say this") for i in range(20)], "bm25")
+
+
+# What is compared.
+
+
+def test_every_arm_has_as_many_parameters_and_the_report_names_what_they_share(directory: Path) -> None:
+    made = comparison(directory)
+    networks = {name: CausalModel.open(str(made.model(name, 0))).network for name in made.config.arms}
+    counts = {name: sum(p.numel() for p in network.parameters()) for name, network in networks.items()}
+    assert len(set(counts.values())) == 1, counts
+    notes = json.loads((directory / "report.json").read_text())["notes"]
+    assert sum(made.harness("exsearch") in note for note in notes) == 1
