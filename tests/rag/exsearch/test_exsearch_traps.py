@@ -13,15 +13,18 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from mobula.alternation import Context, Row
 from mobula.config import build
 from mobula.data.records import Document
-from mobula.models.causal import CausalModel, SmallShape
+from mobula.models.causal import EOS, CausalModel, SmallShape
 from mobula.rag.exsearch import library, sources
+from mobula.rag.exsearch.chat import TemplatedChat
 from mobula.rag.exsearch.comparison import Comparison
 from mobula.rag.exsearch.config import ARMS, Config, Mode
 from mobula.rag.exsearch.loop import WEIGHTS, _weigh, by_query
+from mobula.rag.exsearch.rollout import Rollouts
 from mobula.rag.exsearch.sources import Problem, corpus_of
 from mobula.rag.exsearch.start import fresh, oracle_of
 from mobula.rag.exsearch.training import DATA, QueryRows, RowsTask, collate, read_rows, token_log_probs, write_rows
@@ -36,7 +39,7 @@ from mobula.rag.exsearch.workers import (
     searcher_of,
 )
 from mobula.rag.exsearch.world import World, world
-from mobula.rag.search import Found, IndexSelfTestError, open_searcher, self_test
+from mobula.rag.search import Found, IndexSelfTestError, Retrying, open_searcher, self_test
 from mobula.running import run_experiment
 from mobula.training import TrainingConfig, fit
 from mobula.training.loop import read_metrics
@@ -361,3 +364,58 @@ def test_every_arm_has_as_many_parameters_and_the_report_names_what_they_share(d
     assert len(set(counts.values())) == 1, counts
     notes = json.loads((directory / "report.json").read_text())["notes"]
     assert sum(made.harness("exsearch") in note for note in notes) == 1
+
+
+# Tokens.
+
+
+def test_a_token_that_decoding_loses_is_kept_and_learned() -> None:
+    """A word that the model does not know: reading the turn's text again would give other tokens."""
+    texts = ["<QUERY> zebra home of belford", "<FACT> zebra a <FINAL>", "folford"]
+    said = iter(texts)
+    (found,) = small.rollouts(lambda prompt: next(said)).run([QUESTION], [0])
+    model = small.scripted(lambda prompt: "")
+    turns = [turn for turn in found.turns if turn.role == "assistant"]
+    drawn = [[*model.encode(text), model.eos] for text in texts[:2]]
+    assert all(model.tokenizer.unk_token_id in ids for ids in drawn)
+    assert [turn.ids for turn in turns] == drawn
+    assert [turn.text for turn in turns] == ["<QUERY> home of belford", "<FACT> a <FINAL>"]
+    (row,) = rows(found, [*model.encode("folford"), model.eos], 1.0)
+    assert [token for token, kind in zip(row.ids, row.mask, strict=True) if kind == 1] == drawn[0] + drawn[1]
+
+
+def merging(say: small.Say) -> small.Scripted:
+    """A model whose tokens are bytes, but for a line end with the mark behind it."""
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: i for i, token in enumerate([EOS, *alphabet, "Ċ<"])}
+    tokenizer = Tokenizer(models.BPE(vocabulary, [("Ċ", "<")]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=EOS, clean_up_tokenization_spaces=False)
+    fast.chat_template = MERGING
+    made = small.Scripted(CausalModel.small(fast, SmallShape(1, 16, 2, 64), 0).network, fast, "merging")
+    made.say = say
+    return made
+
+
+def test_a_line_end_that_would_merge_with_the_agents_marker_stays_apart() -> None:
+    """The chat is what was encoded apart, put together; the same text encoded as a whole has other tokens."""
+    texts = ["<QUERY> home of belford", "<FACT> folford\n<FINAL>", "folford"]
+    said = iter(texts)
+    config = small.config(rollout={"seq_len": 8192, "max_action_tokens": 64, "max_answer_tokens": 32})
+    model = merging(lambda prompt: next(said))
+    searcher = searcher_of(corpus_of(config.data, "train"), "bm25", "")
+    (found,) = Rollouts(model, Retrying(searcher), config.rollout).run([QUESTION], [0])
+
+    chat = TemplatedChat(model, config.rollout.max_passage_tokens)
+    drawn = [[*model.encode(text), model.eos] for text in texts]
+    passages = chat.found([searcher.document(id) for id in found.shown[0]])
+    assert found.context == [*chat.begin(QUESTION), *drawn[0], *passages, *drawn[1], *chat.close(QUESTION)]
+    (row,) = rows(found, drawn[2], 1.0)
+    assert [token for token, kind in zip(row.ids, row.mask, strict=True) if kind] == [t for ids in drawn for t in ids]
+    whole = model.tokenizer.decode(row.ids)
+    again = model.encode(whole)
+    assert model.tokenizer.decode(again) == whole
+    assert again != row.ids and len(again) < len(row.ids)
