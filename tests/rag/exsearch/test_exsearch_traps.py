@@ -24,11 +24,12 @@ from mobula.rag.exsearch.chat import TemplatedChat
 from mobula.rag.exsearch.comparison import Comparison
 from mobula.rag.exsearch.config import ARMS, Config, Mode
 from mobula.rag.exsearch.loop import WEIGHTS, _weigh, by_query
+from mobula.rag.exsearch.measures import judge
 from mobula.rag.exsearch.rollout import Rollouts
-from mobula.rag.exsearch.sources import Problem, corpus_of
+from mobula.rag.exsearch.sources import Lookup, Problem, corpus_of
 from mobula.rag.exsearch.start import fresh, oracle_of
 from mobula.rag.exsearch.training import DATA, QueryRows, RowsTask, collate, read_rows, token_log_probs, write_rows
-from mobula.rag.exsearch.trajectory import TrainRow, own_rows, rows
+from mobula.rag.exsearch.trajectory import TrainRow, Trajectory, Turn, own_rows, rows
 from mobula.rag.exsearch.workers import (
     Agent,
     SampleWorker,
@@ -419,3 +420,58 @@ def test_a_line_end_that_would_merge_with_the_agents_marker_stays_apart() -> Non
     again = model.encode(whole)
     assert model.tokenizer.decode(again) == whole
     assert again != row.ids and len(again) < len(row.ids)
+
+
+# Measures.
+
+TITLES = {"1": ("ana lee", "ana lee works for bank"), "2": ("bank", "bank is based in rome"), "3": ("bo", "bo is .")}
+
+
+def judged(shown: list[list[str]], answers: tuple[str, ...] = ("rome",), support: tuple[str, ...] = ("1", "2")) -> Row:
+    """What is said of a trajectory that was shown these passages, search by search."""
+    plan = tuple(Lookup("", "", id) for id in support)
+    queries = [f"query {number}" for number in range(len(shown))]
+    found = Trajectory([Turn.given("user", "", [1])], queries, shown=shown, prediction="rome")
+    return judge(Problem("q", "where ?", answers, support, "2-hop", plan), found, lambda id: Document(id, *TITLES[id]))
+
+
+def test_an_answer_is_looked_for_in_what_the_last_search_showed() -> None:
+    assert judged([["1"], ["2", "3"]])["answer_hit"] == 1.0
+    assert judged([["2"], ["1", "3"]])["answer_hit"] == 0.0
+    assert judged([["3"], ["2"]], ("bank",))["answer_hit"] == 1.0
+    assert judged([])["answer_hit"] == 0.0
+
+
+@pytest.mark.parametrize("answer", ["yes", "No"])
+def test_no_passage_is_expected_to_say_yes_or_no(answer: str) -> None:
+    found = judged([["1"], ["2", "3"]], (answer,))
+    assert found["answer_hit"] is None
+    assert found["gold_hit"] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("shown", "gold", "last", "under", "over"),
+    [
+        ([["1", "3"], ["2"]], 1.0, 1.0, 0.0, 0.0),
+        ([["1", "2"]], 1.0, 1.0, 0.0, 0.0),
+        ([["2"], ["1"]], 1.0, 0.0, 0.0, 0.0),
+        ([["1"], ["3"]], 0.5, 0.0, 1.0, 0.0),
+        ([["2"]], 0.5, 1.0, 1.0, 0.0),
+        ([["1", "2"], ["3"]], 1.0, 0.0, 0.0, 1.0),
+        ([["1"], ["2"], []], 1.0, 0.0, 0.0, 1.0),
+        ([], 0.0, 0.0, 1.0, 0.0),
+    ],
+)
+def test_searches_that_end_before_all_golds_were_shown_or_go_on_after(
+    shown: list[list[str]], gold: float, last: float, under: float, over: float
+) -> None:
+    found = judged(shown)
+    names = ("gold_hit", "last_gold_hit", "under_search", "over_search", "searches")
+    assert [found[name] for name in names] == [gold, last, under, over, len(shown)]
+
+
+def test_who_was_given_nothing_has_failed() -> None:
+    problem = Problem("q", "where ?", ("rome",), ("1",), "1-hop", (Lookup("", "", "1"),))
+    found = judge(problem, Trajectory(), lambda id: Document(id, *TITLES[id]))
+    assert (found["failed"], found["em"], found["gold_hit"], found["under_search"]) == (1.0, 0.0, 0.0, 1.0)
+    assert judged([["1"], ["2"]])["failed"] == 0.0
