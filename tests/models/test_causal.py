@@ -102,6 +102,18 @@ def test_draws_have_the_distribution_of_the_model() -> None:
         assert [counts[i] / 4000 for i in range(4)] == pytest.approx(wanted.tolist(), abs=1e-3)
 
 
+@pytest.mark.parametrize(
+    ("sampling", "drawn"), [(Sampling(1), 5), (Sampling(1, 0.7), 5), (Sampling(1, 1.3, 0.8), 3)], ids=str
+)
+def test_a_token_is_drawn_as_often_as_its_proposal_says(sampling: Sampling, drawn: int) -> None:
+    """The probability that is kept beside it is that of the draw, temperature and nucleus included."""
+    logits, count = torch.tensor([[2.0, 0.0, 1.0, -1.0, 0.5]]), 4000
+    tokens, log_q = _draw(logits.expand(count, -1), sampling, torch.arange(count, dtype=torch.float64) / count)
+    share = torch.bincount(tokens, minlength=5).double() / count
+    assert int((share > 0).sum()) == drawn
+    torch.testing.assert_close(log_q.exp(), share[tokens], atol=1e-3, rtol=0)
+
+
 def test_the_nucleus_is_the_smallest_set_of_that_mass() -> None:
     logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log()
     uniform = torch.linspace(0, 1, 1001, dtype=torch.float64)[:-1]
