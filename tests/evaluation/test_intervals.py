@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from mobula.errors import MobulaError
-from mobula.evaluation.claims import compare, verdict
+from mobula.evaluation.claims import always, compare, verdict
 from mobula.evaluation.intervals import mean_interval, paired_difference
 
 
@@ -76,3 +76,15 @@ def test_claim_from_paired_values():
     # Equal systems: neither exceeds the other, and neither is worse by a margin.
     assert compare("E", "a exceeds b", a, a).verdict == "undecided"
     assert compare("E", "a is not worse", a, a, margin=0.01).verdict == "holds"
+
+
+@pytest.mark.parametrize(
+    ("values", "least", "verdict"),
+    [([0.2, 0.1], 0.0, "holds"), ([0.2, 0.0], 0.0, "does_not_hold"), ([0.2, -0.01], -0.02, "holds")],
+)
+def test_one_value_that_is_too_small_refutes_that_all_are_large(
+    values: list[float], least: float, verdict: str
+) -> None:
+    claim = always("E", "all are large", values, least=least)
+    assert (claim.verdict, claim.low, claim.high, claim.n) == (verdict, min(values), max(values), 2)
+    assert always("E", "all are large", values, least=least, decisive=False).verdict == "undecided"

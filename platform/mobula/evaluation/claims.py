@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from mobula.evaluation.intervals import RESAMPLES, paired_difference
@@ -28,6 +30,13 @@ def compare(
     low, high = difference.low, difference.high
     decided = verdict(low, high, margin=margin, decisive=decisive)
     return Claim(name, statement, difference.value, low, high, difference.n, decided)
+
+
+def always(name: str, statement: str, values: Sequence[float], *, least: float = 0.0, decisive: bool = True) -> Claim:
+    """The claim that every one of some values exceeds ``least``; in place of an interval, the smallest and largest."""
+    low, high = min(values), max(values)
+    decided: Verdict = "holds" if low > least else "does_not_hold"
+    return Claim(name, statement, float(np.mean(values)), low, high, len(values), decided if decisive else "undecided")
 
 
 def verdict(low: float, high: float, *, margin: float = 0.0, decisive: bool = True) -> Verdict:

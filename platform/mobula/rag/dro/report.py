@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 
 from mobula.alternation import Row
-from mobula.evaluation.claims import compare
+from mobula.evaluation.claims import always, compare
 from mobula.evaluation.intervals import mean_interval
-from mobula.experiment import Claim, Measure, Report, Verdict
+from mobula.experiment import Claim, Measure, Report
 from mobula.rag.dro.config import ARMS, COLD, Config
 from mobula.rag.dro.pair import KINDS
 from mobula.rag.dro.source import Measured, Wording
@@ -191,16 +191,8 @@ def _monotone(found: Findings) -> Iterator[Claim]:
         if "train_log_p" in after
     ]
     if changes:
-        holds: Verdict = "holds" if min(changes) >= -FALL else "does_not_hold"
-        yield Claim(
-            "monotone",
-            f"log p(y|x) of training questions never falls by more than {FALL} nats (smallest and largest change)",
-            float(np.mean(changes)),
-            min(changes),
-            max(changes),
-            len(changes),
-            holds if found.config.evaluation.decisive else "undecided",
-        )
+        statement = f"log p(y|x) of training questions never falls by {FALL} nats (smallest and largest change)"
+        yield always("monotone", statement, changes, least=-FALL, decisive=found.config.evaluation.decisive)
 
 
 def _gaps(found: Findings) -> Iterator[Claim]:
@@ -208,16 +200,8 @@ def _gaps(found: Findings) -> Iterator[Claim]:
     for kind in KINDS:
         gaps = [row[f"gap_{kind}"] for run in found.rows[found.first] for row in run if f"gap_{kind}" in row]
         if gaps:
-            holds: Verdict = "holds" if min(gaps) > 0 else "does_not_hold"
-            yield Claim(
-                f"gaps, {kind}",
-                f"every M-step raises the {kind}'s own objective (nats a question; smallest and largest)",
-                float(np.mean(gaps)),
-                min(gaps),
-                max(gaps),
-                len(gaps),
-                holds if found.config.evaluation.decisive else "undecided",
-            )
+            statement = f"every M-step raises the {kind}'s own objective (nats a question; smallest and largest)"
+            yield always(f"gaps, {kind}", statement, gaps, decisive=found.config.evaluation.decisive)
 
 
 def _fewer_samples_vary_more(found: Findings) -> Iterator[Claim]:

@@ -10,9 +10,9 @@ import numpy as np
 
 from mobula.alternation import Row
 from mobula.errors import MobulaError
-from mobula.evaluation.claims import compare
+from mobula.evaluation.claims import always, compare
 from mobula.evaluation.intervals import mean_interval
-from mobula.experiment import Claim, Measure, Report, Verdict
+from mobula.experiment import Claim, Measure, Report
 from mobula.rag.exsearch.config import CLOSED_BOOK, WARM, Config
 from mobula.rag.exsearch.measures import MEASURES, means
 
@@ -237,13 +237,5 @@ def _gaps(found: Findings) -> Iterator[Claim]:
     """Every M-step of the first arm raises its own objective, in any seed and iteration."""
     gaps = [row["gap"] for run in found.rows[found.first] for row in run if "gap" in row]
     if gaps:
-        holds: Verdict = "holds" if min(gaps) > 0 else "does_not_hold"
-        yield Claim(
-            "gaps",
-            "every M-step raises its own objective (smallest and largest change, nats)",
-            float(np.mean(gaps)),
-            min(gaps),
-            max(gaps),
-            len(gaps),
-            holds if found.config.evaluation.decisive else "undecided",
-        )
+        statement = "every M-step raises its own objective (smallest and largest change, nats)"
+        yield always("gaps", statement, gaps, decisive=found.config.evaluation.decisive)
