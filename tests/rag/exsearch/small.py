@@ -106,3 +106,10 @@ def trained(root: Path) -> Path:
     agent = Agent(root / "model", corpus, made.retrieve, made.rollout, Mode())
     examples = {problem.kind: [problem.question] for problem in known()}
     return library.write(root / "artifact", agent, [], examples).directory
+
+
+def untrained(place: Path) -> Agent:
+    """An agent that has learned nothing, among the passages of train questions."""
+    values = config()
+    fresh(values, 0).save(place)
+    return Agent(place, corpus_of(values.data, "train"), values.retrieve, values.rollout, Mode())

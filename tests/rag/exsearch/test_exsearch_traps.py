@@ -27,7 +27,7 @@ from mobula.rag.exsearch.loop import WEIGHTS, _weigh, by_query
 from mobula.rag.exsearch.measures import judge
 from mobula.rag.exsearch.rollout import Rollouts
 from mobula.rag.exsearch.sources import Lookup, Problem, corpus_of
-from mobula.rag.exsearch.start import fresh, oracle_of
+from mobula.rag.exsearch.start import oracle_of
 from mobula.rag.exsearch.training import DATA, QueryRows, RowsTask, collate, read_rows, token_log_probs, write_rows
 from mobula.rag.exsearch.trajectory import TrainRow, Trajectory, Turn, own_rows, rows
 from mobula.rag.exsearch.workers import (
@@ -67,10 +67,7 @@ QUESTION = "what is the home of belford ?"
 
 @pytest.fixture(scope="module")
 def agent(tmp_path_factory: pytest.TempPathFactory) -> Agent:
-    """An untrained agent among the passages of train questions."""
-    config, place = small.config(), tmp_path_factory.mktemp("agent") / "model"
-    fresh(config, 0).save(place)
-    return Agent(place, corpus_of(config.data, "train"), config.retrieve, config.rollout, Mode())
+    return small.untrained(tmp_path_factory.mktemp("agent") / "model")
 
 
 @pytest.fixture(scope="module")

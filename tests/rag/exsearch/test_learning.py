@@ -31,10 +31,7 @@ from tests.rag.exsearch import small
 
 @pytest.fixture(scope="module")
 def agent(tmp_path_factory: pytest.TempPathFactory) -> Agent:
-    """An untrained agent among the passages of train questions."""
-    config, place = small.config(), tmp_path_factory.mktemp("agent") / "model"
-    fresh(config, 0).save(place)
-    return Agent(place, corpus_of(config.data, "train"), config.retrieve, config.rollout, Mode())
+    return small.untrained(tmp_path_factory.mktemp("agent") / "model")
 
 
 @pytest.fixture(scope="module")
