@@ -20,7 +20,7 @@ from mobula.rag.exsearch import rollout as rollout_module
 from mobula.rag.exsearch.comparison import require_search
 from mobula.rag.exsearch.config import ARMS, WARM, Mode
 from mobula.rag.exsearch.loop import Setting, em_loop, weights_of
-from mobula.rag.exsearch.report import Findings, _claims, _warnings
+from mobula.rag.exsearch.report import Findings, _claims, _differences, _warnings
 from mobula.rag.exsearch.sources import corpus_of
 from mobula.rag.exsearch.start import fresh, oracle_of
 from mobula.rag.exsearch.training import QueryRows, RowsTask, collate, read_rows, token_log_probs, write_rows
@@ -303,6 +303,18 @@ def test_claims_that_fail_say_so(closed: float, verdict: str) -> None:
     findings = Findings(config, {"exsearch": [[]]}, tested, {}, "mixed", (np.zeros((1, 5)),) * 2, {})
     verdicts = {claim.name: claim.verdict for claim in _claims(findings)}
     assert (verdicts["mixed"], verdicts["closed book"]) == ("does_not_hold", verdict)
+
+
+def test_arms_are_set_beside_the_first_question_by_question() -> None:
+    def solved(em: list[float]) -> list[list[Row]]:
+        return [[{"em": e, "kind": "1-hop"} for e in em]]
+
+    tested = {"exsearch": solved([1.0, 0.0] * 10), "same": solved([1.0, 0.0] * 10), "none": solved([0.0] * 20)}
+    table = _differences(Findings(small.config(), {"exsearch": []}, tested, {}, "", (np.zeros(1),) * 2, {}))
+    assert table[0] == ["arm", "difference"] and table[1] == ["same", "0.0 [0.0, 0.0]"]
+    name, cell = table[2]
+    low, high = map(float, cell.split("[")[1].rstrip("]").split(", "))
+    assert name == "none" and cell.startswith("-50.0 [") and low < -50 < high < 0
 
 
 def test_a_world_that_is_known_by_heart_ends_the_run() -> None:

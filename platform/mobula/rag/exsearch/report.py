@@ -11,7 +11,7 @@ import numpy as np
 from mobula.alternation import Row
 from mobula.errors import MobulaError
 from mobula.evaluation.claims import always, compare
-from mobula.evaluation.intervals import mean_interval
+from mobula.evaluation.intervals import mean_interval, paired_difference
 from mobula.experiment import Claim, Measure, Report
 from mobula.rag.exsearch.config import CLOSED_BOOK, WARM, Config
 from mobula.rag.exsearch.measures import MEASURES, means
@@ -76,6 +76,7 @@ def fill(report: Report, found: Findings) -> None:
             if values.size:
                 report.measures[f"{name}/{what}"] = mean_interval(values, resamples=resamples)
     report.tables["Test questions"] = _tests(report.measures, list(found.solved))
+    report.tables[f"Exact match beside that of {found.first}, points"] = _differences(found)
     report.tables["Exact match by kind of question, per cent"] = _kinds(found)
     report.tables["Searches and what went wrong, test"] = _searches(found)
     for title, columns in BY_ITERATION.items():
@@ -137,6 +138,17 @@ def _tests(measures: Mapping[str, Measure], names: Sequence[str]) -> list[list[A
     columns = ("em", "f1", "acc", "answer_hit", "gold_hit", "last_gold_hit")
     table: list[list[Any]] = [["arm", "EM, per cent", "F1", "accuracy", *(c.replace("_", " ") for c in columns[3:])]]
     return table + [[name, *(_cell(measures, f"{name}/{what}", 100.0) for what in columns)] for name in names]
+
+
+def _differences(found: Findings) -> list[list[Any]]:
+    """By how much every other arm answers more questions than the first, paired by seed and question."""
+    first, resamples = found.values(found.first, "em"), found.config.evaluation.resamples
+    table: list[list[Any]] = [["arm", "difference"]]
+    for name in found.solved:
+        if name != found.first:
+            difference = paired_difference(found.values(name, "em"), first, resamples=resamples)
+            table.append([name, _cell({name: difference}, name, 100.0)])
+    return table
 
 
 def _kinds(found: Findings) -> list[list[Any]]:
