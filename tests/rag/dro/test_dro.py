@@ -18,6 +18,7 @@ from mobula.alternation import Context, Row
 from mobula.artifacts import read_jsonl, sha256, write_jsonl
 from mobula.config import build
 from mobula.errors import ConfigError
+from mobula.evaluation.intervals import paired_difference
 from mobula.rag.dro.comparison import Comparison
 from mobula.rag.dro.config import ARMS, COLD, Config
 from mobula.rag.dro.facts.networks import Generator, Selector, Shape
@@ -327,6 +328,17 @@ def test_the_greedy_order_is_the_likeliest(directory: Path) -> None:
 
 def test_train_and_held_out_likelihoods_are_in_every_row(directory: Path) -> None:
     assert all({"train_log_p", "dev_log_p"} <= set(row) for row in rows(directory))
+
+
+def test_where_facts_are_shown_leaves_exact_match_within_its_interval(directory: Path) -> None:
+    whole, drawn = comparison(directory), questions(1000, 4)
+    networks = Facts(whole.config).open(whole.standing("dro", 0))
+    shuffled = torch.randperm(6, generator=torch.Generator().manual_seed(0))
+    place = {int(old): new for new, old in enumerate(shuffled)}
+    gold = torch.tensor([ORDERS.tolist().index([place[i] for i in pair]) for pair in ORDERS[drawn.gold].tolist()])
+    other = replace(drawn, facts=drawn.facts[:, shuffled], gold=gold)
+    found = paired_difference(networks.measured(drawn)["exact"], networks.measured(other)["exact"])
+    assert found.low <= 0 <= found.high
 
 
 def test_measures_are_greedy_and_exact(directory: Path) -> None:

@@ -8,10 +8,14 @@ import numpy as np
 import pytest
 
 from mobula.config import build
+from mobula.data.questions import Question
+from mobula.data.records import Document
 from mobula.experiment import Report
-from mobula.rag.dro.asked import wording
+from mobula.rag.candidates import Candidates, shown
+from mobula.rag.dro.asked import chosen, wording
+from mobula.rag.dro.asked import measured as measures
 from mobula.rag.dro.config import COLD, Config
-from mobula.rag.dro.report import Findings, fill
+from mobula.rag.dro.report import Findings, _warnings, fill
 
 CONFIG = build(
     Config,
@@ -44,7 +48,7 @@ def report(rows: list[list[dict[str, Any]]], first_shown: float = 0.25) -> Repor
         "dro": measured(0.6),
     }
     findings = Findings(
-        CONFIG, wording(CONFIG, "header", False), {"dro": runs}, {n: [v] for n, v in tests.items()}, [], {}
+        CONFIG, wording(CONFIG, "header", False), {"dro": runs}, {n: [v] for n, v in tests.items()}, [], []
     )
     made = Report("dro", "x", 0, "0")
     fill(made, findings)
@@ -84,3 +88,22 @@ def test_claims_are_about_hits_over_questions_that_have_any() -> None:
     beats = claims["dro - retriever_order, hit@1"]
     assert (beats.effect, beats.n, beats.verdict) == (pytest.approx(0.2), 7, "holds")
     assert {"dro - cold_start, hit@1", "dro - cold_start, hit@2", "dro - retriever_order, hit@2"} <= set(claims)
+
+
+def test_recall_stands_beside_hits_where_support_is_known() -> None:
+    hotpotqa = build(Config, {"method": "dro", "data": {"source": "hotpotqa"}})
+    assert {"hit@1", "recall", "all_gold"} <= set(wording(hotpotqa, "header", False).measures)
+    assert "recall" not in wording(CONFIG, "header", False).measures
+
+
+@pytest.mark.parametrize(("order", "named"), [("retriever", True), ("shuffled", False)])
+def test_a_retriever_that_ranks_golds_first_gives_them_away_unless_they_are_shuffled(order: str, named: bool) -> None:
+    """From candidates as they are shown to the note of the report."""
+    documents = [Document("d0", "t", "Oslo is here."), *(Document(f"d{i}", "t", "nothing") for i in range(1, 4))]
+    candidates = Candidates({}, documents, np.zeros((4, 2), dtype=np.float32))
+    ids = [document.id for document in documents]
+    asked = [shown(Question(f"q{i}", f"where is it {i}", ("Oslo",), ()), ids, "", order, 0) for i in range(60)]
+    first = measures(candidates, asked, [chosen(candidates, one, "first", 2) for one in asked], ["x"] * 60, 2)
+    tests = {COLD: [measured(0.3)], "dro": [measured(0.6)], "shown_first": [first]}
+    told = Findings(CONFIG, wording(CONFIG, "header", False), {"dro": [[]]}, tests, [], [])
+    assert any("where passages are shown gives the answer away" in note for note in _warnings(told)) == named
