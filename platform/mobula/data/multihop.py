@@ -1,4 +1,4 @@
-"""Small published sets of questions whose answers stand in several passages, each a folder of MOBULA_DATA."""
+"""Small published sets of questions that need several passages: files of one folder of MOBULA_DATA."""
 
 from __future__ import annotations
 

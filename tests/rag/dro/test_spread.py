@@ -61,8 +61,8 @@ def test_the_objective_is_the_weighted_log_likelihood_of_a_question(
         sum(w * float(exact[r["query"], z]) for z, w in zip(r["orders"], r["weights"], strict=True)) for r in rows
     ]
     task = source.task(kind, "train", file, getattr(pair, kind), 0)
-    assert objective(task, 4) == pytest.approx(np.mean(wanted), rel=1e-5)
-    assert objective(task, 10) == pytest.approx(objective(task, 3), rel=1e-5)
+    assert objective(task, task.build(), 4) == pytest.approx(np.mean(wanted), rel=1e-5)
+    assert objective(task, task.build(), 10) == pytest.approx(objective(task, task.build(), 3), rel=1e-5)
 
 
 def test_entropy_is_that_of_the_selector_that_drew(source: Facts, pair: Pair, tmp_path: Path) -> None:

@@ -180,7 +180,7 @@ def test_what_is_trained_is_what_was_drawn_and_scored(
         wanted = sum(said)
     write_jsonl(file, [{"query": 2, "orders": [order], "weights": [1.0]}])
     task = source.task(network, "train", file, getattr(pair, network), 0)
-    assert objective(task, 4) == pytest.approx(wanted, abs=1e-3)
+    assert objective(task, task.build(), 4) == pytest.approx(wanted, abs=1e-3)
 
 
 def test_the_pointers_greedy_order_takes_the_likeliest_passage_each_time(data: Path, runs: dict[str, Path]) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from mobula.alternation import Row
 from mobula.artifacts import write_jsonl
@@ -14,13 +15,13 @@ from mobula.rag.dro.source import OrdersTask, Source
 QUESTIONS = 1000  # training questions that are looked at
 
 
-def objective(task: OrdersTask, size: int) -> float:
-    """sum over k of w_k log p of a question's rows, in nats: what a training raises, of the network it begins with.
+def objective(task: OrdersTask, network: nn.Module, size: int) -> float:
+    """sum over k of w_k log p of a question's rows under a network, in nats: what a training with them raises.
 
     The mean over the first questions of the task, ``size`` at a time.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = task.build().eval().to(device)
+    model = network.eval().to(device)
     rows, total = torch.arange(min(task.examples, QUESTIONS)), 0.0
     with torch.inference_mode():
         for part in rows.split(size):
@@ -34,7 +35,8 @@ def entropy(source: Source, samples: Sequence[Row], selector: Path, file: Path, 
 
     Of a list that was filled, only the passages that it named itself count.
     """
-    kept = [{name: row[name] for name in ("query", "orders", "valid") if name in row} for row in samples]
+    names = ("query", "orders", "valid")
+    kept = [{name: row[name] for name in names if name in row} for row in samples[:QUESTIONS]]
     write_jsonl(file, [{**row, "weights": [1 / len(row["orders"])] * len(row["orders"])} for row in kept])
     task = source.task("selector", "train", file, selector, 0)
-    return -objective(task, size) if task.examples else 0.0
+    return -objective(task, task.build(), size) if task.examples else 0.0

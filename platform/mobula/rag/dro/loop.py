@@ -249,10 +249,9 @@ def _gap(setting: Setting, context: Context) -> Row:
     found = {}
     for kind in history.facts("fit")["trained"]:
         rows = weights / _taught(setting.arm, kind)
-        old, new = (
-            objective(source.task(kind, "train", rows, getattr(pair, kind), 0), config.fit.micro)
-            for pair in (before, after)
-        )
+        # One task reads the rows; the other is asked for its network alone.
+        tasks = [source.task(kind, "train", rows, getattr(pair, kind), 0) for pair in (before, after)]
+        old, new = (objective(tasks[0], task.build(), config.fit.micro) for task in tasks)
         found[f"gap_{kind}"] = new - old
         check_gap(new - old, config.em.min_gap, f"iteration {context.iteration}, {kind}", "fit.steps")
     if setting.arm.teacher == "selector":

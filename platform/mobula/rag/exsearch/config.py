@@ -82,7 +82,7 @@ class DataConfig:
     source: str = key(
         "world", "world: generated; hotpotqa: 500 questions and their paragraphs", choices=("world", "hotpotqa")
     )
-    path: str = key("", "source=hotpotqa: folder with its file; empty: MOBULA_DATA")
+    path: str = key("", "source=hotpotqa: folder with its file, and test_set's; empty: MOBULA_DATA")
     test_set: str = key(
         "", "source=hotpotqa: hotpotqa_100 tests on 100 further questions among passages of their own; empty: the same",
         choices=("", "hotpotqa_100"),
