@@ -24,8 +24,8 @@ from mobula.alternation import (
     best_iteration,
     run,
     seed_of,
-    workers,
 )
+from mobula.cluster.pool import pool
 from mobula.errors import ClusterError, RunConflict
 from tests import alternating
 from tests.alternating import DATA, gaussian
@@ -140,11 +140,11 @@ def test_loops_share_the_actors_of_a_pool_and_training_finds_every_cpu(whole: li
 
     loop = Loop("pids", [], [Sharded("who", lambda _: [{}] * 8, lambda _: alternating.Who(), 1), Step("look", look)],
                 lambda *_: {})  # fmt: skip
-    with workers(config, None) as pool:
+    with pool(config.actors, None) as workers:
         for number in range(2):
-            outcome = run(loop, replace(config, iterations=2), tmp_path / str(number), seed=1, pool=pool)
+            outcome = run(loop, replace(config, iterations=2), tmp_path / str(number), seed=1, pool=workers)
             processes |= {row["pid"] for row in outcome.history.rows("who")}
-        assert results(run(gaussian(), config, tmp_path / "other", seed=1, pool=pool).rows) == results(whole)
+        assert results(run(gaussian(), config, tmp_path / "other", seed=1, pool=workers).rows) == results(whole)
     assert len(processes) <= 2
     assert os.getpid() not in processes
     assert free == [1.0] * 4

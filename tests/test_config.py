@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
@@ -174,3 +175,32 @@ def test_check_values_looks_at_each_pair_alone() -> None:
 def test_the_error_survives_the_way_from_a_worker() -> None:
     error = pickle.loads(pickle.dumps(ConfigError(["a", "b"], "file")))
     assert (str(error), error.problems) == ("file: a; b", ["a", "b"])
+
+
+@dataclass
+class Renamed:
+    RENAMED: ClassVar = {"speed": "rate", "old": "inner"}
+    rate: float = key(1.0, "a rate")
+    rule: str = key("snis", "a rule", choices=("snis", "hard"), renamed={"softmax": "snis"})
+    inner: Inner = section(Inner)
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("speed=2", "speed was renamed: use rate"),
+        ("old.rate=0.3", "old.rate was renamed: use inner.rate"),
+        ("rule=softmax", "rule='softmax' was renamed: use snis"),
+    ],
+)
+def test_an_old_name_is_an_error_that_says_the_new_one(override: str, says: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        config.build(Renamed, {}, [override])
+    assert caught.value.problems == [says]
+    name, value = override.split("=")
+    assert config.check_values(Renamed, [(name, value)]) == [says]
+
+
+def test_an_old_section_of_a_file_is_an_error_too() -> None:
+    with pytest.raises(ConfigError, match="old was renamed: use inner"):
+        config.build(Renamed, {"old": {"rate": 0.2}})

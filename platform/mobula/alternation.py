@@ -23,33 +23,21 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
 
 from mobula.artifacts import read_jsonl, write_json, write_jsonl
-from mobula.cluster.connect import check_resources, connect
-from mobula.cluster.resources import WorkerResources
-from mobula.cluster.spec import ClusterSpec, Train
+from mobula.cluster import pool as pools
+from mobula.cluster.pool import Pool, Row, Worker
+from mobula.cluster.spec import ClusterSpec
 from mobula.config import key
-from mobula.errors import ClusterError, RunConflict
+from mobula.errors import RunConflict
 
-Row = dict[str, Any]
 DONE, INPUTS, ROWS = "phase.json", "inputs.jsonl", "iterations.jsonl"
 PROGRESS_S = 20.0
 log = logging.getLogger(__name__)
-
-
-class Worker(Protocol):
-    """Turns items into rows, on an actor: picklable, and opens what is slow to open on first use.
-
-    Rows may depend on the items and the seed alone, never on what the worker did before.
-    """
-
-    def process(self, items: Sequence[Row], seed: int) -> Sequence[Row]:
-        """The rows that come of ``items``; both are JSON. ``seed`` is that of the shard."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -205,17 +193,17 @@ def run(
     _claim(directory, loop, seed)
     history = History(directory)
     rows = read_jsonl(directory / ROWS) if (directory / ROWS).is_file() else []
-    with contextlib.nullcontext(pool) if pool else workers(config, cluster) as staff:
+    with _pool(config, cluster, pool) as workers:
         for iteration in range(config.iterations + 1):
             ended = _ended(rows, config)
             if ended and iteration >= len(rows):
                 return _outcome(rows, config, ended, history)
             seconds = 0.0
             for number, phase in enumerate(loop.phases if iteration else loop.start):
-                place = directory / f"iteration-{iteration:03}" / f"{number:02}-{phase.name}"
-                context = Context(place, iteration, seed_of(seed, iteration, phase.name), history, cluster)
-                seconds += _run_phase(phase, context, staff)
-                history.finished.append((iteration, phase.name, place))
+                path = directory / f"iteration-{iteration:03}" / f"{number:02}-{phase.name}"
+                context = Context(path, iteration, seed_of(seed, iteration, phase.name), history, cluster)
+                seconds += _run_phase(phase, context, workers)
+                history.finished.append((iteration, phase.name, path))
             if iteration < len(rows):
                 continue
             row = {"iteration": iteration, **loop.measure(history, iteration), "seconds": round(seconds, 3)}
@@ -226,7 +214,13 @@ def run(
     return _outcome(rows, config, _ended(rows, config) or "iterations", history)
 
 
-def tell(
+def _pool(config: AlternationConfig, cluster: ClusterSpec | None, given: Pool | None) -> AbstractContextManager[Pool]:
+    if given is not None:
+        return contextlib.nullcontext(given)
+    return pools.pool(config.actors, cluster, max_failures=config.max_failures)
+
+
+def report_iterations(
     loop: Loop,
     config: AlternationConfig,
     directory: Path,
@@ -236,22 +230,22 @@ def tell(
 ) -> None:
     """Run the loop and report facts of each iteration, the start included: what a sweep's trial does.
 
-    A loop that was interrupted after its last iteration has nothing new to tell, so it tells its last row once more.
+    A loop that was interrupted after its last iteration has no new row, so it reports its last one once more.
     """
-    told: list[int] = []
+    reported: list[int] = []
 
     def progress(row: Row) -> None:
-        told.append(row["iteration"])
+        reported.append(row["iteration"])
         report(facts(row))
 
     outcome = run(loop, config, directory, seed=seed, progress=progress)
-    if not told:
+    if not reported:
         report(facts(outcome.rows[-1]))
 
 
-def seed_of(seed: int, *place: int | str) -> int:
+def seed_of(seed: int, *path: int | str) -> int:
     """The seed of a phase (seed, iteration, name) or of a shard (seed of the phase, number): 63 bits."""
-    digest = hashlib.sha256("\0".join(map(str, (seed, *place))).encode()).digest()
+    digest = hashlib.sha256("\0".join(map(str, (seed, *path))).encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
 
 
@@ -288,12 +282,12 @@ def _outcome(rows: list[Row], config: AlternationConfig, ended: str, history: Hi
 def _claim(directory: Path, loop: Loop, seed: int) -> None:
     """Make the directory this loop's own."""
     names = [[phase.name for phase in phases] for phases in (loop.start, loop.phases)]
-    mine = {"identity": loop.identity, "seed": seed, "phases": names}
+    own = {"identity": loop.identity, "seed": seed, "phases": names}
     path = directory / "loop.json"
     if not path.is_file():
-        write_json(path, mine)
-    found = _read(path)
-    changed = [name for name in mine if found.get(name) != mine[name]]
+        write_json(path, own)
+    held = _read(path)
+    changed = [name for name in own if held.get(name) != own[name]]
     if changed:
         raise RunConflict(f"{directory}: holds another loop ({', '.join(changed)} differ); use another directory")
 
@@ -321,11 +315,11 @@ def _run_shards(phase: Sharded, context: Context, pool: Pool) -> tuple[Row, int]
     missing = [shard for shard, file in enumerate(files) if not file.is_file()]
     if missing:
         tasks = [(shard, parts[shard], seed_of(context.seed, shard)) for shard in missing]
-        told = time.monotonic()
+        logged = time.monotonic()
         for done, (shard, rows) in enumerate(pool.process(phase.worker(context), tasks), 1):
             write_jsonl(files[shard], rows)
-            if time.monotonic() - told > PROGRESS_S:
-                told = time.monotonic()
+            if time.monotonic() - logged > PROGRESS_S:
+                logged = time.monotonic()
                 log.info("%s: %d of %d shards", phase.name, len(files) - len(missing) + done, len(files))
     written = sum(len(read_jsonl(file)) for file in files)
     return {"items": len(items), "rows": written}, len(files)
@@ -337,130 +331,6 @@ def _inputs(phase: Sharded, context: Context) -> list[Row]:
     if not path.is_file():
         write_jsonl(path, phase.items(context))
     return read_jsonl(path)
-
-
-Task = tuple[int, list[Row], int]
-
-
-class Pool(Protocol):
-    """Who works on shards: yields (shard, rows) as they are finished, in any order."""
-
-    def process(self, worker: Worker, tasks: Sequence[Task]) -> Iterator[tuple[int, Sequence[Row]]]: ...
-
-    def rest(self) -> None:
-        """Nobody is needed for a while: hand back what training may want."""
-
-
-class _Here:
-    """Works in this process."""
-
-    def rest(self) -> None:
-        """There is nothing to hand back."""
-
-    def process(self, worker: Worker, tasks: Sequence[Task]) -> Iterator[tuple[int, Sequence[Row]]]:
-        for shard, items, seed in tasks:
-            yield shard, worker.process(items, seed)
-
-
-class _Actors:
-    """Works on Ray actors, which live as long as the pool. A lost one is replaced, and its shard given out anew."""
-
-    def __init__(self, resources: WorkerResources, max_failures: int) -> None:
-        self.resources = resources
-        self.max_failures = max_failures
-        self.actors: list[Any] = []
-
-    def process(self, worker: Worker, tasks: Sequence[Task]) -> Iterator[tuple[int, Sequence[Row]]]:
-        import ray
-
-        shared = [ray.put(worker)]  # in a list, so that an actor fetches it once and not with every shard
-        wanted = min(self.resources.workers, len(tasks))
-        self.actors += [self._start() for _ in range(wanted - len(self.actors))]
-        return self._process(shared, list(reversed(tasks)))
-
-    def rest(self) -> None:
-        """End actors that hold GPUs; an actor that does nothing holds no CPU."""
-        if self.resources.gpus:
-            self.close()
-
-    def close(self) -> None:
-        """End the actors."""
-        import ray
-
-        while self.actors:
-            ray.kill(self.actors.pop())
-
-    def _process(self, shared: list[Any], waiting: list[Task]) -> Iterator[tuple[int, Sequence[Row]]]:
-        import ray
-        from ray.exceptions import RayActorError
-
-        running: dict[Any, tuple[Task, Any]] = {}
-        idle, lost = list(self.actors), 0
-        while waiting or running:
-            while waiting and idle:
-                task, actor = waiting.pop(), idle.pop()
-                running[actor.process.remote(shared, task[1], task[2])] = (task, actor)
-            (ready,), _ = ray.wait(list(running), num_returns=1)
-            task, actor = running.pop(ready)
-            try:
-                rows = ray.get(ready)
-            except RayActorError as error:
-                lost += 1
-                if lost > self.max_failures:
-                    reason = f"{lost} actors were lost, the last on shard {task[0]}: {' '.join(str(error).split())}"
-                    raise ClusterError(reason[:400]) from error
-                log.warning("an actor was lost on shard %d; another one takes it", task[0])
-                self.actors.remove(actor)
-                self.actors.append(self._start())
-                waiting.append(task)
-                idle.append(self.actors[-1])
-                continue
-            idle.append(actor)
-            yield task[0], rows
-
-    def _start(self) -> Any:
-        import ray
-
-        # An actor that names no resource needs a free CPU to start and then holds none: training finds them all.
-        needs = {"num_gpus": self.resources.gpus} if self.resources.gpus else {}
-        return ray.remote(_Actor).options(scheduling_strategy="SPREAD", **needs).remote()
-
-
-class _Actor:
-    """Keeps the worker that it was given last, with all that this one has opened."""
-
-    def __init__(self) -> None:
-        self.shared: Any = None
-        self.worker: Worker | None = None
-
-    def process(self, shared: list[Any], items: Sequence[Row], seed: int) -> Sequence[Row]:
-        import ray
-
-        if self.worker is None or shared[0] != self.shared:
-            self.shared, self.worker = shared[0], ray.get(shared[0])
-        return self.worker.process(items, seed)
-
-
-@contextlib.contextmanager
-def workers(config: AlternationConfig, cluster: ClusterSpec | None) -> Iterator[Pool]:
-    """Who works on shards within the block: this process, or Ray actors that start when they are first needed.
-
-    Raises:
-        ClusterError: the cluster cannot give the actors what they need.
-    """
-    train = cluster.platform.train if cluster else Train(workers=0)
-    count = train.workers if config.actors is None else config.actors
-    if count == 0:
-        yield _Here()
-        return
-    with connect():
-        resources = WorkerResources(count, train.cpus_per_worker, train.gpus_per_worker)
-        check_resources(resources)
-        actors = _Actors(resources, config.max_failures)
-        try:
-            yield actors
-        finally:
-            actors.close()
 
 
 def _shard_file(shard: int) -> str:

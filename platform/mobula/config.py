@@ -12,7 +12,7 @@ import difflib
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -34,16 +34,19 @@ def key(
     le: float | None = None,
     lt: float | None = None,
     choices: Sequence[str] | None = None,
+    renamed: Mapping[str, str] | None = None,
 ) -> Any:
     """Declare a leaf of a schema: default, help text and, where it has one, its range or its choices.
 
-    A mutable default (list, dict) is copied for every instance.
+    A mutable default (list, dict) is copied for every instance. ``renamed``: old names of choices, whose use is an
+    error that says the new one. Keys that were renamed stand in the schema: ``RENAMED: ClassVar = {"old": "new"}``.
     """
     bounds = {"ge": ge, "gt": gt, "le": le, "lt": lt}
     metadata = {
         "help": help,
         "bounds": {k: v for k, v in bounds.items() if v is not None},
         "choices": choices,
+        "renamed": renamed or {},
     }
     if isinstance(default, list | dict):
         return dataclasses.field(default_factory=lambda: type(default)(default), metadata=metadata)
@@ -86,9 +89,9 @@ def unchecked(schema: type[T], values: dict[str, Any], overrides: Sequence[str] 
         else:
             assignments.append(parsed)
     config = OmegaConf.structured(schema)
-    fields = dict(_fields(schema))
+    fields, renamed = dict(_fields(schema)), dict(_renamed(schema))
     for name, value in assignments:
-        problems.extend(_assign(config, fields, name, value))
+        problems.extend(_assign(config, fields, renamed, name, value))
     if problems:
         raise ConfigError(problems, source)
     return OmegaConf.to_object(config)  # type: ignore[return-value]
@@ -99,8 +102,8 @@ def check_values(schema: type, values: Iterable[tuple[str, Any]]) -> list[str]:
 
     Contradictions between keys are not looked at; :func:`build` finds them.
     """
-    fields = dict(_fields(schema))
-    return [p for name, value in values for p in _assign(OmegaConf.structured(schema), fields, name, value)]
+    fields, renamed = dict(_fields(schema)), dict(_renamed(schema))
+    return [p for name, value in values for p in _assign(OmegaConf.structured(schema), fields, renamed, name, value)]
 
 
 def contradictions(config: Any) -> list[str]:
@@ -197,6 +200,16 @@ def _fields(schema: type, prefix: str = "") -> Iterator[tuple[str, dataclasses.F
             yield dotted, field
 
 
+def _renamed(schema: type, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Dotted (old, new) keys and sections that a schema and its sections say were renamed."""
+    for old, new in getattr(schema, "RENAMED", {}).items():
+        yield f"{prefix}{old}", f"{prefix}{new}"
+    hints = _hints(schema)
+    for field in dataclasses.fields(schema):
+        if dataclasses.is_dataclass(hints[field.name]):
+            yield from _renamed(hints[field.name], f"{prefix}{field.name}.")
+
+
 def _hints(schema: type) -> dict[str, Any]:
     from typing import get_type_hints
 
@@ -231,9 +244,14 @@ def _parse_override(text: str) -> tuple[str, Any] | str:
         return f"override {text!r}: the value is not valid YAML"
 
 
-def _assign(config: Any, fields: dict[str, dataclasses.Field], name: str, value: Any) -> list[str]:
+def _assign(
+    config: Any, fields: dict[str, dataclasses.Field], renamed: dict[str, str], name: str, value: Any
+) -> list[str]:
     field = fields.get(name)
     if field is None:
+        for old, new in renamed.items():
+            if name == old or name.startswith(f"{old}."):
+                return [f"{name} was renamed: use {new}{name.removeprefix(old)}"]
         if any(dotted.startswith(f"{name}.") for dotted in fields):
             return [f"{name} is a section and needs a mapping, found {value!r}"]
         sections = {dotted[:i] for dotted in fields for i, c in enumerate(dotted) if c == "."}
@@ -270,7 +288,13 @@ def _out_of_range(name: str, value: Any, field: dataclasses.Field) -> list[str]:
     items = value if isinstance(value, list) else [value]
     if choices is not None:
         wrong = [v for v in items if v is not None and v not in choices]
-        return [f"{name}={v!r}: expected one of {', '.join(map(str, choices))}{_hint(v, choices)}" for v in wrong]
+        was = field.metadata["renamed"]
+        return [
+            f"{name}={v!r} was renamed: use {was[v]}"
+            if v in was
+            else f"{name}={v!r}: expected one of {', '.join(map(str, choices))}{_hint(v, choices)}"
+            for v in wrong
+        ]
     tests = {
         "ge": lambda v, b: v >= b,
         "gt": lambda v, b: v > b,

@@ -9,7 +9,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from mobula.artifacts import read_jsonl, sha256, write_jsonl
 from mobula.config import digest
 from mobula.models.causal import CausalModel
+from mobula.training.task import Task
 
 IGNORED = -100  # label of a token that is not learned
 Pair = tuple[list[int], list[int]]
@@ -34,7 +34,7 @@ def read_pairs(path: Path) -> list[Pair]:
 
 
 @dataclass
-class SftTask:
+class SftTask(Task):
     """Fine-tune the model saved in ``start`` on the pairs in ``data``; ``dev`` pairs give the metric ``nll``.
 
     ``nll`` is the mean negative log-likelihood of a dev target's token, in nats.
@@ -88,12 +88,6 @@ class SftTask:
             batch = {name: part.to(device) for name, part in collate(pairs[start : start + 64]).items()}
             total += float(F.cross_entropy(*_predictions(model, batch), ignore_index=IGNORED, reduction="sum"))
         return {"nll": total / sum(len(target) for _, target in pairs)}
-
-    def check(self, metrics: dict[str, float], step: int, steps: int) -> None:
-        """Nothing: a loss that is not finite ends the training by itself."""
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"start": self.start, "data": self.data, "dev": self.dev}
 
 
 def collate(pairs: Sequence[Pair]) -> dict[str, Tensor]:

@@ -30,6 +30,7 @@ from mobula.retrieval.inputs import StoredFeatures
 from mobula.retrieval.network import DocidModel
 from mobula.retrieval.search import SearchOptions
 from mobula.threads import one_thread
+from mobula.training.task import Task
 
 # Share of the distinct top-1 predictions that perfect answers have: below it a model is suspected of having
 # learned nothing but a favourite; far below it, it has.
@@ -78,7 +79,7 @@ class Prepared:
 
 
 @dataclass
-class DocidTask:
+class DocidTask(Task):
     """Train one arm on (query view, docid) pairs.
 
     Masked diffusion: masked cross-entropy with the weight ``loss_weight`` (spec 3.3); autoregressive: next-code
@@ -192,7 +193,7 @@ class DualEncoder(nn.Module):
 
 
 @dataclass
-class DualTask:
+class DualTask(Task):
     """Train the dual-encoder baseline with in-batch negatives on the same examples as the docid models.
 
     ``negatives`` names an array i64[M] in the prepared folder: for each example the row of a document that looks

@@ -2,44 +2,51 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from abc import ABC, abstractmethod
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from mobula.portable import Portable
 
-class Task(Protocol):
+
+class Task(Portable, ABC):
     """A model, its data and its loss.
 
     A task travels to every worker, so it is picklable and holds paths instead of large arrays; whatever is
-    slow to open is opened on first use. Its methods are deterministic: the loop seeds torch before each
-    call, and ``batch`` draws from the generator that it is given and from nothing else.
+    slow to open is a ``cached_property`` and stays behind. Its methods are deterministic: the loop seeds torch before
+    each call, and ``batch`` draws from the generator that it is given and from nothing else.
     """
 
     @property
+    @abstractmethod
     def examples(self) -> int:
         """Number of training examples."""
-        ...
 
+    @abstractmethod
     def build(self) -> nn.Module:
         """The model to train, on CPU in fp32. Every parameter has at least one dimension.
 
         A parameter with an attribute ``lr_scale`` trains at that share of the learning rate.
         Under ZeRO-3 a large weight may be used only inside the forward pass of the module that owns it.
         """
-        ...
 
+    @abstractmethod
     def batch(self, indices: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
         """The examples ``indices`` (i64[B]) as tensors on CPU; noise, masks and negatives come from ``generator``."""
-        ...
 
+    @abstractmethod
     def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor | float]]:
         """The mean loss over the batch (scalar) and further values to log, means over the batch as well."""
-        ...
+
+    @abstractmethod
+    def identity(self) -> str:
+        """Names everything about the task that decides the result: data, model, loss."""
 
     def evaluate(self, model: Any) -> dict[str, float]:
-        """Metrics on the dev split; may be empty. The model is in evaluation mode and gradients are off."""
-        ...
+        """Metrics on the dev split; none by default. The model is in evaluation mode and gradients are off."""
+        return {}
 
     def check(self, metrics: dict[str, float], step: int, steps: int) -> None:
         """Look at the metrics of :meth:`evaluate` after ``step`` of ``steps`` steps, on every rank.
@@ -47,8 +54,3 @@ class Task(Protocol):
         Raises:
             TrainingError: if going on would be a waste (the model has collapsed, say).
         """
-        ...
-
-    def identity(self) -> str:
-        """Names everything about the task that decides the result: data, model, loss."""
-        ...

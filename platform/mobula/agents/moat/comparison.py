@@ -18,8 +18,8 @@ from mobula.agents.moat.workers import Agents, Integrated, SolveWorker
 from mobula.agents.worlds import Task, World
 from mobula.alternation import Outcome, Row
 from mobula.artifacts import read_jsonl, write_jsonl
+from mobula.cluster.pool import pool
 from mobula.cluster.spec import ClusterSpec
-from mobula.comparing import crew
 
 GOLD = " gold plan"
 SHARD = 100
@@ -62,10 +62,10 @@ class Comparison:
         """Train every arm of every seed, and only then look at the test tasks, once."""
         last = [name for name in self.config.arms if name == INTEGRATED or ARMS[name].matched]
         waves = [[INDEPENDENT], [name for name in self.config.arms if name not in last], last]
-        with crew(self.config.parallel, self.cluster) as staff:
+        with pool(self.config.parallel if self.config.parallel > 1 else 0, self.cluster) as workers:
             for wave in waves:
-                staff.each(self.train, wave, self.seeds)
-            staff.each(self.solve, list(self.agents(self.config.seed)), self.seeds)
+                workers.map(self.train, wave, self.seeds)
+            workers.map(self.solve, list(self.agents(self.config.seed)), self.seeds)
 
     def train(self, name: str, seed: int) -> None:
         """Train one arm of one seed, or its independent agents."""

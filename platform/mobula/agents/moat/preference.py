@@ -19,6 +19,7 @@ from mobula.artifacts import read_jsonl, sha256, write_jsonl
 from mobula.config import digest
 from mobula.models.causal import CausalModel
 from mobula.models.sft import collate, target_log_probs
+from mobula.training.task import Task
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ def read_preferences(path: Path) -> list[Preference]:
 
 
 @dataclass
-class DpoTask:
+class DpoTask(Task):
     """Tune the model saved in ``start`` on the preferences in ``data``.
 
     ``beta`` is the weight of the pull towards the reference, ``chosen_nll`` (lambda; 0 in the paper) that of the mean
@@ -118,9 +119,3 @@ class DpoTask:
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         """Nothing: the gate measures the planner on tasks."""
         return {}
-
-    def check(self, metrics: dict[str, float], step: int, steps: int) -> None:
-        """Nothing: a loss that is not finite ends the training by itself."""
-
-    def __getstate__(self) -> dict[str, object]:
-        return {name: getattr(self, name) for name in ("start", "data", "beta", "chosen_nll")}

@@ -23,7 +23,9 @@ def train_trial(config: Config, directory: Path, report: Callable[[dict[str, Any
     worlds, tasks = world_tasks(config.tasks)
     shared = directory.parent / "prepared" / digest(start_identity(config))[:16]
     setting = independent(config, worlds, tasks, shared, config.seed)
-    alternation.tell(moat_loop(setting), config.alternation, directory / "loop", config.seed, _facts, report)
+    alternation.report_iterations(
+        moat_loop(setting), config.alternation, directory / "loop", config.seed, _facts, report
+    )
 
 
 def _facts(row: Row) -> dict[str, Any]:

@@ -11,8 +11,8 @@ from typing import Any
 from mobula import alternation
 from mobula.alternation import Outcome, Row
 from mobula.artifacts import read_jsonl
+from mobula.cluster.pool import pool
 from mobula.cluster.spec import ClusterSpec
-from mobula.comparing import crew
 from mobula.rag.dro.config import ARMS, COLD, VIEWS, Config
 from mobula.rag.dro.loop import WEIGHTS, Setting, distance, dro_loop, measure
 from mobula.rag.dro.pair import Pair
@@ -50,9 +50,9 @@ class Comparison:
 
     def run(self) -> None:
         """Train every arm of every seed."""
-        with crew(self.config.parallel, self.cluster) as staff:
+        with pool(self.config.parallel if self.config.parallel > 1 else 0, self.cluster) as workers:
             for names in ([COLD], self.config.arms):
-                staff.each(self.train, names, self.seeds)
+                workers.map(self.train, names, self.seeds)
 
     def train(self, name: str, seed: int) -> None:
         """Train one arm of one seed, or its cold start."""

@@ -6,6 +6,7 @@ is whatever a source's own networks make of it, as JSON; the loop, the arms and 
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,13 +50,14 @@ class Judged:
     tokens: int = 1
 
 
-class OrdersTask(Task, Protocol):
+class OrdersTask(Task):
     """A training of a selector or a generator on weighted orders.
 
     ``tokens``: the learned tokens of a row, by which its loss is divided.
     """
 
     @property
+    @abstractmethod
     def tokens(self) -> float: ...
 
 

@@ -31,7 +31,7 @@ def train_trial(config: Config, directory: Path, report: Callable[[dict[str, Any
             source.prepare()
             start = cold_start(config, source, shared / COLD, config.seed)
         loop = dro_loop(Setting(config, ARMS[config.arms[0]], source, start, config.seed))
-        alternation.tell(loop, config.alternation, directory / "loop", config.seed, _told, report)
+        alternation.report_iterations(loop, config.alternation, directory / "loop", config.seed, _told, report)
 
 
 def start_identity(config: Config) -> list[object]:

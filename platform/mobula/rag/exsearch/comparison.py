@@ -14,8 +14,8 @@ import numpy as np
 from mobula import alternation
 from mobula.alternation import Outcome, Row, seed_of
 from mobula.artifacts import read_jsonl, write_jsonl
+from mobula.cluster.pool import pool
 from mobula.cluster.spec import ClusterSpec
-from mobula.comparing import crew
 from mobula.config import digest
 from mobula.errors import DataError
 from mobula.rag.exsearch.config import ARMS, CLOSED_BOOK, SKILL, WARM, Arm, Config, Mode
@@ -75,10 +75,10 @@ class Comparison:
     def run(self) -> None:
         """Train every arm of every seed, and only then look at the test questions, once."""
         require_hops(self.config)
-        with crew(self.config.parallel, self.cluster) as staff:
+        with pool(self.config.parallel if self.config.parallel > 1 else 0, self.cluster) as workers:
             for names in ([WARM], self.config.arms):
-                staff.each(self.train, names, self.seeds)
-            staff.each(self.solve, self.tested, self.seeds)
+                workers.map(self.train, names, self.seeds)
+            workers.map(self.solve, self.tested, self.seeds)
 
     def train(self, name: str, seed: int) -> None:
         """Train one arm of one seed, or its warm-up."""

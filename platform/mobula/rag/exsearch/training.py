@@ -17,6 +17,7 @@ from mobula.models.causal import CausalModel
 from mobula.rag.exsearch.trajectory import TrainRow
 from mobula.rag.objective import clipped_loss, em_loss, learned_tokens
 from mobula.training import FitResult, TrainingConfig, fit, load_weights
+from mobula.training.task import Task
 
 MODEL, DATA = "model", "rows.jsonl"
 
@@ -40,7 +41,7 @@ def read_rows(path: Path) -> list[QueryRows]:
 
 
 @dataclass
-class RowsTask:
+class RowsTask(Task):
     """Train the model saved in ``start`` on the rows of ``data``; an example is a query with all its rows.
 
     ``answer`` is the weight of answer tokens. With ``clip`` it is the ratio to the model that sampled the rows that is
@@ -97,12 +98,6 @@ class RowsTask:
     def evaluate(self, model: Any) -> dict[str, float]:
         """Nothing: the loop looks at rollouts."""
         return {}
-
-    def check(self, metrics: dict[str, float], step: int, steps: int) -> None:
-        """Nothing: a loss that is not finite ends the training by itself."""
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in ("start", "data", "answer", "clip")}
 
 
 def collate(rows: Sequence[TrainRow]) -> dict[str, Tensor]:

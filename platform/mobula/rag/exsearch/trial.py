@@ -28,7 +28,9 @@ def train_trial(config: Config, directory: Path, report: Callable[[dict[str, Any
     shared = directory.parent / "prepared" / digest(start_identity(config))[:16]
     with one_thread():
         setting = Setting(config, arm, warmed_up(config, shared, config.seed, arm.mode), config.seed)
-        alternation.tell(em_loop(setting), config.alternation, directory / "loop", config.seed, _told, report)
+        alternation.report_iterations(
+            em_loop(setting), config.alternation, directory / "loop", config.seed, _told, report
+        )
 
 
 def _told(row: Row) -> Row:

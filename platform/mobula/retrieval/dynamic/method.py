@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 
-from mobula.comparing import crew
+from mobula.cluster.pool import pool
 from mobula.data import load_retrieval
 from mobula.errors import ConfigError
 from mobula.experiment import DataFacts, Report, Run
@@ -37,12 +37,12 @@ def run(run: Run) -> Report:
     sessions = divide(config, data, run.directory)
     run.bind("sessions", sessions.plan.hash)
     study = Study(config, sessions, run.directory, run.cluster)
-    with crew(config.parallel, run.cluster) as staff:
+    with pool(config.parallel if config.parallel > 1 else 0, run.cluster) as workers:
         if config.parallel > 1:  # otherwise one start of Ray's workers serves all trainings
-            study.train_all(staff)
+            study.train_all(workers)
         trained = study.trained
         run.bind("encoder", trained.documents.encoder.hash)
-        followed = study.follow_all(staff)
+        followed = study.follow_all(workers)
     with one_thread():
         for name, ms in measure_latency(list(study.systems.values()), study.protocol).items():
             followed[name].ms = ms

@@ -8,8 +8,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from mobula.cluster.pool import Pool
 from mobula.cluster.spec import ClusterSpec
-from mobula.comparing import Crew
 from mobula.retrieval.dynamic.config import Config
 from mobula.retrieval.dynamic.fitting import (
     KINDS,
@@ -57,16 +57,16 @@ class Study:
         """The systems by name, once everything is trained."""
         return {system.name: system for system in systems(self.config, self.trained)}
 
-    def train_all(self, staff: Crew) -> None:
+    def train_all(self, workers: Pool) -> None:
         """Train every system, several at a time."""
         prepared = self._prepared
         by_kind = {kind: plans(self.config, prepared, self.directory, kind) for kind in KINDS}
-        staff.each(self.choose, [kind for kind, found in by_kind.items() if found], [0])
-        staff.each(self.train, [plan.name for found in by_kind.values() for plan in found], self.seeds)
+        workers.map(self.choose, [kind for kind, found in by_kind.items() if found], [0])
+        workers.map(self.train, [plan.name for found in by_kind.values() for plan in found], self.seeds)
 
-    def follow_all(self, staff: Crew) -> dict[str, Followed]:
+    def follow_all(self, workers: Pool) -> dict[str, Followed]:
         """What was seen of every system, its seeds side by side."""
-        staff.each(self.follow, list(self.systems), self.seeds)
+        workers.map(self.follow, list(self.systems), self.seeds)
         return {
             name: joined([Followed.load(self._place(name, seed)) for seed in self._seeds_of(system)])
             for name, system in self.systems.items()

@@ -41,13 +41,14 @@ from mobula.retrieval.ngrams.stream import FIRST, TITLE, Streams
 from mobula.retrieval.prepare import sample, training_examples
 from mobula.retrieval.tasks import check_collapse, dev_measures
 from mobula.threads import one_thread
+from mobula.training.task import Task
 
 TOP = 10
 DONE = "prepared.txt"
 
 
 @dataclass
-class NgramTask:
+class NgramTask(Task):
     """Train the language model on (query, span) pairs by the cross-entropy of every code that is no padding.
 
     With ``unseen`` tokens of no initial document stand in the softmax as well (ours), drawn anew for every batch from
@@ -128,9 +129,6 @@ class NgramTask:
         count = 0 if corpus.vocabulary.limited else min(corpus.config.unseen, len(self.opened.unseen))
         drawn = torch.randint(max(1, len(self.opened.unseen)), (count,), generator=generator)
         return vectors(corpus.tokenizer, self.opened.unseen[drawn.numpy()])
-
-    def __getstate__(self) -> dict[str, object]:
-        return {"directory": self.directory, "guarded": self.guarded}
 
 
 def _unseen_logits(codes: nn.Module, hidden: Tensor, unseen: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from mobula.artifacts import read_jsonl, sha256
 from mobula.config import digest
 from mobula.rag.dro.facts.networks import Generator, Selector, Shape
 from mobula.rag.dro.facts.world import CHOSEN, Questions, questions
+from mobula.rag.dro.source import OrdersTask
 from mobula.rag.objective import ANSWER, LATENT, em_loss
 from mobula.training import load_weights
 
@@ -48,7 +49,7 @@ def of_answers(said: Tensor, answers: Tensor) -> Tensor:
 
 
 @dataclass
-class WeightedTask:
+class WeightedTask(OrdersTask):
     """Train a ``selector`` or a ``generator`` on the rows of ``data``: ``{query, orders, weights}``, m a query.
 
     The loss is that of :func:`mobula.rag.objective.em_loss`; weights are constants.
@@ -119,9 +120,3 @@ class WeightedTask:
     def evaluate(self, model: Any) -> dict[str, float]:
         """Nothing: the loop measures both networks together."""
         return {}
-
-    def check(self, metrics: dict[str, float], step: int, steps: int) -> None:
-        """Nothing: a loss that is not finite ends the training by itself."""
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in ("kind", "shape", "split", "data", "start", "seed")}

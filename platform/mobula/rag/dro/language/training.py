@@ -18,6 +18,7 @@ from mobula.rag.objective import ANSWER, LATENT, em_loss
 
 if TYPE_CHECKING:
     from mobula.rag.dro.language.source import Language
+from mobula.rag.dro.source import OrdersTask
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Target:
 
 
 @dataclass
-class LanguageTask:
+class LanguageTask(OrdersTask):
     """Train a ``selector`` or a ``generator`` on the rows of ``data``: ``{query, orders, weights}``, m a query.
 
     The loss is that of :func:`mobula.rag.objective.em_loss`; weights are constants.
@@ -85,12 +86,6 @@ class LanguageTask:
     def evaluate(self, model: Any) -> dict[str, float]:
         """Nothing: the loop measures both networks together."""
         return {}
-
-    def check(self, metrics: dict[str, float], step: int, steps: int) -> None:
-        """Nothing: a loss that is not finite ends the training by itself."""
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name in self.__dataclass_fields__}
 
 
 def collated(targets: Sequence[Target]) -> dict[str, Tensor]:

@@ -18,10 +18,11 @@ from mobula.rag.objective import ANSWER, LATENT, em_loss
 
 if TYPE_CHECKING:
     from mobula.rag.dro.passages.source import Passages
+from mobula.rag.dro.source import OrdersTask
 
 
 @dataclass
-class PassageTask:
+class PassageTask(OrdersTask):
     """Train a ``selector`` or a ``generator`` on the rows of ``data``: ``{query, orders, weights}``, m a query.
 
     The loss is that of :func:`mobula.rag.objective.em_loss`; weights are constants. With ``data`` None a generator
@@ -98,12 +99,6 @@ class PassageTask:
     def evaluate(self, model: Any) -> dict[str, float]:
         """Nothing: the loop measures both networks together."""
         return {}
-
-    def check(self, metrics: dict[str, float], step: int, steps: int) -> None:
-        """Nothing: a loss that is not finite ends the training by itself."""
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if not name.startswith("_")}
 
 
 def _alike(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

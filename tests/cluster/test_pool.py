@@ -1,4 +1,4 @@
-"""Jobs of a comparison, in this process and on Ray actors."""
+"""Jobs of a pool, in this process."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from mobula.comparing import crew
+from mobula.cluster.pool import pool
 from mobula.errors import MobulaError
 
 
@@ -25,13 +25,13 @@ class Notes:
 
 
 def test_every_name_meets_every_seed(tmp_path):
-    with crew(1, None) as staff:
-        staff.each(Notes(tmp_path).write, ["a", "b"], range(3, 5))
+    with pool(0, None) as workers:
+        workers.map(Notes(tmp_path).write, ["a", "b"], range(3, 5))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a-3", "a-4", "b-3", "b-4"]
     assert {p.read_text() for p in tmp_path.iterdir()} == {str(os.getpid())}
 
 
 def test_an_error_of_a_job_is_not_lost(tmp_path):
-    with crew(1, None) as staff, pytest.raises(MobulaError, match="no such arm"):
-        staff.each(Notes(tmp_path).write, ["a", "broken"], [0])
+    with pool(0, None) as workers, pytest.raises(MobulaError, match="no such arm"):
+        workers.map(Notes(tmp_path).write, ["a", "broken"], [0])
     assert [p.name for p in tmp_path.iterdir()] == ["a-0"]
