@@ -40,7 +40,7 @@ class Pool:
     def rest(self) -> None:
         """Nobody is needed for a while: hand back what training may want."""
 
-    def map(self, job: Callable[[str, int], object], names: Sequence[str], seeds: Sequence[int]) -> None:
+    def map(self, job: Callable[[Any, int], object], names: Sequence[Any], seeds: Sequence[int]) -> None:
         """Call ``job(name, seed)`` for every seed of every name, in any order; what it returns is not looked at.
 
         A job that goes to a Ray actor is sent as a copy, so it must be one that can be pickled (a bound method of a
@@ -50,7 +50,14 @@ class Pool:
         shards = [(number, [item], 0) for number, item in enumerate(items)]
         what = getattr(job, "__name__", "job")
         for done, (number, _) in enumerate(self.process(_Job(job), shards), 1):
-            log.info("%s: %s, seed %d (%d of %d)", what, *items[number].values(), done, len(items))
+            log.info(
+                "%s: %s, seed %d (%d of %d)",
+                what,
+                names[number // len(seeds)],
+                seeds[number % len(seeds)],
+                done,
+                len(items),
+            )
 
 
 class ActorPool(Pool):
@@ -165,7 +172,7 @@ class _Actor:
 class _Job:
     """A function of a name and a seed as a worker."""
 
-    job: Callable[[str, int], object]
+    job: Callable[[Any, int], object]
 
     def process(self, items: Sequence[Row], seed: int) -> Sequence[Row]:
         for item in items:
