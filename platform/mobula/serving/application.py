@@ -125,7 +125,7 @@ def frame(
 
 
 class Replica:
-    """A Serve replica: what ``open`` makes of the arguments, and the HTTP application that ``create`` builds around it."""
+    """A Serve replica: what ``open`` makes of the arguments, and the HTTP application that ``create`` makes."""
 
     model: type[AppArgs]
     open: Callable[[Any], Any]
