@@ -45,16 +45,16 @@ DIRECT = "{passages}Give only the answer, as briefly as possible.\n\nQuestion: {
 class Chat(Protocol):
     """Turns of the environment as token ids, each up to the place where the agent goes on.
 
-    ``gap`` stands between a recorded fact and what follows it.
+    ``separator`` stands between a recorded fact and what follows it.
     """
 
-    gap: str
+    separator: str
 
     def begin(self, question: str) -> list[int]:
         """The first turn: the task and the question."""
         ...
 
-    def found(self, passages: Sequence[Document]) -> list[int]:
+    def results(self, passages: Sequence[Document]) -> list[int]:
         """What a search found, after an agent's turn and its end."""
         ...
 
@@ -80,13 +80,13 @@ class MarkedChat:
     """Marker words instead of sentences, for models that know no others. Questions and passages cannot have them."""
 
     model: CausalModel
-    gap: str = " "
+    separator: str = " "
 
     def begin(self, question: str) -> list[int]:
         """The question."""
         return self.model.encode(f"{_plain(question)} {TURN}")
 
-    def found(self, passages: Sequence[Document]) -> list[int]:
+    def results(self, passages: Sequence[Document]) -> list[int]:
         """Texts alone: titles are repeated in them."""
         return self.model.encode(" ".join([SEARCH, *self._lines(passages), TURN]))
 
@@ -100,8 +100,8 @@ class MarkedChat:
 
     def note(self, query: str, passages: Sequence[Document]) -> list[int]:
         """A chat that begins with the sub-query."""
-        asked = self.model.encode(f"{TURN} {QUERY} {_plain(query)}")
-        return [*asked, self.model.eos, *self.found(passages)]
+        query_ids = self.model.encode(f"{TURN} {QUERY} {_plain(query)}")
+        return [*query_ids, self.model.eos, *self.results(passages)]
 
     def direct(self, question: str, passages: Sequence[Document]) -> list[int]:
         """Question and passages."""
@@ -131,13 +131,13 @@ class TemplatedChat:
 
     model: CausalModel
     passage_tokens: int
-    gap: str = "\n"
+    separator: str = "\n"
 
     def begin(self, question: str) -> list[int]:
         """The instruction with the question."""
         return self._first(AGENT.format(question=self._plain(question)))
 
-    def found(self, passages: Sequence[Document]) -> list[int]:
+    def results(self, passages: Sequence[Document]) -> list[int]:
         """Numbered passages, or none."""
         return self._next("\n".join([SEARCH, *self._lines(passages)]))
 

@@ -18,7 +18,7 @@ from mobula.data.records import Document
 from mobula.models.causal import CausalModel
 from mobula.rag.exsearch.config import Mode, RetrieveConfig, RolloutConfig
 from mobula.rag.exsearch.rollout import Rollouts
-from mobula.rag.exsearch.workers import Agent
+from mobula.rag.exsearch.agent import Agent
 from mobula.rag.search import Retrying, open_searcher
 
 KIND = "searcher"
@@ -51,7 +51,7 @@ class Predictor:
 
     def answer(self, questions: Sequence[str]) -> list[str]:
         """The answer to each question."""
-        return [found.prediction for found in self.rollouts.run(questions, [0] * len(questions))]
+        return [trajectory.prediction for trajectory in self.rollouts.run(questions, [0] * len(questions))]
 
 
 def write(directory: Path, agent: Agent, rows: Sequence[Row], examples: Mapping[str, Sequence[str]]) -> Artifact:
