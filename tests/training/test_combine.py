@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from mobula.errors import ConfigError, TrainingError
 from mobula.training import FitResult, TrainingConfig, fit, load_weights, loop
-from mobula.training.combine import pcgrad, scale_of, scaled, surrogate
+from mobula.training.combine import LossGradients, pcgrad, scale_of, scaled, surrogate
+from mobula.training.engine import join_process_group
 from mobula.training.loop import batch_indices, learning_rate, read_metrics
 
 SEED = 3
@@ -182,6 +183,16 @@ def test_bf16_accumulates_in_fp32(tmp_path: Path) -> None:
         assert found["mix.weight"].dtype == torch.float32
         assert not torch.equal(found["mix.weight"], expected["mix.weight"])
         torch.testing.assert_close(found, expected, atol=2e-2, rtol=0)
+
+
+def test_small_gradients_of_bf16_weights_are_not_lost_in_accumulation() -> None:
+    join_process_group()
+    weight = nn.Parameter(torch.ones(1, dtype=torch.bfloat16))
+    gradients = LossGradients([weight])
+    for _ in range(512):
+        gradients.add({"one": weight.sum(), "two": weight.sum()}, 1 / 512)
+    (combined,), _ = gradients.combine(seed=0)
+    assert (combined.dtype, combined.tolist()) == (torch.float32, [2.0])
 
 
 @pytest.mark.parametrize("zero", [0, 1, 2])

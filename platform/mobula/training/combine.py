@@ -53,8 +53,7 @@ def scaled(loss: Tensor | Mapping[str, Tensor], scale: Scale) -> dict[str, Tenso
         )
     if not isinstance(scale, dict):
         return {name: value * scale for name, value in losses.items()}
-    zero = torch.zeros((), device=next(iter(losses.values())).device)
-    return {name: losses[name] * value if value else zero for name, value in scales.items()}
+    return {name: losses[name] * value if value else torch.zeros(()) for name, value in scales.items()}
 
 
 def total(losses: Mapping[str, Tensor]) -> Tensor:
@@ -64,7 +63,7 @@ def total(losses: Mapping[str, Tensor]) -> Tensor:
 
 def surrogate(parameters: Sequence[Tensor], gradients: Sequence[Tensor]) -> Tensor:
     """A scalar whose gradient at ``parameters`` is ``gradients``: the sum of <parameter, gradient>."""
-    return total({str(i): (p * g).sum() for i, (p, g) in enumerate(zip(parameters, gradients, strict=True))})
+    return torch.stack([(p * g).sum() for p, g in zip(parameters, gradients, strict=True)]).sum()
 
 
 def pcgrad(gram: Tensor, rng: torch.Generator) -> Tensor:

@@ -58,7 +58,7 @@ class Engine:
             # Alone, a rank has nothing to average; DeepSpeed would still copy all gradients into a bucket and back.
             self._engine.enable_backward_allreduce = False
 
-    def backward(self, batch: dict[str, Tensor], scale: Scale = 1.0) -> tuple[Tensor, Extras]:
+    def backward(self, batch: dict[str, Tensor], scale: Scale) -> tuple[Tensor, Extras]:
         """Forward and backward pass of a micro-batch, its losses multiplied by ``scale``.
 
         Returns the loss (scalar, detached) and further values, named losses among them; all are scaled likewise.
@@ -79,7 +79,8 @@ class Engine:
         ``seed`` is for what combines the gradients of named losses at random. Returns the norm of the gradient before
         clipping (scalar), zero between boundaries, and what there is to log about the combination.
         """
-        norm, extras = self._zero_norm, {}
+        norm = self._zero_norm
+        extras: Extras = {}
         if self._gradients is not None:
             if not boundary:
                 return norm, extras
