@@ -139,7 +139,9 @@ class World:
         text = " ".join(f"{fact.sentence} ." for fact in facts.values())
         self.documents.append(Document(id, name, text))
 
-    def questions(self, count: int, name: str, *, held_out: bool, hops: Sequence[int] = (1, 2, 3)) -> list[GeneratedQuestion]:
+    def questions(
+        self, count: int, name: str, *, held_out: bool, hops: Sequence[int] = (1, 2, 3)
+    ) -> list[GeneratedQuestion]:
         """Questions, all different. ``held_out``: whether chains that are held out may occur.
 
         Raises:

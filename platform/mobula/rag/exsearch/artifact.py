@@ -16,9 +16,9 @@ from mobula.alternation import Row
 from mobula.artifacts import Artifact, read_jsonl, write_json, write_jsonl
 from mobula.data.records import Document
 from mobula.models.causal import CausalModel
+from mobula.rag.exsearch.agent import Agent
 from mobula.rag.exsearch.config import Mode, RetrieveConfig, RolloutConfig
 from mobula.rag.exsearch.rollout import Rollouts
-from mobula.rag.exsearch.agent import Agent
 from mobula.rag.search import Retrying, open_searcher
 
 KIND = "searcher"

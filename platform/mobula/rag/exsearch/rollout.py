@@ -285,8 +285,19 @@ class Rollouts:
     def _turn(self, start: Sequence[int], continuation: Continuation) -> Turn:
         """A turn with its end, which is not learned if it was not drawn."""
         ids = [*start, *continuation.ids, self.model.eos]
-        mask = [*(GIVEN for _ in start), *(LATENT for _ in continuation.log_probs), *([] if continuation.ended else [GIVEN])]
-        return Turn("assistant", self._text(start, continuation), ids, mask, list(continuation.log_probs), list(continuation.log_q))
+        mask = [
+            *(GIVEN for _ in start),
+            *(LATENT for _ in continuation.log_probs),
+            *([] if continuation.ended else [GIVEN]),
+        ]
+        return Turn(
+            "assistant",
+            self._text(start, continuation),
+            ids,
+            mask,
+            list(continuation.log_probs),
+            list(continuation.log_q),
+        )
 
     def __getstate__(self) -> dict[str, Any]:
         raise TypeError("rollouts hold an open model; send the worker that opens it")
