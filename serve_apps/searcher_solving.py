@@ -10,7 +10,7 @@ from functools import lru_cache
 from typing import Any
 
 from mobula import artifacts, methods
-from mobula.rag.exsearch.library import KIND, Predictor
+from mobula.rag.exsearch.artifact import KIND, Predictor
 from mobula.rag.exsearch.rollout import Episode, Rollouts
 from mobula.serving.application import Event
 from mobula.serving.batching import Batcher

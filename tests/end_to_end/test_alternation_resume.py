@@ -69,7 +69,7 @@ TEXT: dict[str, Any] = {
 }
 # What a method's iterations are made of, at least.
 PHASES = {
-    "exsearch": {"sample", "score", "weigh", "fit", "gap", "solve", "held_sample", "held_score"},
+    "exsearch": {"sample", "score", "weigh", "fit", "q_gain", "solve", "dev_sample", "dev_score"},
     "moat": {"sample", "score", "pair", "prefer-0", "plans", "ground"},
     "dro": {"sample", "score", "weigh", "fit", "measure"},
 }

@@ -10,19 +10,19 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from mobula.rag.exsearch.comparison import Comparison, require_hops
+from mobula.rag.exsearch.library import KIND
+from mobula.rag.exsearch.loop import _row, by_query
+from mobula.rag.exsearch.trial import train_trial
 
 from mobula import artifacts, methods
 from mobula.artifacts import read_jsonl, sha256
 from mobula.config import build
 from mobula.environment import data_folder
 from mobula.errors import ConfigError, DataError, MobulaError
-from mobula.rag.exsearch.comparison import Comparison, require_hops
 from mobula.rag.exsearch.config import ARMS, WARM, Config, DataConfig
-from mobula.rag.exsearch.library import KIND
-from mobula.rag.exsearch.loop import _row, by_query
+from mobula.rag.exsearch.data import SPLITS, corpus_of, problems_of
 from mobula.rag.exsearch.report import Findings, _shared
-from mobula.rag.exsearch.sources import SPLITS, corpus_of, problems_of
-from mobula.rag.exsearch.trial import train_trial
 from mobula.rag.objective import MStepFailed
 from mobula.running import run_experiment
 from tests.rag.exsearch import small
