@@ -113,10 +113,11 @@ class Resampler:
         NaN where a resample has none of the rows.
         """
         positions = self._positions(labels)
-        sums = np.zeros((*values.shape[:-1], self.clusters))
-        np.add.at(sums, (..., positions), values)
+        rows = values.reshape(-1, len(positions)).T
+        sums = np.zeros((self.clusters, rows.shape[1]))
+        np.add.at(sums, positions, rows)
         sizes = np.bincount(positions, minlength=self.clusters).astype(np.float64)
-        columns = np.column_stack([sums.reshape(-1, self.clusters).T, sizes])
+        columns = np.column_stack([sums, sizes])
         counts = _counts(*self._drawn)
         block = max(1, _BLOCK // self.clusters)
         totals = np.concatenate([counts[i : i + block] @ columns for i in range(0, len(counts), block)])
