@@ -35,8 +35,6 @@ __all__ = ["ModelConfig", "base_hash", "build_model", "load_model", "load_weight
 
 LANGUAGE_MODELS: dict[str, type[LanguageModel]] = {**dict.fromkeys(KINDS, DiffusionLM), "t5": Seq2SeqLM}
 BACKBONES = ("small", "encoder", *LANGUAGE_MODELS)
-# What an arm may be on a language model, which has learned one way of generating.
-PARADIGMS = {**dict.fromkeys(KINDS, "diffusion"), "t5": "autoregressive"}
 
 
 @dataclass
@@ -86,7 +84,7 @@ class ModelConfig:
 
     def of(self, arm: Arm) -> ModelConfig:
         """What an arm is built from; autoregressive ones may stand on an encoder-decoder of their own."""
-        if arm.paradigm == "autoregressive" and self.twin:
+        if arm.learner.causal and self.twin:
             return replace(self, backbone="t5", base=self.twin, twin="")
         return self
 
@@ -112,10 +110,10 @@ def _transformer(config: ModelConfig, arm: Arm, table: DocidTable) -> DocidModel
     trained = encoder and config.finetune
     codewords = codeword_table(table) if encoder and config.codeword_prior else None
     shape = NetworkShape(
-        paradigm="autoregressive" if arm.paradigm == "autoregressive" else "diffusion",
+        paradigm=arm.learner.network,
         sizes=tuple(int(size) for size in table.sizes),
         width=config.width,
-        layers=0 if arm.paradigm == "classifier" else config.layers,
+        layers=arm.learner.layers(config.layers),
         heads=config.attention_heads,
         dropout=config.dropout,
         tower="encoder" if trained else "states" if encoder else "tokens",
@@ -145,7 +143,7 @@ def _language_model(config: ModelConfig, arm: Arm, table: DocidTable) -> DocidMo
         backbone=config.backbone,
         base=config.base,
         base_hash=base.hash,
-        paradigm="autoregressive" if arm.paradigm == "autoregressive" else "diffusion",
+        paradigm=arm.learner.network,
         sizes=tuple(int(size) for size in table.sizes),
         finetune=config.finetune,
         lora_rank=config.lora_rank,

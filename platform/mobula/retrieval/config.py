@@ -12,9 +12,8 @@ from mobula.evaluation.ranking import MEASURES
 from mobula.experiment import ExperimentConfig
 from mobula.retrieval import arms as arm_names
 from mobula.retrieval.arms import Arm
-from mobula.retrieval.build import PARADIGMS, ModelConfig
+from mobula.retrieval.build import LANGUAGE_MODELS, ModelConfig
 from mobula.retrieval.docids.config import DocidConfig, code_length
-from mobula.retrieval.docids.families import FAMILIES
 from mobula.retrieval.search import MOST_EXHAUSTIVE, ORDERS, REMASK, SearchOptions
 from mobula.training import TrainingConfig
 
@@ -117,7 +116,7 @@ class Config(ExperimentConfig):
 
     def _misplaced_families(self) -> Iterator[str]:
         """Families of docids that do not go with other sections."""
-        families = [FAMILIES[arm.family] for arm in self.parsed_arms]
+        families = [arm.docids for arm in self.parsed_arms]
         if self.docid.collision == "append" and any(family.is_text for family in families):
             yield "docid.collision=append is for arms without text docids"
         if self.data.queries == "titles":
@@ -128,10 +127,10 @@ class Config(ExperimentConfig):
         """Arms whose backbone has learned the other way of generating."""
         for arm in self.parsed_arms:
             backbone = self.model.of(arm).backbone
-            paradigm = PARADIGMS.get(backbone, arm.paradigm)
-            if arm.paradigm != paradigm:
-                yield f"arms: {arm} stands on model.backbone={backbone}, which is for {paradigm}/ arms only"
-        if self.model.twin and not any(arm.paradigm == "autoregressive" for arm in self.parsed_arms):
+            if backbone in LANGUAGE_MODELS and arm.paradigm != LANGUAGE_MODELS[backbone].learned:
+                learned = LANGUAGE_MODELS[backbone].learned
+                yield f"arms: {arm} stands on model.backbone={backbone}, which is for {learned}/ arms only"
+        if self.model.twin and not any(arm.learner.causal for arm in self.parsed_arms):
             yield f"model.twin={self.model.twin!r} is for autoregressive arms, of which there is none"
 
     def evaluation_problems(self) -> list[str]:

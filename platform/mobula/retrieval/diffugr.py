@@ -1,8 +1,8 @@
 """DiffuGR (arXiv 2511.08150; reconstruction): generative document retrieval by masked diffusion over docids.
 
 ``run`` trains the arms of an experiment beside their baselines and reports; ``load`` opens the artifact for
-serving; ``measure`` and ``train_trial`` are what sweeps call. The mathematics is in :mod:`.network`,
-:mod:`.objective` and :mod:`.decoding`; the spec's sections are named where they matter.
+serving; ``measure`` and ``train_trial`` are what sweeps call. The mathematics is in :mod:`.paradigms`
+(corruption, losses), :mod:`.network` and :mod:`.decoding`; the spec's sections are named where they matter.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from mobula.retrieval.config import Config
 from mobula.retrieval.evaluate import evaluate_run
 from mobula.retrieval.fitting import docid_task, fit_arms, settings_for
 from mobula.retrieval.outcomes import Split, System, time_systems
+from mobula.retrieval.paradigms import MaskedDiffusion
 from mobula.retrieval.prepare import Material, prepare, sample, title_leaks
 from mobula.training import fit
 
@@ -41,7 +42,7 @@ def run(run: Run) -> Report:
     """Train and evaluate; leaves checkpoints, run files and the artifact in the run's directory."""
     config: Config = run.config  # type: ignore[assignment]
     problems = config.evaluation_problems()
-    if config.parsed_arms[0].paradigm != "diffusion":
+    if config.parsed_arms[0].paradigm != MaskedDiffusion.name:
         problems.append(f"arms: the first arm is the main one and must be diffusion, found {config.arms[0]}")
     if problems:
         raise ConfigError(problems, config.name)

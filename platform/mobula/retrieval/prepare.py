@@ -20,7 +20,7 @@ from mobula.models.encoders import TextEncoder, TransformerEncoder, load_encoder
 from mobula.models.pretrained import Pretrained
 from mobula.models.text import load_static
 from mobula.retrieval.arms import Arm
-from mobula.retrieval.build import LANGUAGE_MODELS, PARADIGMS, ModelConfig, base_hash
+from mobula.retrieval.build import LANGUAGE_MODELS, ModelConfig, base_hash
 from mobula.retrieval.config import ViewsConfig
 from mobula.retrieval.docids.config import DocidConfig
 from mobula.retrieval.docids.families import FAMILIES
@@ -99,7 +99,7 @@ def make_inputs(model: ModelConfig, arms: Sequence[Arm], mean: np.ndarray) -> di
 def _inputs(model: ModelConfig, mean: np.ndarray) -> QueryInputs:
     if model.backbone in LANGUAGE_MODELS:
         tokenizer = Pretrained.find(model.base).tokenizer()
-        return PromptInputs(tokenizer, model.query_len, continued=PARADIGMS[model.backbone] == "diffusion")
+        return PromptInputs(tokenizer, model.query_len, continued=LANGUAGE_MODELS[model.backbone].continued)
     if model.backbone == "encoder":
         encoder = load_encoder(model.encoder)
         if model.finetune and isinstance(encoder, TransformerEncoder):

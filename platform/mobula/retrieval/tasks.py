@@ -19,15 +19,12 @@ from torch import Tensor, nn
 from mobula.artifacts import sha256
 from mobula.config import digest
 from mobula.errors import TrainingError
-from mobula.retrieval import objective
 from mobula.retrieval.arms import Arm
 from mobula.retrieval.build import ModelConfig, build_model
-from mobula.retrieval.decoding import ArDecoder, Decoder
 from mobula.retrieval.docids.families import FAMILIES
 from mobula.retrieval.docids.table import DocidTable
 from mobula.retrieval.inputs import StoredFeatures
 from mobula.retrieval.network import DocidModel
-from mobula.retrieval.search import SearchOptions
 from mobula.threads import one_thread
 from mobula.training.task import Task
 
@@ -80,8 +77,7 @@ class Prepared:
 class DocidTask(Task):
     """Train one arm on (query view, docid) pairs.
 
-    Masked diffusion: masked cross-entropy with the weight ``loss_weight`` (spec 3.3); autoregressive: next-code
-    cross-entropy; classifier: every position masked, no attention (one softmax head a level).
+    What is hidden of a docid and the loss are those of the arm's paradigm, see :mod:`.paradigms`.
 
     ``guarded``: a collapsed model ends the training. One that only tries a learning rate goes on, and dev rejects
     the rate; so do controls, whose codes have no content to learn.
@@ -127,42 +123,29 @@ class DocidTask(Task):
         return build_model(self.model, self.arm, self.table)
 
     def batch(self, indices: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
-        """Features, codes i64[B, L] and, for diffusion, masked codes z with their rates."""
+        """Features, codes i64[B, L] and what the network sees of them, see :meth:`.Paradigm.corrupt`."""
         pairs = self.prepared.examples[indices.numpy()]
         codes = self.codes[pairs[:, 1]]
         batch = {**self.views.rows(pairs[:, 0]), "codes": codes}
-        if self.arm.paradigm == "autoregressive":
-            return {**batch, "z": codes}
-        if self.arm.paradigm == "classifier":
-            return {**batch, "z": torch.full_like(codes, -1), "rates": torch.ones(len(codes))}
-        rates = objective.masking_rates(len(codes), generator)
-        return {**batch, "z": objective.mask_codes(codes, rates, generator), "rates": rates}
+        return {**batch, **self.arm.learner.corrupt(codes, generator)}
 
     def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor | float]]:
         """Mean loss of a batch in nats."""
         query = {name: batch[name] for name in batch if name not in ("codes", "z", "rates")}
-        logits = model(query, batch["z"])
-        if self.arm.paradigm == "autoregressive":
-            return objective.autoregressive_loss(logits, batch["codes"]), {}
-        return objective.diffusion_loss(logits, batch["codes"], batch["z"], batch["rates"], self.loss_weight), {}
+        return self.arm.learner.loss(model(query, batch["z"]), batch, self.loss_weight), {}
 
     def evaluate(self, model: DocidModel) -> dict[str, float]:
         """Dev Hit@1 and Hit@10, and the share of distinct top-1 documents (by one_pass, or beam 10)."""
         query = {name: values.to(_device(model)) for name, values in self.dev.all().items()}
-        if self.arm.paradigm == "autoregressive":
-            decoder: Decoder | ArDecoder = ArDecoder(model, self.table)
-            options = SearchOptions(k=10, decoder="beam", beam=10)
-        else:
-            decoder = Decoder(model, self.table)
-            options = SearchOptions(k=10, decoder="one_pass")
+        decoder = self.arm.learner.decoder(model, self.table)
         with one_thread():
-            results = decoder.search(query, [options] * len(self.prepared.dev_gold))
+            results = decoder.search(query, [self.arm.learner.dev] * len(self.prepared.dev_gold))
         found = [[hit.doc_id for hit in result.hits] for result in results]
         return dev_measures(found, self.prepared.dev_gold)
 
     def check(self, metrics: dict[str, float], step: int, steps: int) -> None:
         """See :func:`check_collapse`."""
-        fatal = self.guarded and not FAMILIES[self.arm.family].is_control
+        fatal = self.guarded and not self.arm.docids.is_control
         check_collapse(str(self.arm), metrics["distinct_top1"], self.prepared.dev_gold, step, steps, fatal=fatal)
 
 

@@ -19,6 +19,7 @@ from mobula.retrieval.dynamic.hybrid import HybridRetriever, tune_weight
 from mobula.retrieval.dynamic.multi import MultiConfig, MultiDocidRetriever
 from mobula.retrieval.lexical import Bm25, tune
 from mobula.retrieval.ngrams.retriever import load as load_ngrams
+from mobula.retrieval.paradigms import PARADIGMS
 from mobula.retrieval.prepare import Material
 from mobula.retrieval.retrievers import DocidRetriever, DualRetriever
 from mobula.retrieval.search import Retriever, SearchOptions
@@ -50,8 +51,7 @@ def systems(config: Config, trained: Trained) -> list[System]:
 
 def search_options(config: Config, paradigm: str) -> SearchOptions:
     """How docid models of a paradigm search: a beam of ``evaluation.beam``, or all documents by one pass."""
-    decoder = "beam" if paradigm == "autoregressive" else "one_pass"
-    return SearchOptions(k=config.evaluation.depth, decoder=decoder, beam=config.evaluation.beam)
+    return replace(PARADIGMS[paradigm].dev, k=config.evaluation.depth, beam=config.evaluation.beam)
 
 
 def _bm25(config: Config, trained: Trained, name: str) -> list[System]:
