@@ -28,8 +28,7 @@ from mobula.retrieval.dynamic.fitting import fit_systems
 from mobula.retrieval.dynamic.follow import by_itself
 from mobula.retrieval.dynamic.prepare import Sessions
 from mobula.retrieval.dynamic.systems import systems
-from mobula.retrieval.outcomes import System as Timed
-from mobula.retrieval.outcomes import time_systems
+from mobula.retrieval.results import Timed, time_systems
 from mobula.retrieval.search import Retriever, SearchOptions
 from mobula.threads import one_thread
 

@@ -12,7 +12,7 @@ from mobula import artifacts, methods
 from mobula import config as configs
 from mobula.evaluation import report as reports
 from mobula.experiment import Report, Run
-from mobula.retrieval.evaluate import SEEN, UNSEEN
+from mobula.retrieval.report import SEEN, UNSEEN
 from mobula.retrieval.search import SearchOptions
 
 pytestmark = pytest.mark.end_to_end

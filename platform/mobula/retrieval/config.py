@@ -14,6 +14,7 @@ from mobula.retrieval import arms as arm_names
 from mobula.retrieval.arms import Arm
 from mobula.retrieval.build import LANGUAGE_MODELS, ModelConfig
 from mobula.retrieval.docids.config import DocidConfig, code_length
+from mobula.retrieval.paradigms import MaskedDiffusion
 from mobula.retrieval.search import MOST_EXHAUSTIVE, ORDERS, REMASK, SearchOptions
 from mobula.training import TrainingConfig
 
@@ -150,10 +151,29 @@ class Config(ExperimentConfig):
         """The docid settings of a family."""
         return replace(self.docid, family=family)
 
+    def levels_of(self, family: str) -> int:
+        """Positions of a family's codes."""
+        return code_length(self.docid, family)
+
     @property
     def code_length(self) -> int:
         """Positions of the main arm's codes."""
-        return code_length(self.docid, self.parsed_arms[0].family)
+        return self.levels_of(self.main.family)
+
+    @property
+    def main(self) -> Arm:
+        """The first arm."""
+        return self.parsed_arms[0]
+
+    @property
+    def twin(self) -> Arm | None:
+        """The autoregressive arm with the main arm's docids."""
+        return next((arm for arm in self.parsed_arms if arm.learner.causal and arm.family == self.main.family), None)
+
+    @property
+    def random(self) -> Arm | None:
+        """Masked diffusion over random docids."""
+        return next((arm for arm in self.parsed_arms if arm == Arm(MaskedDiffusion.name, "random")), None)
 
     @property
     def parsed_arms(self) -> list[Arm]:

@@ -27,9 +27,10 @@ from mobula.retrieval.build import base_hash
 from mobula.retrieval.config import Config
 from mobula.retrieval.evaluate import evaluate_run
 from mobula.retrieval.fitting import docid_task, fit_arms, settings_for
-from mobula.retrieval.outcomes import Split, System, time_systems
 from mobula.retrieval.paradigms import MaskedDiffusion
 from mobula.retrieval.prepare import Material, prepare, sample, title_leaks
+from mobula.retrieval.results import Split, Timed, time_systems
+from mobula.study import System
 from mobula.training import fit
 
 __all__ = ["Config", "load", "measure", "run", "train_trial"]
@@ -42,7 +43,7 @@ def run(run: Run) -> Report:
     """Train and evaluate; leaves checkpoints, run files and the artifact in the run's directory."""
     config: Config = run.config  # type: ignore[assignment]
     problems = config.evaluation_problems()
-    if config.parsed_arms[0].paradigm != MaskedDiffusion.name:
+    if config.main.paradigm != MaskedDiffusion.name:
         problems.append(f"arms: the first arm is the main one and must be diffusion, found {config.arms[0]}")
     if problems:
         raise ConfigError(problems, config.name)
@@ -88,11 +89,12 @@ def measure(artifact: Artifact, config: Config, split: str = "dev") -> dict[str,
     queries = sample(opened.queries[split], config.evaluation.dev_queries, config.seed)
     retriever = opened.retrievers[opened.default]
     options = replace(config.decode, k=config.evaluation.depth)
-    found = Split(split, queries, len(opened.documents), None, config.evaluation.resamples)
-    found.record("decoded", retriever.search([q.text for q in queries], [options] * len(queries)))
+    measured = Split(split, queries, len(opened.documents), None, config.evaluation.resamples)
+    decoded = System("decoded")
+    measured.record(decoded, retriever.search([q.text for q in queries], [options] * len(queries)))
     timed = [q.text for q in queries[: config.evaluation.latency_queries]]
-    ms = time_systems([System("decoded", retriever.search, config.decode)], timed)["decoded"]
-    outcome = found.outcomes["decoded"]
+    ms = time_systems([Timed(decoded, retriever.search, config.decode)], timed)[decoded]
+    outcome = measured.outcome(decoded)
     quality = {
         name: float(outcome.per_query(measure).mean())
         for name, measure in {"hit@1": "Hit@1", "hit@10": "Hit@10", "mrr@10": "MRR@10"}.items()
@@ -107,7 +109,7 @@ def train_trial(config: Config, directory: Path, report: Callable[[dict[str, Any
     Reports {step, hit@1, hit@10, distinct_top1} after each evaluation on dev.
     """
     data: RetrievalData = load_retrieval(config.data, quiet=True)
-    arm = config.parsed_arms[0]
+    arm = config.main
     alone = replace(config, arms=[str(arm)])
     # Trials that differ in training alone share what was prepared.
     decides = [asdict(part) for part in (config.docid, config.model, config.views)]

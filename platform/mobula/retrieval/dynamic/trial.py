@@ -23,9 +23,8 @@ from mobula.retrieval.dynamic.config import HYBRID, MULTI, NGRAMS, Config
 from mobula.retrieval.dynamic.fitting import Trained, fit_systems
 from mobula.retrieval.dynamic.prepare import Sessions
 from mobula.retrieval.dynamic.systems import System, systems
-from mobula.retrieval.outcomes import System as Timed
-from mobula.retrieval.outcomes import search_all, time_systems
 from mobula.retrieval.prepare import sample
+from mobula.retrieval.results import Timed, search_all, time_systems
 from mobula.threads import one_thread
 
 HELD_OUT = 0.2
