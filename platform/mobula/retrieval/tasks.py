@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from mobula.artifacts import sha256
 from mobula.config import digest
 from mobula.errors import TrainingError
+from mobula.portable import Portable
 from mobula.retrieval.arms import Arm
 from mobula.retrieval.build import ModelConfig, build_model
 from mobula.retrieval.docids.families import FAMILIES
@@ -40,7 +41,7 @@ class ModelCollapsed(TrainingError):
 
 
 @dataclass
-class Prepared:
+class Prepared(Portable):
     """Paths and arrays of a prepared folder: training views, dev queries and docid tables."""
 
     directory: Path
@@ -68,9 +69,6 @@ class Prepared:
         """Hash of everything a task reads."""
         files = {p.relative_to(self.directory): p for p in sorted(self.directory.rglob("*")) if p.is_file()}
         return digest({str(name): sha256(path) for name, path in files.items() if name.parts[0] != "views"})
-
-    def __getstate__(self) -> dict[str, Path]:
-        return {"directory": self.directory}
 
 
 @dataclass

@@ -77,19 +77,21 @@ def fit_systems(config: Config, sessions: Sessions, directory: Path, cluster: Cl
     return trained
 
 
-def try_rates(config: Config, trained: Trained, directory: Path, kind: str) -> float:
+def try_rates(config: Config, trained: Trained, directory: Path, kind: str, cluster: ClusterSpec | None) -> float:
     """The rate that the first system of a kind chooses for all of them; finished trials are taken as they are."""
     first = plans(config, trained, directory, kind)[0]
-    return _chosen(fit_plans([replace(first, seeds=0)], _schedule(config), None)[1])
+    return _chosen(fit_plans([replace(first, seeds=0)], _schedule(config), cluster)[1])
 
 
-def train_seed(config: Config, trained: Trained, directory: Path, name: str, seed: int) -> None:
+def train_seed(
+    config: Config, trained: Trained, directory: Path, name: str, seed: int, cluster: ClusterSpec | None
+) -> None:
     """Train one seed of a system, if it has as many, once the rate of its kind is known."""
     for kind in KINDS:
         for plan in plans(config, trained, directory, kind):
             if plan.name == name and seed < plan.seeds:
-                rate = try_rates(config, trained, directory, kind)
-                fit_seed(replace(plan, rates=[rate]), _schedule(config), seed)
+                rate = try_rates(config, trained, directory, kind, cluster)
+                fit_seed(replace(plan, rates=[rate]), _schedule(config), seed, cluster)
 
 
 def plans(config: Config, trained: Trained, directory: Path, kind: str) -> list[Plan]:
