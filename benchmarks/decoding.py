@@ -29,11 +29,11 @@ from mobula.data.records import Query
 from mobula.retrieval.config import Config
 from mobula.retrieval.decoding.corpus import Corpus, top
 from mobula.retrieval.docids.table import DocidTable
-from mobula.retrieval.fitting import docid_task, load_arm, settings_for
 from mobula.retrieval.prepare import Material, prepare, sample
 from mobula.retrieval.results import Outcome, Split, Timed, search_all, time_systems
 from mobula.retrieval.retrievers import DocidRetriever
 from mobula.retrieval.search import SearchOptions
+from mobula.retrieval.train_arms import docid_task, load_arm, settings_for
 from mobula.study import System
 from mobula.threads import one_thread
 from mobula.training import fit

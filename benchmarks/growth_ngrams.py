@@ -26,7 +26,7 @@ from benchmarks.measuring import ratio
 from mobula.data import DataConfig, load_retrieval
 from mobula.retrieval.build import ModelConfig
 from mobula.retrieval.config import ViewsConfig
-from mobula.retrieval.decoding.calls import encode
+from mobula.retrieval.decoding.batched_calls import encode
 from mobula.retrieval.network import Memory
 from mobula.retrieval.ngrams.config import NgramConfig
 from mobula.retrieval.ngrams.generate import NONE, generate

@@ -27,12 +27,12 @@ from mobula.retrieval.decoding import ArDecoder, Decoder
 from mobula.retrieval.diffusion_lm import KINDS, mask_id
 from mobula.retrieval.docids.space import DocidSpace
 from mobula.retrieval.docids.table import DocidTable
-from mobula.retrieval.fitting import docid_task, load_arm
 from mobula.retrieval.inputs import EmptyQuery, EncoderInputs, PromptInputs, StateInputs
 from mobula.retrieval.language_model import DocidHead
 from mobula.retrieval.prepare import make_inputs, prepare
 from mobula.retrieval.search import AR_DECODERS, DECODERS, SearchOptions
 from mobula.retrieval.tasks import DocidTask
+from mobula.retrieval.train_arms import docid_task, load_arm
 from mobula.training import TrainingConfig, fit
 from mobula.training.engine import _groups
 

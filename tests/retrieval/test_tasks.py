@@ -18,9 +18,9 @@ from mobula.errors import DataError, TrainingError
 from mobula.retrieval.arms import Arm
 from mobula.retrieval.config import Config
 from mobula.retrieval.docids.leak import DocidLeak
-from mobula.retrieval.fitting import Plan, Schedule, docid_task, fit_plans, settings_for
 from mobula.retrieval.prepare import Material, prepare, title_leaks, training_examples
 from mobula.retrieval.tasks import DualTask, ModelCollapsed, check_collapse
+from mobula.retrieval.train_arms import Plan, Schedule, docid_task, fit_plans, settings_for
 from mobula.training import TrainingConfig, fit
 
 ARMS = ["diffusion/rq", "autoregressive/rq", "classifier/rq", "diffusion/random", "diffusion/text.lead"]

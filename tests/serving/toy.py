@@ -14,7 +14,7 @@ from mobula.cancellation import raise_if_cancelled
 from mobula.data.records import Document
 from mobula.methods import Entry
 from mobula.retrieval.retrievers import BY_PARADIGM
-from mobula.retrieval.search import Admission, Hit, SearchOptions, SearchResult, StepEvent, Unsupported
+from mobula.retrieval.search import Hit, InsertSummary, SearchOptions, SearchResult, StepEvent, Unsupported
 
 LEVELS = 4
 TEXTS = {
@@ -99,13 +99,13 @@ class Toy:
         found = self.documents[doc_id]
         return {"title": found.title, "text": found.text}
 
-    def insert(self, documents: Sequence[Document]) -> tuple[Toy, Admission]:
+    def insert(self, documents: Sequence[Document]) -> tuple[Toy, InsertSummary]:
         if self.frozen:
             raise Unsupported("docid family random cannot take documents without training")
         if self.writer:
             self.writer.write_text(str(os.getpid()))
         time.sleep(self.add_s)
-        return self._changed("insert", documents), Admission({d.id: [1, 2, 3, 4] for d in documents})
+        return self._changed("insert", documents), InsertSummary({d.id: [1, 2, 3, 4] for d in documents})
 
     def remove(self, doc_ids: Sequence[str]) -> Toy:
         return self._changed("remove", doc_ids)

@@ -22,21 +22,20 @@ from mobula.data import load_retrieval
 from mobula.data.records import RetrievalData
 from mobula.errors import ConfigError
 from mobula.experiment import DataFacts, Report, Run
-from mobula.retrieval import library
+from mobula.retrieval.artifact import cached, facts, fill, load
 from mobula.retrieval.build import base_hash
 from mobula.retrieval.config import Config
 from mobula.retrieval.evaluate import evaluate_run
-from mobula.retrieval.fitting import docid_task, fit_arms, settings_for
 from mobula.retrieval.paradigms import MaskedDiffusion
 from mobula.retrieval.prepare import Material, prepare, sample, title_leaks
 from mobula.retrieval.results import Split, Timed, time_systems
+from mobula.retrieval.train_arms import docid_task, fit_arms, settings_for
 from mobula.study import System
 from mobula.training import fit
 
 __all__ = ["Config", "load", "measure", "run", "train_trial"]
 log = logging.getLogger(__name__)
 KIND = "retriever"
-load = library.load
 
 
 def run(run: Run) -> Report:
@@ -75,8 +74,8 @@ def write_artifact(config: Config, material: Material, fitted: Any, directory: P
         directory,
         kind=KIND,
         method="diffugr",
-        meta=library.facts(config, material),
-        fill=lambda folder: library.fill(folder, config, material, fitted),
+        meta=facts(config, material),
+        fill=lambda folder: fill(folder, config, material, fitted),
     )
 
 
@@ -85,7 +84,7 @@ def measure(artifact: Artifact, config: Config, split: str = "dev") -> dict[str,
 
     Returns ``hit@1``, ``hit@10``, ``mrr@10``, ``nfe``, ``steps``, ``p50_ms``, ``p95_ms``.
     """
-    opened = library.cached(artifact)
+    opened = cached(artifact)
     queries = sample(opened.queries[split], config.evaluation.dev_queries, config.seed)
     retriever = opened.retrievers[opened.default]
     options = replace(config.decode, k=config.evaluation.depth)

@@ -18,8 +18,7 @@ from mobula.retrieval.claims import RECOVERY_BEAM
 from mobula.retrieval.config import Config
 from mobula.retrieval.decoding.recovery import Recovery, recovery
 from mobula.retrieval.dense import Dense
-from mobula.retrieval.docids.lookup import RANKERS, LookupRetriever
-from mobula.retrieval.fitting import Fitted, docid_task, load_arm, load_dual
+from mobula.retrieval.docids.code_only import RANKERS, CodeOnlyRetriever
 from mobula.retrieval.lexical import tune
 from mobula.retrieval.prepare import Material, sample
 from mobula.retrieval.report import Measured, fill
@@ -27,6 +26,7 @@ from mobula.retrieval.results import BATCH, Search, Split, Timed, search_all, ti
 from mobula.retrieval.retrievers import DocidRetriever, DualRetriever
 from mobula.retrieval.search import Hit, SearchOptions, SearchResult
 from mobula.retrieval.systems import Decoded, base_options, decoded, systems
+from mobula.retrieval.train_arms import Fitted, docid_task, load_arm, load_dual
 from mobula.study import System
 from mobula.threads import one_thread
 
@@ -118,7 +118,7 @@ class Evaluation:
             searches["dual"] = DualRetriever(dual, encoder, ids, self.material.embeddings).search
         if self.config.main.docids.is_quantised:
             table = self.material.prepared.table(self.config.main.family)
-            searches |= {name: LookupRetriever(name, table, encoder, body).search for name in RANKERS}
+            searches |= {name: CodeOnlyRetriever(name, table, encoder, body).search for name in RANKERS}
         return {System(name): search for name, search in searches.items()}
 
     def _retriever(self, arm: Arm, seed: int) -> DocidRetriever:

@@ -16,7 +16,6 @@ from mobula.data.records import Document, Query
 from mobula.errors import ConfigError, DataError
 from mobula.retrieval.build import ModelConfig
 from mobula.retrieval.config import ViewsConfig
-from mobula.retrieval.fitting import settings_for
 from mobula.retrieval.ngrams.config import MULTIVIEW, NgramConfig
 from mobula.retrieval.ngrams.generate import NONE
 from mobula.retrieval.ngrams.index import NgramIndex
@@ -26,6 +25,7 @@ from mobula.retrieval.ngrams.stream import BREAK, FIRST, TITLE, TITLE_END, Strea
 from mobula.retrieval.ngrams.task import NgramTask, SpanTargets, write_ngrams
 from mobula.retrieval.search import SearchOptions
 from mobula.retrieval.tasks import ModelCollapsed
+from mobula.retrieval.train_arms import settings_for
 from mobula.training import TrainingConfig, fit
 
 VIEWS = ViewsConfig(per_document=6, queries=0.3)

@@ -20,11 +20,11 @@ from mobula.retrieval.dynamic.prepare import (
     require_fitted_on,
     write_negatives,
 )
-from mobula.retrieval.fitting import Plan, Schedule, fit_plans, fit_seed
 from mobula.retrieval.ngrams.config import MULTIVIEW
 from mobula.retrieval.ngrams.task import NgramTask, write_ngrams
 from mobula.retrieval.prepare import Material, training_examples
 from mobula.retrieval.tasks import DocidTask, DualTask
+from mobula.retrieval.train_arms import Plan, Schedule, fit_plans, fit_seed
 from mobula.training import FitResult
 
 KINDS = ("numeric", "text", "dual")

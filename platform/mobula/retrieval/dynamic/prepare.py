@@ -74,7 +74,7 @@ def divide(config: Config, data: RetrievalData, directory: Path) -> Sessions:
 
 
 def prepare_documents(config: Config, sessions: Sessions, directory: Path) -> Material:
-    """What systems of one docid per document, the dual encoders and the look-ups are fitted on."""
+    """What systems of one docid per document, the dual encoders and code-only retrieval are fitted on."""
     return _prepare(config, sessions.initial, directory / DOCUMENTS, sessions)
 
 

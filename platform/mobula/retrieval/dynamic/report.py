@@ -128,12 +128,12 @@ def _ga(found: Findings, name: str, statement: str, better: str, worse: str, mar
     text = f"{statement} ({better} against {worse}, GA of {evaluation.primary})"
     learnt = better not in found.texts or _learnt(found, better)
     if not learnt:
-        text += f"; {better} has not learnt the initial documents as well as look-up by codes finds them"
+        text += f"; {better} has not learnt the initial documents as well as code-only retrieval finds them"
     return claim(name, text, effect, margin=margin, decisive=evaluation.decisive and learnt)
 
 
 def _learnt(found: Findings, system: str) -> bool:
-    """Whether a text system finds initial documents as well as look-up by codes: if not, it shows nothing of docids."""
+    """Whether a text system finds initial documents as well as code-only retrieval: if not, it shows nothing of docids."""
     primary = found.config.evaluation.primary
     reference = [float(found.p(name, primary)[0, 0]) for name in found.followed if name.startswith("adc/")]
     return not reference or float(found.p(system, primary)[0, 0]) >= max(reference)

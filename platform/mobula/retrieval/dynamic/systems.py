@@ -10,8 +10,8 @@ from mobula.data.views import body
 from mobula.models.text import load_static
 from mobula.retrieval.build import load_weights
 from mobula.retrieval.dense import Dense
+from mobula.retrieval.docids.code_only import CodeOnlyRetriever
 from mobula.retrieval.docids.families import FAMILIES
-from mobula.retrieval.docids.lookup import LookupRetriever
 from mobula.retrieval.docids.table import DocidTable
 from mobula.retrieval.dynamic.config import HYBRID, MULTI, Config
 from mobula.retrieval.dynamic.fitting import Trained, multi_name
@@ -78,12 +78,12 @@ def _dual(config: Config, trained: Trained, name: str) -> list[System]:
 
 
 def _adc(config: Config, trained: Trained, name: str) -> list[System]:
-    """One look-up for every quantised family of the arms."""
+    """Code-only retrieval for every quantised family of the arms."""
     material = trained.documents
 
     def make(family: str) -> Callable[[int], Retriever]:
         table = material.prepared.table(family)
-        return lambda _: LookupRetriever("adc", table, material.encoder, body)
+        return lambda _: CodeOnlyRetriever("adc", table, material.encoder, body)
 
     families = dict.fromkeys(arm.family for arm in config.parsed_arms if FAMILIES[arm.family].is_quantised)
     return [_baseline(config, f"{name}/{family}", make(family)) for family in families]
