@@ -45,7 +45,7 @@ CONFIG: dict[str, Any] = {
     "data": {"name": "functions", "max_documents": 1000, "keep": "relevant"},
     "docid": {"levels": 8, "codes": 32},
     "model": {"width": 64, "layers": 2},
-    "views": {"per_document": 20, "queries": 0.3},
+    "pseudo_queries": {"per_document": 20, "real_share": 0.3},
     "training": {"examples": 60_000, "batch": 128, "workers": 0},
 }
 RATE = 4e-3

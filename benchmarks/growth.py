@@ -44,7 +44,7 @@ CONFIG: dict[str, Any] = {
     "data": {"name": "functions"},
     "docid": {"levels": 4, "codes": 32},
     "model": {"width": 64, "layers": 2},
-    "views": {"per_document": 5, "queries": 0.3},
+    "pseudo_queries": {"per_document": 5, "real_share": 0.3},
     "training": {"examples": 5_000, "batch": 128, "workers": 0},
     "evaluation": {"beam": 10, "dev_queries": 20},
     "ngram": {"dev_queries": 5},

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -41,11 +42,13 @@ BACKBONES = ("small", "encoder", *LANGUAGE_MODELS)
 class ModelConfig:
     """The docid network."""
 
+    RENAMED: ClassVar = {"twin": "ar_base"}
+
     backbone: str = key(
         "small", "small: from scratch; encoder: on a sentence encoder; others: a language model", choices=BACKBONES
     )
     base: str = key("", "pretrained model of backbones llada, dream, masked_lm and t5: Hugging Face id or folder")
-    twin: str = key("", "encoder-decoder (T5) of autoregressive arms: Hugging Face id or folder; empty: backbone")
+    ar_base: str = key("", "encoder-decoder (T5) of autoregressive arms: Hugging Face id or folder; empty: backbone")
     finetune: bool = key(False, "train all pretrained weights; else encoder is frozen, language models get LoRA")
     base_lr: float = key(0.03, "learning rate of pretrained weights and LoRA, as a share of training.lr", gt=0, le=1)
     lora_rank: int = key(64, "rank r of LoRA", ge=1, le=4096)
@@ -78,19 +81,19 @@ class ModelConfig:
                 f"{', '.join(LANGUAGE_MODELS)}, and of no other backbone"
             )
         static = self.backbone == "small" or (self.backbone, self.encoder) == ("encoder", "wordllama")
-        if self.finetune and static and not self.twin:
+        if self.finetune and static and not self.ar_base:
             found.append(f"finetune=true: backbone={self.backbone} has no pretrained network; set finetune=false")
         return found
 
     def of(self, arm: Arm) -> ModelConfig:
         """What an arm is built from; autoregressive ones may stand on an encoder-decoder of their own."""
-        if arm.learner.causal and self.twin:
-            return replace(self, backbone="t5", base=self.twin, twin="")
+        if arm.learner.causal and self.ar_base:
+            return replace(self, backbone="t5", base=self.ar_base, ar_base="")
         return self
 
     def reader(self, arm: Arm) -> str:
-        """Which inputs an arm's network reads: ``main``, or ``twin`` where it stands on ``twin``."""
-        return "main" if self.of(arm) is self else "twin"
+        """Which inputs an arm's network reads: ``main``, or ``ar_base`` where it stands on that."""
+        return "main" if self.of(arm) is self else "ar_base"
 
     @property
     def attention_heads(self) -> int:
@@ -163,8 +166,8 @@ BUILDERS: dict[str, Callable[[ModelConfig, Arm, DocidTable], DocidModel]] = {
 
 def base_hash(config: ModelConfig) -> str:
     """Hash of the pretrained model that networks stand on; empty if there is none."""
-    if config.twin:
-        return digest([base_hash(replace(config, twin="")), Pretrained.find(config.twin).hash])
+    if config.ar_base:
+        return digest([base_hash(replace(config, ar_base="")), Pretrained.find(config.ar_base).hash])
     if config.backbone in LANGUAGE_MODELS:
         return Pretrained.find(config.base).hash
     return load_encoder(config.encoder).hash if config.backbone == "encoder" else ""

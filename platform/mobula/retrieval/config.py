@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 from mobula.config import key, section
 from mobula.data import DataConfig
@@ -21,19 +22,30 @@ from mobula.training import TrainingConfig
 BUDGETED = ("match", "match_rerank", "best_of_n")  # the decoders whose cost the denoising budget decides
 
 
-@dataclass
-class ViewsConfig:
-    """What stands in for a query in training (spec section 4)."""
+RENAMED = {
+    "views.pseudo": "pseudo_queries.kinds",
+    "views.queries": "pseudo_queries.real_share",
+    "views": "pseudo_queries",
+}
 
-    pseudo: list[str] = key(["window"], "kinds of pseudo-queries", choices=KINDS)
+
+@dataclass
+class PseudoQueriesConfig:
+    """What stands in for a query in training, and how much of it beside real queries (spec section 4)."""
+
+    RENAMED: ClassVar = {"pseudo": "kinds", "queries": "real_share"}
+
+    kinds: list[str] = key(["window"], "kinds of pseudo-queries", choices=KINDS)
     per_document: int = key(20, "pseudo-queries per document and kind", ge=0, le=10_000)
-    queries: float = key(0.1, "share of the examples that are real training queries, where there are any", ge=0, le=1)
+    real_share: float = key(
+        0.1, "share of the examples that are real training queries, where there are any", ge=0, le=1
+    )
     file: str = key("", "JSON lines {doc_id, text} of an external query generator, for kind file")
 
     def problems(self) -> list[str]:
         """Contradictions between keys."""
-        if ("file" in self.pseudo) != bool(self.file):
-            return ["kind file in pseudo and the key file go together"]
+        if ("file" in self.kinds) != bool(self.file):
+            return ["kind file in kinds and the key file go together"]
         return []
 
 
@@ -85,11 +97,13 @@ class EvaluationConfig:
 class Config(ExperimentConfig):
     """A DiffuGR experiment. The first arm is the main one; it is what gets served by default."""
 
+    RENAMED: ClassVar = RENAMED
+
     arms: list[str] = key(["diffusion/rq", "autoregressive/rq", "classifier/rq"], "paradigm/family, main arm first")
     data: DataConfig = section(DataConfig)
     docid: DocidConfig = section(DocidConfig)
     model: ModelConfig = section(ModelConfig)
-    views: ViewsConfig = section(ViewsConfig)
+    pseudo_queries: PseudoQueriesConfig = section(PseudoQueriesConfig)
     loss: LossConfig = section(LossConfig)
     learning_rates: LearningRates = section(LearningRates)
     training: TrainingConfig = section(TrainingConfig)
@@ -131,8 +145,8 @@ class Config(ExperimentConfig):
             if backbone in LANGUAGE_MODELS and arm.paradigm != LANGUAGE_MODELS[backbone].learned:
                 learned = LANGUAGE_MODELS[backbone].learned
                 yield f"arms: {arm} stands on model.backbone={backbone}, which is for {learned}/ arms only"
-        if self.model.twin and not any(arm.learner.causal for arm in self.parsed_arms):
-            yield f"model.twin={self.model.twin!r} is for autoregressive arms, of which there is none"
+        if self.model.ar_base and not any(arm.learner.causal for arm in self.parsed_arms):
+            yield f"model.ar_base={self.model.ar_base!r} is for autoregressive arms, of which there is none"
 
     def evaluation_problems(self) -> list[str]:
         """What of ``decode`` does not go with what the evaluation of a run varies: better known before training."""

@@ -111,7 +111,7 @@ def train_trial(config: Config, directory: Path, report: Callable[[dict[str, Any
     arm = config.main
     alone = replace(config, arms=[str(arm)])
     # Trials that differ in training alone share what was prepared.
-    decides = [asdict(part) for part in (config.docid, config.model, config.views)]
+    decides = [asdict(part) for part in (config.docid, config.model, config.pseudo_queries)]
     shared = digest([data.sha256, arm.family, *decides, config.evaluation.dev_queries, config.seed])
     material = prepare(alone, data, directory.parent / "prepared" / shared[:16])
 

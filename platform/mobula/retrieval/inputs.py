@@ -1,4 +1,4 @@
-"""How text becomes what the docid network reads, for training views on disk and for live queries alike.
+"""How text becomes what the docid network reads, for training queries on disk and for live queries alike.
 
 Kinds: token ids (``small`` backbone); the states of a sentence encoder (``encoder`` backbone), computed once per text
 and kept as memory-mapped float16 arrays so that training never runs the encoder again; the token ids of a sentence

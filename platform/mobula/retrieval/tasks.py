@@ -33,6 +33,7 @@ from mobula.training.task import Task
 # learned nothing but a favourite; far below it, it has.
 SUSPICIOUS = 0.5
 COLLAPSED = 0.05
+TRAINING = "training"  # folder of the training queries' features
 log = logging.getLogger(__name__)
 
 
@@ -42,17 +43,17 @@ class ModelCollapsed(TrainingError):
 
 @dataclass
 class Prepared(Portable):
-    """Paths and arrays of a prepared folder: training views, dev queries and docid tables."""
+    """Paths and arrays of a prepared folder: training queries, dev queries and docid tables."""
 
     directory: Path
 
     def features(self, texts: str, reader: str) -> StoredFeatures:
-        """Features of the training ``views`` or the ``dev`` queries, for a reader (:meth:`.ModelConfig.reader`)."""
+        """Features of the ``training`` or the ``dev`` queries, for a reader (:meth:`.ModelConfig.reader`)."""
         return StoredFeatures(self.directory / texts / reader)
 
     @cached_property
     def examples(self) -> np.ndarray:
-        """Training examples i64[M, 2]: row of the view, row of its document."""
+        """Training examples i64[M, 2]: row of the query, row of its document."""
         return np.load(self.directory / "examples.npy", allow_pickle=False)
 
     @cached_property
@@ -68,12 +69,12 @@ class Prepared(Portable):
     def identity(self) -> str:
         """Hash of everything a task reads."""
         files = {p.relative_to(self.directory): p for p in sorted(self.directory.rglob("*")) if p.is_file()}
-        return digest({str(name): sha256(path) for name, path in files.items() if name.parts[0] != "views"})
+        return digest({str(name): sha256(path) for name, path in files.items() if name.parts[0] != TRAINING})
 
 
 @dataclass
 class DocidTask(Task):
-    """Train one arm on (query view, docid) pairs.
+    """Train one arm on (query, docid) pairs.
 
     What is hidden of a docid and the loss are those of the arm's paradigm, see :mod:`.paradigms`.
 
@@ -93,9 +94,9 @@ class DocidTask(Task):
         return self.prepared.table(self.arm.family)
 
     @cached_property
-    def views(self) -> StoredFeatures:
-        """Features of the training views."""
-        return self.prepared.features("views", self.model.reader(self.arm))
+    def queries(self) -> StoredFeatures:
+        """Features of the training queries, pseudo-queries before real ones."""
+        return self.prepared.features(TRAINING, self.model.reader(self.arm))
 
     @cached_property
     def dev(self) -> StoredFeatures:
@@ -124,7 +125,7 @@ class DocidTask(Task):
         """Features, codes i64[B, L] and what the network sees of them, see :meth:`.Paradigm.corrupt`."""
         pairs = self.prepared.examples[indices.numpy()]
         codes = self.codes[pairs[:, 1]]
-        batch = {**self.views.rows(pairs[:, 0]), "codes": codes}
+        batch = {**self.queries.rows(pairs[:, 0]), "codes": codes}
         return {**batch, **self.arm.learner.corrupt(codes, generator)}
 
     def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor | float]]:
@@ -199,9 +200,9 @@ class DualTask(Task):
         return torch.from_numpy(np.load(self.prepared.directory / "documents.npy", allow_pickle=False))
 
     @cached_property
-    def view_vectors(self) -> np.ndarray:
-        """Vectors of the training views, memory-mapped f16[V, D]."""
-        return np.load(self.prepared.directory / "view_vectors.npy", mmap_mode="r", allow_pickle=False)
+    def query_vectors(self) -> np.ndarray:
+        """Vectors of the training queries, memory-mapped f16[V, D]."""
+        return np.load(self.prepared.directory / "training_vectors.npy", mmap_mode="r", allow_pickle=False)
 
     @cached_property
     def dev_vectors(self) -> Tensor:
@@ -224,7 +225,7 @@ class DualTask(Task):
     def batch(self, indices: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
         """Query vectors f32[B, D], document vectors f32[B', D] and their rows i64[B'], each query's own first."""
         pairs = self.prepared.examples[indices.numpy()]
-        queries = torch.from_numpy(np.asarray(self.view_vectors[pairs[:, 0]], dtype=np.float32))
+        queries = torch.from_numpy(np.asarray(self.query_vectors[pairs[:, 0]], dtype=np.float32))
         rows = pairs[:, 1] if self.hard is None else np.concatenate([pairs[:, 1], self.hard[indices.numpy()]])
         return {"queries": queries, "documents": self.documents[rows], "rows": torch.from_numpy(rows)}
 

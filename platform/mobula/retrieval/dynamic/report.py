@@ -133,7 +133,7 @@ def _ga(found: Findings, name: str, statement: str, better: str, worse: str, mar
 
 
 def _learnt(found: Findings, system: str) -> bool:
-    """Whether a text system finds initial documents as well as code-only retrieval: if not, it shows nothing of docids."""
+    """Whether a text system finds initial documents as well as code-only retrieval, or shows nothing of docids."""
     primary = found.config.evaluation.primary
     reference = [float(found.p(name, primary)[0, 0]) for name in found.followed if name.startswith("adc/")]
     return not reference or float(found.p(system, primary)[0, 0]) >= max(reference)

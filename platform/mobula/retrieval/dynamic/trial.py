@@ -90,7 +90,7 @@ def _alone(config: Config) -> Any:
 def _trained(config: Config, sessions: Sessions, shared: Path, name: str) -> Trained:
     """One system's training, in a folder named by all that decides it."""
     alone = replace(config, systems=[name], evaluation=_alone(config))
-    parts: list[Any] = [alone.docid, alone.text, alone.model, alone.views, alone.loss]
+    parts: list[Any] = [alone.docid, alone.text, alone.model, alone.pseudo_queries, alone.loss]
     parts += [alone.learning_rates, alone.training]
     parts += [alone.chunks] if name.endswith(MULTI) else []
     parts += [alone.ngram] if name in NGRAMS else []
