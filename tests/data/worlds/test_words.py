@@ -6,8 +6,8 @@ from collections import Counter
 
 import pytest
 
-from mobula.errors import DataError
 from mobula.data.worlds.words import HELD_OUT, RELATIONS, Size, World, words, world
+from mobula.errors import DataError
 from mobula.retrieval.lexical import Bm25, terms
 from mobula.retrieval.search import SearchOptions
 

@@ -105,7 +105,7 @@ def trained(root: Path) -> Path:
     corpus = corpus_of(made.data, "dev")
     write_rows(root / "rows.jsonl", oracle_of(made, model, corpus, Mode()).rows(known(), 0))
     training = TrainingConfig(steps=120, batch=3, lr=8e-3, workers=0)
-    finetune(RowsTask(root / "fresh", root / "rows.jsonl"), training, root, 0, "known", None)
+    finetune(RowsTask(root / "fresh", root / "rows.jsonl"), training, root, seed=0, name="known", cluster=None)
     agent = Agent(root / "model", corpus, made.retrieve, made.rollout, Mode())
     examples = {problem.kind: [problem.question] for problem in known()}
     return artifact.write(root / "artifact", agent, [], examples).directory

@@ -147,7 +147,7 @@ def test_a_clipped_gradient_does_not_depend_on_how_queries_are_divided(task: Row
 
     for found in read_rows(task.data):
         batch = collate(found.rows)
-        said = token_log_probs(network, batch["ids"], batch["real"]).tolist()
+        said = token_log_probs(network, batch).tolist()
         parts_of = zip(found.rows, said, strict=True)
         changed.append(QueryRows([aged(row, own, (-1) ** k) for k, (row, own) in enumerate(parts_of)]))
     write_rows(task.data, changed)

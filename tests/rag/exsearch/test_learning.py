@@ -378,7 +378,7 @@ def test_nothing_is_learned_at_tokens_that_the_agent_did_not_say(task: RowsTask)
     touched = grad[:, :-1].abs().sum(-1) > 0
     learned = batch["mask"][:, 1:] > 0
     assert torch.equal(touched, learned)
-    assert 0.1 < float(learned.sum()) / float(batch["real"].sum()) < 0.6
+    assert 0.1 < float(learned.sum()) / float(batch["attention"].sum()) < 0.6
 
 
 def test_weights_are_constants(task: RowsTask) -> None:
@@ -393,7 +393,7 @@ def test_weights_are_constants(task: RowsTask) -> None:
 def test_a_ratio_beyond_its_clip_teaches_nothing(agent: Agent, task: RowsTask) -> None:
     found = [row for query in read_rows(task.data) for row in query.rows][:1]
     ids = collate(found)
-    said = token_log_probs(task.build(), ids["ids"], ids["real"]).detach()[0].tolist()
+    said = token_log_probs(task.build(), ids).detach()[0].tolist()
     moved = {"same": 0.0, "risen": -1.0, "fallen": 1.0}
 
     def norm(kind: str, advantage: float) -> float:

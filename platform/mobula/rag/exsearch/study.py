@@ -152,7 +152,8 @@ class Arms(Portable):
 
     def bounds(self, arm: str) -> tuple[np.ndarray, np.ndarray]:
         """The IWAE bound f[S, Q] of dev questions, before the first iteration and at the best one."""
-        start, best = [], []
+        start: list[list[float]] = []
+        best: list[list[float]] = []
         for seed in self.config.seeds:
             em, outcome = self.em(arm, seed), self.outcome(arm, seed)
             for iteration, values in ((0, start), (outcome.best, best)):
@@ -186,7 +187,8 @@ class Arms(Portable):
         golds = [agent.gold(problem.answers) for problem in problems]
         write_rows(path / DATA, (QueryRows(rows(p, gold, 1.0)) for p, gold in zip(prompts, golds, strict=True)))
         training = replace(config.fit, steps=config.alternation.iterations * steps_of(config, len(problems)))
-        finetune(RowsTask(start, path / DATA), training, path, seed_of(seed, name), name, self.cluster)
+        task, own = RowsTask(start, path / DATA), seed_of(seed, name)
+        finetune(task, training, path, seed=own, name=name, cluster=self.cluster)
         return path / MODEL
 
     def _arm(self, name: str) -> Arm:

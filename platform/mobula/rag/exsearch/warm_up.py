@@ -35,7 +35,7 @@ def warm_up_model(config: Config, directory: Path, seed: int, mode: Mode, cluste
             log.info("seed %d: warm-up, %s", seed, mode.name)
             write_rows(path / DATA, warm_up_rows(config, base, seed, mode))
             task, own = RowsTask(base, path / DATA), seed_of(seed, WARM_UP, mode.seed_name)
-            finetune(task, config.warm_up, path, own, WARM_UP, cluster)
+            finetune(task, config.warm_up, path, seed=own, name=WARM_UP, cluster=cluster)
     return path / MODEL
 
 
@@ -50,7 +50,7 @@ def start_model(config: Config, directory: Path, seed: int, mode: Mode, cluster:
             fresh(config, seed).save(path / FRESH)
             write_rows(path / DATA, skill_rows(config, path / FRESH, seed, mode, config.skill_questions))
             task, own = RowsTask(path / FRESH, path / DATA), seed_of(seed, SKILL, mode.seed_name)
-            finetune(task, config.skill, path, own, SKILL, cluster)
+            finetune(task, config.skill, path, seed=own, name=SKILL, cluster=cluster)
     return path / MODEL
 
 
@@ -58,7 +58,7 @@ def fresh(config: Config, seed: int) -> CausalModel:
     """An untrained model, or a pretrained one with untrained low-rank parts."""
     shape, own = config.model, seed_of(seed, FRESH) % 2**31
     if shape.base:
-        return CausalModel.adapted(shape.base, shape.lora_rank, shape.lora_alpha, own)
+        return CausalModel.adapted(shape.base, shape.lora.rank, shape.lora.alpha, own)
     # PyTorch's slow import of transformers is for those who build a small model.
     from mobula.models.pointer import PointerConfig
 
