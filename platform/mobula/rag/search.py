@@ -6,6 +6,7 @@ A :class:`Searcher` ranks documents for queries. It is built over documents (:fu
 
 from __future__ import annotations
 
+import random
 import threading
 import time
 from collections import OrderedDict, defaultdict
@@ -186,6 +187,25 @@ class Cached:
     def document(self, id: str) -> Document:
         """As :class:`Searcher`."""
         return self._searcher.document(id)
+
+
+@dataclass
+class Shuffled:
+    """A searcher whose lists are permuted, as the query alone decides: a probe of who reads by position."""
+
+    searcher: Searcher
+
+    def __post_init__(self) -> None:
+        self.hash = f"{self.searcher.hash}-shuffled"
+
+    def search(self, queries: Sequence[str], k: int) -> list[list[Hit]]:
+        """As :class:`Searcher`; ranks and scores are those of the search."""
+        lists = self.searcher.search(queries, k)
+        return [random.Random(f"order {q}").sample(hits, len(hits)) for q, hits in zip(queries, lists, strict=True)]
+
+    def document(self, id: str) -> Document:
+        """As :class:`Searcher`."""
+        return self.searcher.document(id)
 
 
 def self_test(searcher: Searcher, documents: Sequence[Document]) -> None:

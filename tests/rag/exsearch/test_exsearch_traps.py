@@ -23,7 +23,7 @@ from mobula.models.causal import EOS, CausalModel, SmallShape
 from mobula.models.finetune import TokenRow, collate, token_log_probs
 from mobula.rag.em import WEIGHTS, ScoreWorker, SnapshotMismatch
 from mobula.rag.exsearch import artifact, data
-from mobula.rag.exsearch.agent import Agent, Shuffled, SolveWorker, searcher_of
+from mobula.rag.exsearch.agent import Agent, SolveWorker, searcher_of
 from mobula.rag.exsearch.chat import TemplatedChat
 from mobula.rag.exsearch.config import ARMS, Config, Mode
 from mobula.rag.exsearch.data import Lookup, Problem, corpus_of
@@ -33,7 +33,7 @@ from mobula.rag.exsearch.rollout import Rollouts
 from mobula.rag.exsearch.study import Arms
 from mobula.rag.exsearch.trajectory import Trajectory, Turn, own_rows, rows
 from mobula.rag.exsearch.warm_up import oracle_of
-from mobula.rag.search import Hit, IndexSelfTestError, Retrying, open_searcher, self_test
+from mobula.rag.search import Hit, IndexSelfTestError, Retrying, Shuffled, open_searcher, self_test
 from mobula.rag.weighted_rows import DATA, QueryRows, RowsTask, read_rows, write_rows
 from mobula.running import run_experiment
 from mobula.study import System

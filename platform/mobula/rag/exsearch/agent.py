@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import logging
-import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
 
 from mobula.cluster.pool import Row
-from mobula.data.records import Document
 from mobula.models.causal import CausalModel
 from mobula.models.text import hash_files
 from mobula.portable import Portable
@@ -19,7 +17,7 @@ from mobula.rag.exsearch.data import Corpus, Problem
 from mobula.rag.exsearch.measures import measure
 from mobula.rag.exsearch.rollout import Rollouts
 from mobula.rag.exsearch.trajectory import Trajectory
-from mobula.rag.search import Hit, Retrying, Searcher, open_searcher
+from mobula.rag.search import Retrying, Searcher, Shuffled, open_searcher
 from mobula.threads import one_thread
 
 log = logging.getLogger(__name__)
@@ -29,25 +27,6 @@ log = logging.getLogger(__name__)
 def searcher_of(corpus: Corpus, kind: str, encoder: str) -> Searcher:
     """The index of a corpus, made once a process."""
     return open_searcher(corpus.documents(), kind, encoder)
-
-
-@dataclass
-class Shuffled:
-    """A searcher whose lists are permuted, as the query alone decides: a probe of who reads by position."""
-
-    searcher: Searcher
-
-    def __post_init__(self) -> None:
-        self.hash = f"{self.searcher.hash}-shuffled"
-
-    def search(self, queries: Sequence[str], k: int) -> list[list[Hit]]:
-        """As :class:`mobula.rag.search.Searcher`; ranks and scores are those of the search."""
-        lists = self.searcher.search(queries, k)
-        return [random.Random(f"order {q}").sample(hits, len(hits)) for q, hits in zip(queries, lists, strict=True)]
-
-    def document(self, id: str) -> Document:
-        """As :class:`mobula.rag.search.Searcher`."""
-        return self.searcher.document(id)
 
 
 @dataclass

@@ -6,7 +6,7 @@ flight. Sampling, evaluation and serving run the same code; only temperature and
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -39,6 +39,16 @@ class Episode:
         """How many turns the agent has had."""
         return sum(turn.role == "assistant" for turn in self.trajectory.turns)
 
+    @property
+    def query(self) -> str:
+        """The last sub-query."""
+        return self.trajectory.queries[-1]
+
+    @property
+    def candidates(self) -> list[str]:
+        """The passages that it found."""
+        return [id for id, _, _ in self.trajectory.hits[-1]]
+
 
 class Rollouts:
     """An agent with its model, its searcher and its limits."""
@@ -51,8 +61,7 @@ class Rollouts:
         mode: Mode | None = None,
         greedy: bool = False,
     ) -> None:
-        self.model, self.searcher, self.config = model, searcher, config
-        self.mode = mode or Mode()
+        self.model, self.searcher, self.config, self.mode = model, searcher, config, mode or Mode()
         self.chat: Chat = chat_of(model, config.max_passage_tokens)
         self.temperature = GREEDY if greedy else config.temperature
 
@@ -98,17 +107,15 @@ class Rollouts:
             episode.trajectory.turns.append(turn)
         continuations = self._draw(episodes, [[] for _ in episodes], self.config.max_answer_tokens, "answer")
         for episode, continuation in zip(episodes, continuations, strict=True):
-            turn = self._turn([], continuation)
-            episode.trajectory.answer, episode.trajectory.prediction = turn, turn.text
+            episode.trajectory.close(self._turn([], continuation))
 
     def direct(self, questions: Sequence[str], seeds: Sequence[int]) -> list[Trajectory]:
         """Answers without an agent's turns, from nothing or from what the question itself finds."""
         trajectories = self.prompts(questions)
-        sampling = Sampling(self.config.max_answer_tokens, self.temperature, self.config.top_p)
-        continuations = self._sample([trajectory.context for trajectory in trajectories], sampling, seeds)
+        contexts = [trajectory.context for trajectory in trajectories]
+        continuations = self._sample(contexts, self.config.max_answer_tokens, seeds)
         for trajectory, continuation in zip(trajectories, continuations, strict=True):
-            turn = self._turn([], continuation)
-            trajectory.answer, trajectory.prediction = turn, turn.text
+            trajectory.close(self._turn([], continuation))
         return trajectories
 
     def prompts(self, questions: Sequence[str]) -> list[Trajectory]:
@@ -117,39 +124,30 @@ class Rollouts:
         if self.mode.search:
             replies = self.searcher.ask(questions, self.config.k_show)
             for trajectory, question, reply in zip(trajectories, questions, replies, strict=True):
-                _keep(trajectory, question, reply)
+                trajectory.queries.append(question)
+                trajectory.keep(reply)
                 trajectory.shown.append([hit.id for hit in reply.hits])
         for trajectory, question in zip(trajectories, questions, strict=True):
             passages = self._documents(trajectory.shown[0]) if trajectory.shown else []
             trajectory.turns.append(Turn.given("user", question, self.chat.direct(question, passages)))
         return trajectories
 
-    @property
-    def _depth(self) -> int:
-        return self.config.k_candidates if self.mode.select else self.config.k_show
-
     def _parse(self, episode: Episode, text: str) -> Action:
         first = episode.rounds == 0
         return parse(text, fact=not first and self.mode.record, query=first)
 
     def _prefixes(self, episodes: Sequence[Episode]) -> list[list[int]]:
-        """What each turn begins with: the fact, where it is written apart from the chat; nothing otherwise."""
-        starts: list[list[int]] = [[] for _ in episodes]
+        """How each turn begins: with the fact, where it is written beside the chat; with nothing otherwise."""
+        prefixes: list[list[int]] = [[] for _ in episodes]
         rows = [row for row, episode in enumerate(episodes) if self.mode.record_from_evidence and episode.rounds]
-        if not rows:
-            return starts
-        last = [(episodes[row].trajectory.queries[-1], episodes[row].trajectory.shown[-1]) for row in rows]
-        prompts = [self.chat.note(query, self._documents(ids)) for query, ids in last]
-        sampling = Sampling(self.config.max_action_tokens, self.temperature, self.config.top_p)
-        seeds = [seed_of(episodes[row].seed, episodes[row].rounds, "note") for row in rows]
-        continuations = self._sample(prompts, sampling, seeds)
-        for row, prompt, continuation in zip(rows, prompts, continuations, strict=True):
-            turn = self._turn([], self._cut(continuation))
-            fact, marked = parse_fact(turn.text)
-            episodes[row].trajectory.notes.append(Aside(prompt, turn))
+        writing = [episodes[row] for row in rows]
+        prompts = [self.chat.note(episode.query, self._documents(episode.trajectory.shown[-1])) for episode in writing]
+        for row, aside in zip(rows, self._asides(writing, prompts, self.config.max_action_tokens, "note"), strict=True):
+            fact, marked = parse_fact(aside.turn.text)
+            episodes[row].trajectory.notes.append(aside)
             episodes[row].trajectory.flags.malformed += not marked
-            starts[row] = self.model.encode(f"{FACT} {fact or NONE}{self.chat.separator}")
-        return starts
+            prefixes[row] = self.model.encode(f"{FACT} {fact or NONE}{self.chat.separator}")
+        return prefixes
 
     def _repair(self, broken: Sequence[tuple[Episode, Sequence[int], Continuation]]) -> None:
         """A second chance: the turn begins as it must, and the agent writes on."""
@@ -174,7 +172,8 @@ class Rollouts:
         """Put the agent's turn into the chat, with what it means; a turn that cannot be read ends the search."""
         trajectory, first = episode.trajectory, episode.rounds == 0
         turn = self._turn(start, continuation)
-        wanted = self._allowed(episode, action)
+        own = action.kind != "query" or self.mode.think
+        wanted = action if own else replace(action, query=episode.question)  # without thinking, the question itself
         unasked = FACT in turn.text and not self.mode.record
         if action.kind != "malformed" and (wanted != action or unasked):
             text = wanted.written(self.chat.separator, fact=not first and self.mode.record)
@@ -194,21 +193,17 @@ class Rollouts:
             trajectory.flags.repeat_queries += wanted.query in trajectory.queries
             trajectory.queries.append(wanted.query)
 
-    def _allowed(self, episode: Episode, action: Action) -> Action:
-        """The action, with the question for its query where an agent does not think."""
-        if action.kind == "query" and not self.mode.think:
-            return replace(action, query=episode.question)
-        return action
-
     def _search(self, episodes: Sequence[Episode]) -> None:
         if not episodes:
             return
-        if not self.mode.search:
-            replies = [Reply([]) for _ in episodes]
-        else:
-            replies = self.searcher.ask([episode.trajectory.queries[-1] for episode in episodes], self._depth)
+        depth, replies = (
+            self.config.k_candidates if self.mode.select else self.config.k_show,
+            [Reply([])] * len(episodes),
+        )
+        if self.mode.search:
+            replies = self.searcher.ask([episode.query for episode in episodes], depth)
         for episode, reply in zip(episodes, replies, strict=True):
-            _keep(episode.trajectory, None, reply)
+            episode.trajectory.keep(reply)
         self._choose(episodes)
         for episode in episodes:
             shown = self._documents(episode.trajectory.shown[-1])
@@ -224,26 +219,26 @@ class Rollouts:
 
     def _choose(self, episodes: Sequence[Episode]) -> None:
         """Which of the candidates are shown: the first ones, or those that the agent selects."""
-        choosing = [e for e in episodes if self.mode.select and e.trajectory.hits[-1]]
         for episode in episodes:
-            episode.trajectory.shown.append([id for id, _, _ in episode.trajectory.hits[-1][: self.config.k_show]])
-        if not choosing:
-            return
-        candidates = [[id for id, _, _ in episode.trajectory.hits[-1]] for episode in choosing]
-        prompts = [
-            self.chat.choose(episode.trajectory.queries[-1], self._documents(ids))
-            for episode, ids in zip(choosing, candidates, strict=True)
-        ]
-        sampling = Sampling(SELECTION_TOKENS * self.config.k_show, self.temperature, self.config.top_p)
-        seeds = [seed_of(episode.seed, episode.rounds, "select") for episode in choosing]
-        continuations = self._sample(prompts, sampling, seeds)
-        for episode, ids, prompt, continuation in zip(choosing, candidates, prompts, continuations, strict=True):
-            turn = self._turn([], continuation)
-            order = parse_permutation(turn.text, len(ids))
-            chosen = [ids[number - 1] for number in order[: self.config.k_show]]
-            episode.trajectory.flags.malformed_selections += not chosen
-            episode.trajectory.shown[-1] = chosen or episode.trajectory.shown[-1]
-            episode.trajectory.selections.append(Selection(prompt, turn, chosen))
+            episode.trajectory.shown.append(episode.candidates[: self.config.k_show])
+        choosing = [episode for episode in episodes if self.mode.select and episode.candidates]
+        prompts = [self.chat.choose(episode.query, self._documents(episode.candidates)) for episode in choosing]
+        asides = self._asides(choosing, prompts, SELECTION_TOKENS * self.config.k_show, "select")
+        for episode, aside in zip(choosing, asides, strict=True):
+            ids, trajectory = episode.candidates, episode.trajectory
+            permutation = parse_permutation(aside.turn.text, len(ids))
+            chosen = [ids[number - 1] for number in permutation[: self.config.k_show]]
+            trajectory.flags.malformed_selections += not chosen
+            trajectory.shown[-1] = chosen or trajectory.shown[-1]
+            trajectory.selections.append(Selection(aside.prompt, aside.turn, chosen))
+
+    def _asides(
+        self, episodes: Sequence[Episode], prompts: Sequence[list[int]], most: int, what: str
+    ) -> Iterator[Aside]:
+        """What agents write after prompts by themselves."""
+        seeds = [seed_of(episode.seed, episode.rounds, what) for episode in episodes]
+        for prompt, continuation in zip(prompts, self._sample(prompts, most, seeds), strict=True):
+            yield Aside(prompt, self._turn([], self._cut(continuation)))
 
     def _documents(self, ids: Sequence[str]) -> list[Document]:
         return [self.searcher.searcher.document(id) for id in ids]
@@ -255,19 +250,16 @@ class Rollouts:
         prompts = [[*e.trajectory.context, *start] for e, start in zip(episodes, starts, strict=True)]
         seeds = [seed_of(episode.seed, episode.rounds, what) for episode in episodes]
         memory = [episode.memory for episode in episodes]
-        continuations = self._sample(prompts, Sampling(most, self.temperature, self.config.top_p), seeds, memory)
+        continuations = self._sample(prompts, most, seeds, memory)
         for episode, state in zip(episodes, memory, strict=True):
             episode.memory = state
         return [self._cut(continuation) for continuation in continuations]
 
     def _sample(
-        self,
-        prompts: Sequence[Sequence[int]],
-        sampling: Sampling,
-        seeds: Sequence[int],
-        memory: list[Any] | None = None,
+        self, prompts: Sequence[Sequence[int]], most: int, seeds: Sequence[int], memory: list[Any] | None = None
     ) -> list[Continuation]:
-        return self.model.sample(prompts, sampling, seeds, self.config.batch, memory)
+        sampling = Sampling(most, self.temperature, self.config.top_p)
+        return self.model.sample(prompts, sampling, seeds, self.config.batch, memory) if prompts else []
 
     def _cut(self, continuation: Continuation) -> Continuation:
         """Without what an agent wrote in the environment's name: all from the environment's marker on."""
@@ -284,28 +276,10 @@ class Rollouts:
 
     def _turn(self, start: Sequence[int], continuation: Continuation) -> Turn:
         """A turn with its end, which is not learned if it was not drawn."""
+        log_probs, log_q = list(continuation.log_probs), list(continuation.log_q)
+        mask = [GIVEN] * len(start) + [LATENT] * len(log_probs) + [GIVEN] * (not continuation.ended)
         ids = [*start, *continuation.ids, self.model.eos]
-        mask = [
-            *(GIVEN for _ in start),
-            *(LATENT for _ in continuation.log_probs),
-            *([] if continuation.ended else [GIVEN]),
-        ]
-        return Turn(
-            "assistant",
-            self._text(start, continuation),
-            ids,
-            mask,
-            list(continuation.log_probs),
-            list(continuation.log_q),
-        )
+        return Turn("assistant", self._text(start, continuation), ids, mask, log_probs, log_q)
 
     def __getstate__(self) -> dict[str, Any]:
         raise TypeError("rollouts hold an open model; send the worker that opens it")
-
-
-def _keep(trajectory: Trajectory, query: str | None, reply: Reply) -> None:
-    """Keep what a search returned; ``query``: if it is not there yet."""
-    if query is not None:
-        trajectory.queries.append(query)
-    trajectory.hits.append([(hit.id, hit.score, hit.rank) for hit in reply.hits])
-    trajectory.flags.retriever_errors += reply.failed

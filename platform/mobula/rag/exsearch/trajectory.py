@@ -12,6 +12,7 @@ from typing import Any, Literal
 from mobula.models.finetune import TokenRow
 from mobula.rag.exsearch.chat import FACT, FINAL, NONE, QUERY, SEARCH
 from mobula.rag.objective import ANSWER
+from mobula.rag.search import Reply
 
 GIVEN = 0  # mask of what nobody learns: the environment's words, and what was put into the agent's mouth
 
@@ -119,6 +120,15 @@ class Trajectory:
     def asides(self) -> list[Aside]:
         """All turns beside the chat."""
         return [*self.selections, *self.notes]
+
+    def keep(self, reply: Reply) -> None:
+        """Keep what a search returned."""
+        self.hits.append([(hit.id, hit.score, hit.rank) for hit in reply.hits])
+        self.flags.retriever_errors += reply.failed
+
+    def close(self, answer: Turn) -> None:
+        """Keep the answer."""
+        self.answer, self.prediction = answer, answer.text
 
     def transcript(self) -> dict[str, Any]:
         """For readers, without tokens."""
