@@ -317,7 +317,7 @@ def test_what_is_served_does_not_heed_it_either(agent: Agent, tmp_path: Path) ->
         artifact.load(artifact.write(tmp_path / name, made, [], {})) for name, made in (("plain", agent), ("hot", hot))
     )
     questions = [problem.question for problem in small.problems()]
-    assert served.rollout.temperature == 3.0
+    assert served.agent.rollout.temperature == 3.0
     assert served.answer(questions) == plain.answer(questions)
 
 

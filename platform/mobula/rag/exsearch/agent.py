@@ -7,13 +7,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
+from typing import Protocol
 
 from mobula.cluster.pool import Row
+from mobula.data.records import Document
 from mobula.models.causal import CausalModel
 from mobula.models.text import hash_files
 from mobula.portable import Portable
 from mobula.rag.exsearch.config import Mode, RetrieveConfig, RolloutConfig
-from mobula.rag.exsearch.data import Corpus, Problem
+from mobula.rag.exsearch.data import Problem
 from mobula.rag.exsearch.measures import measure
 from mobula.rag.exsearch.rollout import Rollouts
 from mobula.rag.exsearch.trajectory import Trajectory
@@ -21,6 +23,14 @@ from mobula.rag.search import Retrying, Searcher, Shuffled, open_searcher
 from mobula.threads import one_thread
 
 log = logging.getLogger(__name__)
+
+
+class Corpus(Protocol):
+    """Names documents; hashable, so that their index is made once a process."""
+
+    def documents(self) -> Sequence[Document]: ...
+
+    def __hash__(self) -> int: ...
 
 
 @lru_cache(maxsize=16)

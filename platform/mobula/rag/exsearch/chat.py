@@ -7,14 +7,13 @@ the environment says is encoded apart and put behind them, so the boundary betwe
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Any
 
 from mobula.data.records import Document
 from mobula.errors import ModelError
 from mobula.models.causal import EOS, PAD, UNKNOWN, CausalModel
+from mobula.models.chat_template import ChatTemplate
 
 QUERY, SEARCH, FACT, FINAL = "<QUERY>", "<SEARCH>", "<FACT>", "<FINAL>"
 NONE = "none"  # what an agent records if the passages settle nothing
@@ -69,6 +68,9 @@ class Chat(ABC):
 
     separator: str
     phrases: Phrases
+    _reserved: Sequence[str]  # words that nobody but the environment may say
+    _first: Callable[[str], list[int]]  # tokens of a first turn, and of a later one behind an agent's end
+    _next: Callable[[str], list[int]]
 
     def __init__(self, model: CausalModel) -> None:
         self.model = model
@@ -106,29 +108,23 @@ class Chat(ABC):
         return [f"[{i}] {self._passage(passage)}" for i, passage in enumerate(passages, 1)]
 
     def _plain(self, text: str) -> str:
-        """The text without words that would be taken for markers or control tokens: a passage cannot end its turn."""
+        """The text without reserved words: a passage cannot end its turn."""
         for word in self._reserved:
             text = text.replace(word, " ")
         return text
 
-    @property
-    @abstractmethod
-    def _reserved(self) -> Sequence[str]: ...
-
     @abstractmethod
     def _passage(self, passage: Document) -> str: ...
-
-    @abstractmethod
-    def _first(self, text: str) -> list[int]: ...
-
-    @abstractmethod
-    def _next(self, text: str) -> list[int]: ...
 
 
 class MarkedChat(Chat):
     """Marker words instead of sentences, for models that know no others. Of passages, texts alone: they have titles."""
 
     separator, phrases, _reserved = " ", MARKED, RESERVED
+
+    def __init__(self, model: CausalModel) -> None:
+        super().__init__(model)
+        self._first = self._next = lambda text: model.encode(f"{text} {TURN}")
 
     def note(self, query: str, passages: Sequence[Document]) -> list[int]:
         """A chat that begins with the sub-query."""
@@ -138,65 +134,22 @@ class MarkedChat(Chat):
     def _passage(self, passage: Document) -> str:
         return self._plain(passage.text)
 
-    def _first(self, text: str) -> list[int]:
-        return self.model.encode(f"{text} {TURN}")
-
-    _next = _first
-
 
 class TemplatedChat(Chat):
-    """The chat template that comes with a pretrained model.
-
-    ``passage_tokens``: a passage's text is cut to so many tokens.
-
-    Raises:
-        ModelError: if the template does not give an agent's turn back as it is, ended by the end-of-sequence token.
-    """
+    """Sentences in the chat template of a pretrained model. ``passage_tokens``: a passage is cut to so many tokens."""
 
     separator, phrases = "\n", SENTENCES
 
     def __init__(self, model: CausalModel, passage_tokens: int) -> None:
         super().__init__(model)
-        self.passage_tokens = passage_tokens
-
-    @property
-    def _reserved(self) -> Sequence[str]:
-        return self.model.tokenizer.all_special_tokens
+        self.passage_tokens, template = passage_tokens, ChatTemplate(model)
+        self._first, self._next, self._reserved = template.first, template.next, model.tokenizer.all_special_tokens
 
     def _passage(self, passage: Document) -> str:
         text = self._plain(passage.text)
         ids = self.model.encode(text)
         kept = text if len(ids) <= self.passage_tokens else self.model.decode(ids[: self.passage_tokens])
         return f"{self._plain(passage.title)}: {kept}"
-
-    def _first(self, text: str) -> list[int]:
-        head, start, _, _ = self._frame
-        return self.model.encode(f"{head}{text}{start}")
-
-    def _next(self, text: str) -> list[int]:
-        _, _, between, start = self._frame
-        return self.model.encode(f"{between}{text}{start}")
-
-    @cached_property
-    def _frame(self) -> tuple[str, str, str, str]:
-        """What stands before the first request, behind it, between a turn's end and a request, and behind that."""
-        user, agent, later = "USER-SAYS", "AGENT-SAYS", "USER-ADDS"
-        first = self._render([("user", user)])
-        whole = self._render([("user", user), ("assistant", agent), ("user", later)])
-        opening, end = f"{first}{agent}", self.model.tokenizer.eos_token
-        rest = whole[len(opening) :]
-        if user not in first or not whole.startswith(opening) or not rest.startswith(end) or later not in rest:
-            raise ModelError(
-                f"model {self.model.name!r}: its chat template does not keep an assistant's turn as it is, ended by "
-                f"{end!r}; use an instruction-tuned model whose template does"
-            )
-        head, start = first.split(user)
-        between, after = rest[len(end) :].split(later)
-        return head, start, between, after
-
-    def _render(self, turns: Sequence[tuple[str, str]]) -> str:
-        messages: list[dict[str, Any]] = [{"role": role, "content": text} for role, text in turns]
-        return self.model.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
 
 def chat_of(model: CausalModel, passage_tokens: int) -> Chat:

@@ -172,7 +172,7 @@ class Arms(Portable):
     def harness(self, system: System) -> str:
         """Names what all systems must share: backbone, retriever, limits of rollouts, questions, passages."""
         agent = self.agent(system, self.config.seed, "test")
-        shared = [asdict(agent.retrieve), asdict(agent.rollout), asdict(agent.corpus)]
+        shared = [asdict(agent.retrieve), asdict(agent.rollout), asdict(corpus_of(self.config.data, "test"))]
         return digest([*shared, asdict(self.config.model), asdict(self.config.data)])[:16]
 
     def _direct(self, name: str, seed: int) -> Path:

@@ -63,18 +63,8 @@ def fresh(config: Config, seed: int) -> CausalModel:
     from mobula.models.pointer import PointerConfig
 
     tokenizer = word_tokenizer(words(), MARKERS)
-    ids = dict(zip((QUERY, TURN), tokenizer.convert_tokens_to_ids([QUERY, TURN]), strict=True))
-    network = PointerConfig(
-        vocab_size=len(tokenizer),
-        width=shape.width,
-        layers=shape.layers,
-        heads=shape.heads,
-        query_id=ids[QUERY],
-        turn_id=ids[TURN],
-        words_from=tokenizer.convert_tokens_to_ids(MARKERS[-1]) + 1,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
+    sizes = {"width": shape.width, "layers": shape.layers, "heads": shape.heads}
+    network = PointerConfig.of(tokenizer, QUERY, TURN, MARKERS[-1], **sizes)
     return CausalModel.pointer(tokenizer, network, own)
 
 
