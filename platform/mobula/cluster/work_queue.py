@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+from collections.abc import Callable
 from typing import Any
 
 
@@ -30,10 +32,8 @@ class WorkQueue:
         self.work[number], self.outcomes[number] = work, {}
         await self._notify()
         await self._wait(lambda: self._complete(number) or any(self.outcomes[number].values()))
-        try:
+        with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._wait(lambda: self._complete(number)), self.grace_s)
-        except asyncio.TimeoutError:
-            pass
         del self.work[number]
         return self.outcomes.pop(number)
 
@@ -60,7 +60,7 @@ class WorkQueue:
     def _complete(self, number: int) -> bool:
         return len(self.outcomes[number]) == self.world
 
-    async def _wait(self, condition: Any) -> None:
+    async def _wait(self, condition: Callable[[], bool]) -> None:
         async with self.changed:
             await self.changed.wait_for(condition)
 

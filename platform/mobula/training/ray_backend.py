@@ -141,7 +141,9 @@ class Workers:
             # A rank that died is the cause; the others fail because they miss it.
             rank, cause = min(failures.items(), key=lambda item: (not isinstance(item[1], RayError), item[0]))
             preempted = any(getattr(failure, "preempted", False) for failure in failures.values())
-            return WorkersLost(f"worker failures on ranks {sorted(failures)}", f"rank {rank}: {_line(cause)}", preempted)
+            return WorkersLost(
+                f"worker failures on ranks {sorted(failures)}", f"rank {rank}: {_line(cause)}", preempted
+            )
         if isinstance(error, PreemptionError):
             return WorkersLost("a node was taken away", _line(error), preempted=True)
         if isinstance(error, ControllerError):
