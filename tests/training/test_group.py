@@ -23,6 +23,7 @@ from mobula.cluster.spec import ClusterSpec, Platform, Train
 from mobula.errors import TrainingError
 from mobula.training import FitResult, Training, fit, fit_all, group, ray_backend
 from mobula.training.group import Group
+from mobula.training.ray_backend import Work
 
 END_TO_END = [pytest.mark.end_to_end, pytest.mark.timeout(900)]
 
@@ -226,16 +227,33 @@ def test_holders_of_gpus_rest_only_where_too_few_are_free(
     assert other.rested == rests, "who holds nothing any more is not asked"
 
 
-def test_a_group_rests_only_with_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Stub:
-        closed = 0
+class Stub:
+    """Workers that have nothing to do."""
 
-        def close(self) -> None:
-            self.closed += 1
+    def __init__(self, gpus: float = 0.0) -> None:
+        self.resources = WorkerResources(2, gpus=gpus)
+        self.standing, self.closed = True, 0
 
+    def train(self, work: Work) -> None:
+        return None
+
+    def close(self) -> None:
+        self.closed += 1
+
+
+def test_a_group_rests_only_with_gpus() -> None:
     for gpus, closed in ((0.0, 0), (1.0, 1)):
-        made, stub = Group(), Stub()
-        stub.resources = WorkerResources(2, gpus=gpus)
+        made, stub = Group(), Stub(gpus)
         made._workers = stub
         made.rest()
+        assert stub.closed == closed
+
+
+def test_workers_of_stage_3_end_with_their_training(tmp_path: Path) -> None:
+    """Memory of a stage-3 engine is freed with its process alone; other stages leave the workers standing."""
+    for zero, closed in ((2, 0), (3, 1)):
+        made, stub = Group(), Stub()
+        made._workers = stub
+        config = dataclasses.replace(CONFIG, zero=zero)
+        made.train(Work(ByteTask(), config, tmp_path, 3), "test", stub.resources, lambda row: None)
         assert stub.closed == closed

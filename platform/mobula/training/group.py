@@ -57,6 +57,9 @@ class Group:
                 except BaseException:
                     self._abort()
                     raise
+                if work.config.zero == 3:
+                    # DeepSpeed 0.19 lets go of nothing that an engine of stage 3 held: only a process's end frees it.
+                    self._close_workers()
                 if error is not None:
                     raise error
                 return
