@@ -41,8 +41,8 @@ def read_preferences(path: Path) -> list[Preference]:
 
 
 def _preference(row: dict[str, Any]) -> Preference:
-    tokens = (tuple(row[name]) for name in ("prompt", "chosen", "rejected"))
-    return Preference(*tokens, row["ref_chosen"], row["ref_rejected"])
+    prompt, chosen, rejected = (tuple(row[name]) for name in ("prompt", "chosen", "rejected"))
+    return Preference(prompt, chosen, rejected, row["ref_chosen"], row["ref_rejected"])
 
 
 @dataclass
