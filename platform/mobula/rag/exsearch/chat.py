@@ -1,6 +1,6 @@
 """The chat between an agent and its environment, as token ids.
 
-What the agent said is never encoded anew: the tokens that were sampled are those that are scored and trained on. What
+An agent's turn is never encoded anew: the tokens that were sampled are those that are scored and trained on. What
 the environment says is encoded apart and put behind them, so the boundary between both cannot move.
 """
 

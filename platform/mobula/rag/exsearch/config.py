@@ -154,11 +154,9 @@ class RolloutConfig:
 
     def problems(self) -> list[str]:
         """Contradictions between keys."""
-        return (
-            []
-            if self.k_candidates >= self.k_show
-            else [f"k_candidates={self.k_candidates} is below k_show={self.k_show}"]
-        )
+        if self.k_candidates >= self.k_show:
+            return []
+        return [f"k_candidates={self.k_candidates} is below k_show={self.k_show}"]
 
     @property
     def heuristic(self) -> bool:

@@ -16,7 +16,7 @@ since the prior cancels, and trains on sum_k w_k [log p(z_k|x) + log p(y|x,z_k)]
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -62,11 +62,12 @@ class Trajectories:
         keys = [(question["query"], k) for question in questions for k in range(self.samples)]
         texts = [question["question"] for question in questions for _ in range(self.samples)]
         with one_thread():
-            drawn = self.agent.rollouts(greedy=False).run(texts, [seed_of(seed, *key) for key in keys])
-        groups = _groups(iter(drawn), [self.samples] * len(questions))
+            trajectories = self.agent.rollouts(greedy=False).run(texts, [seed_of(seed, *key) for key in keys])
+        records = [trajectory.to_dict() for trajectory in trajectories]
+        starts = range(0, len(records), self.samples)
         return [
-            {"query": question["query"], "trajectories": [trajectory.to_dict() for trajectory in group]}
-            for question, group in zip(questions, groups, strict=True)
+            {"query": question["query"], "trajectories": records[start : start + self.samples]}
+            for question, start in zip(questions, starts, strict=True)
         ]
 
     def score(self, samples: Sequence[Row]) -> list[Row]:
@@ -107,10 +108,6 @@ class Trajectories:
             "mean_nll": [-sum(z.sampled) / max(1, len(z.sampled)) for z in group],
             "empty_facts": [z.flags.empty_facts for z in group],
         }
-
-
-def _groups(items: Iterator[Trajectory], sizes: Sequence[int]) -> list[list[Trajectory]]:
-    return [[next(items) for _ in range(size)] for size in sizes]
 
 
 @dataclass

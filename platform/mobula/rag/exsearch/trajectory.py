@@ -75,10 +75,10 @@ class Flags:
 
 @dataclass
 class Trajectory:
-    """Turns, and what they mean: sub-queries, facts, what was found (id, score, rank) and shown, and the answer.
+    """Turns, and what they mean: sub-queries, facts, hits (id, score, rank), the passages shown, and the answer.
 
     ``turns`` end with the request for the answer; what was answered is ``prediction`` and ``answer``. ``notes`` are the
-    facts that were written apart from the chat.
+    facts that were written beside the chat.
     """
 
     turns: list[Turn] = field(default_factory=list)
@@ -142,19 +142,15 @@ class Trajectory:
     @classmethod
     def read(cls, row: Mapping[str, Any]) -> Trajectory:
         """What :meth:`to_dict` made."""
-        answer = row["answer"]
-        return cls(
-            turns=[Turn(**turn) for turn in row["turns"]],
-            queries=row["queries"],
-            facts=row["facts"],
-            hits=[[(id, score, rank) for id, score, rank in hits] for hits in row["hits"]],
-            shown=row["shown"],
-            selections=[Selection(s["prompt"], Turn(**s["turn"]), s["ids"]) for s in row["selections"]],
-            notes=[Aside(s["prompt"], Turn(**s["turn"])) for s in row["notes"]],
-            prediction=row["prediction"],
-            answer=None if answer is None else Turn(**answer),
-            flags=Flags(**row["flags"]),
-        )
+        parts = {
+            "turns": [Turn(**turn) for turn in row["turns"]],
+            "hits": [[(id, score, rank) for id, score, rank in hits] for hits in row["hits"]],
+            "selections": [Selection(s["prompt"], Turn(**s["turn"]), s["ids"]) for s in row["selections"]],
+            "notes": [Aside(s["prompt"], Turn(**s["turn"])) for s in row["notes"]],
+            "answer": None if row["answer"] is None else Turn(**row["answer"]),
+            "flags": Flags(**row["flags"]),
+        }
+        return cls(**{**row, **parts})
 
 
 @dataclass(frozen=True)
@@ -203,7 +199,7 @@ def parse(text: str, *, fact: bool, query: bool) -> Action:
 
 
 def parse_fact(text: str) -> tuple[str, bool]:
-    """Read a fact that was written by itself, and whether it has its marker; without that, all that was said counts."""
+    """Read a fact that was written by itself, and whether it has its marker; without that, the whole text counts."""
     before, marker, rest = text.partition(FACT)
     fact = rest if marker else before
     for other in (SEARCH, QUERY, FACT, FINAL):
