@@ -269,7 +269,7 @@ def test_the_correction_recovers_the_posterior_where_latents_can_be_enumerated()
 def test_another_temperature_makes_weights_heuristic_and_says_so() -> None:
     def told(**rollout: float) -> list[str]:
         config = small.config(rollout=rollout) if rollout else small.config()
-        return list(warnings(Results(config, {}, {})))
+        return list(warnings(config, {}))
 
     assert told() == []
     assert "heuristic weights" in told(top_p=0.95)[0]
@@ -289,7 +289,7 @@ def test_curves_that_part_are_named() -> None:
         "far": [run([-9, -7, -5], [-9, -8, -10, -8], 0.1)],
         "bold": [run([-9, -7, -5], [-9, -8, -6, -6], -0.01)],
     }
-    told = list(warnings(Results(small.config(), {}, runs)))
+    told = list(warnings(small.config(), runs))
     assert [line.split(",")[0] for line in told] == ["far", "bold"]
     assert "over-fitted" in told[0] and "unsupported answers" in told[1]
 
@@ -297,7 +297,8 @@ def test_curves_that_part_are_named() -> None:
 @pytest.mark.parametrize(("closed", "verdict"), [(1.0, "does_not_hold"), (0.0, "holds")])
 def test_claims_that_fail_say_so(closed: float, verdict: str) -> None:
     def solved(em: list[float]) -> list[list[Row]]:
-        return [[{"em": e, "f1": e, "last_gold_hit": e, "stratum": "1-hop"} for e in em]]
+        names = ("em", "f1", "last_gold_hit")
+        return [[{"query": i, "stratum": "1-hop", **dict.fromkeys(names, e)} for i, e in enumerate(em)]]
 
     right = [1.0] * 20
     tested = {System(name): solved(right) for name in ("exsearch", WARM_UP)}
@@ -310,8 +311,8 @@ def test_claims_that_fail_say_so(closed: float, verdict: str) -> None:
 
 def test_a_world_of_parametric_knowledge_ends_the_run() -> None:
     def answered(one: float, *, decisive: bool = True) -> Results:
-        rows = [[{"em": one}, {"em": 0.0}], [{"em": 0.0}, {"em": one}]]
-        return Results(small.config(evaluation={"decisive": decisive}), {System("closed_book"): rows}, {})
+        rows = [[{"query": i, "em": em} for i, em in enumerate(run)] for run in ([one, 0.0], [0.0, one])]
+        return Results(small.config(evaluation={"decisive": decisive, "seeds": 2}), {System("closed_book"): rows}, {})
 
     require_search(answered(0.0))
     with pytest.raises(DataError, match=r"closed_book answers 0\.50 of the test questions"):

@@ -45,7 +45,7 @@ def build_report(
     report.notes.append(_header(config))
     report.notes.append(f"test questions: {config.data.test}")
     report.notes.append(f"every arm has the backbone, retriever, limits and data {shared(harness)}")
-    report.notes.extend(warnings(results))
+    report.notes.extend(warnings(config, results.curves))
     results.report(report, SHARES, PLOTTED, examples="Test questions")
     for system in results.rows:
         for metric in SEARCHES:
@@ -106,15 +106,14 @@ def _header(config: Config) -> str:
     )
 
 
-def warnings(results: Results) -> Iterator[str]:
+def warnings(config: Config, curves: Mapping[str, tables.Runs]) -> Iterator[str]:
     """Weights that say little, and curves that part."""
-    config = config_of(results)
     em = config.em
     if config.rollout.heuristic and em.weights.correction == "none":
         yield "heuristic weights: trajectories are drawn at another temperature or nucleus than the model's own"
     if em.samples == 1 and em.weights.rule == "snis":
         yield "no signal: one sample has weight 1 whatever its likelihood"
-    for name, runs in results.curves.items():
+    for name, runs in curves.items():
         for seed, run in enumerate(runs, config.seed):
             if len(run) < 3:
                 continue
