@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mobula.config import nearest
-from mobula.retrieval.docids.config import FAMILIES
+from mobula.retrieval.docids.families import FAMILIES
 
 PARADIGMS = ("diffusion", "autoregressive", "classifier")
 

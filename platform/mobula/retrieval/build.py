@@ -18,7 +18,6 @@ from mobula.models.pretrained import Pretrained
 from mobula.models.text import StaticEmbedding, load_static
 from mobula.retrieval.arms import Arm
 from mobula.retrieval.diffusion_lm import KINDS, DiffusionLM
-from mobula.retrieval.docids.config import EMBEDDED, TEXT
 from mobula.retrieval.docids.table import DocidTable
 from mobula.retrieval.language_model import LanguageModel, PretrainedShape
 from mobula.retrieval.network import (
@@ -197,8 +196,8 @@ def encoder_tower(shape: NetworkShape, table: DocidTable) -> EncoderTower:
     _require_base(shape.encoder, shape.encoder_hash, encoder.hash)
     if not isinstance(encoder, TransformerEncoder):
         raise ArtifactError(f"encoder {shape.encoder!r} has no network that could be trained")
-    centred = table.space.family in EMBEDDED
-    mean = torch.from_numpy(table.space.arrays["mean"]).float() if centred else torch.zeros(shape.input_dim)
+    centred = table.space.arrays.get("mean")
+    mean = torch.zeros(shape.input_dim) if centred is None else torch.from_numpy(centred).float()
     return EncoderTower(shape, encoder, mean)
 
 
@@ -225,7 +224,7 @@ def code_table(table: DocidTable) -> Tensor | None:
 
     The end token, which is no token of the embedding, gets the mean row.
     """
-    if table.space.family not in TEXT:
+    if not table.space.kind.is_text:
         return None
     embedding: StaticEmbedding = load_static("wordllama")
     rows = torch.from_numpy(embedding.table[table.space.arrays["vocabulary"]])

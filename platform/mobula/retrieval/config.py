@@ -14,6 +14,7 @@ from mobula.retrieval import arms as arm_names
 from mobula.retrieval.arms import Arm
 from mobula.retrieval.build import PARADIGMS, ModelConfig
 from mobula.retrieval.docids.config import DocidConfig, code_length
+from mobula.retrieval.docids.families import FAMILIES
 from mobula.retrieval.search import MOST_EXHAUSTIVE, ORDERS, REMASK, SearchOptions
 from mobula.training import TrainingConfig
 
@@ -111,11 +112,17 @@ class Config(ExperimentConfig):
                 f"docid.encoder={self.docid.encoder} but model.encoder={self.model.encoder}: "
                 "the codeword prior needs one encoder for both; or set model.codeword_prior=false"
             )
-        if self.docid.collision == "append" and any("text." in arm for arm in self.arms):
-            found.append("docid.collision=append is for arms without text docids")
-        if any(arm.endswith("/text.title") for arm in self.arms) and self.data.queries == "titles":
-            found.append("data.queries=titles takes the titles away that docids of family text.title are made of")
+        found.extend(self._misplaced_families() if not found else [])
         return found or [f"decode: {problem}" for problem in self.decode.misfits(self.code_length)]
+
+    def _misplaced_families(self) -> Iterator[str]:
+        """Families of docids that do not go with other sections."""
+        families = [FAMILIES[arm.family] for arm in self.parsed_arms]
+        if self.docid.collision == "append" and any(family.is_text for family in families):
+            yield "docid.collision=append is for arms without text docids"
+        if self.data.queries == "titles":
+            for name in sorted({family.name for family in families if family.titles}):
+                yield f"data.queries=titles takes the titles away that docids of family {name} are made of"
 
     def _misplaced_arms(self) -> Iterator[str]:
         """Arms whose backbone has learned the other way of generating."""

@@ -25,7 +25,7 @@ from mobula.retrieval.arms import Arm
 from mobula.retrieval.config import Config
 from mobula.retrieval.decoding.recovery import recovery
 from mobula.retrieval.dense import Dense
-from mobula.retrieval.docids.config import QUANTISED
+from mobula.retrieval.docids.families import FAMILIES
 from mobula.retrieval.docids.lookup import RANKERS, LookupRetriever
 from mobula.retrieval.fitting import Fitted, docid_task, load_arm, load_dual
 from mobula.retrieval.lexical import tune
@@ -173,7 +173,7 @@ class Evaluation:
             ids = [document.id for document in documents]
             searches["dual"] = DualRetriever(dual, encoder, ids, self.material.embeddings).search
         table = self.material.prepared.table(self.main.family)
-        if self.main.family in QUANTISED:
+        if FAMILIES[self.main.family].is_quantised:
             searches |= {name: LookupRetriever(name, table, encoder, body).search for name in RANKERS}
         return {name: System(name, search, options) for name, search in searches.items()}
 

@@ -20,11 +20,11 @@ from mobula.artifacts import Artifact, open_artifact, read_jsonl, write_json, wr
 from mobula.data.records import Document, Query
 from mobula.data.views import body
 from mobula.models.encoders import TextEncoder, load_encoder
-from mobula.models.text import load_static
 from mobula.retrieval.arms import Arm, parse
 from mobula.retrieval.build import ModelConfig, base_hash, load_model, load_weights, save_model
 from mobula.retrieval.dense import Dense
-from mobula.retrieval.docids.config import QUANTISED, TEXT, DocidConfig
+from mobula.retrieval.docids.config import DocidConfig
+from mobula.retrieval.docids.families import FAMILIES
 from mobula.retrieval.docids.lookup import RANKERS, LookupRetriever
 from mobula.retrieval.docids.table import DocidTable
 from mobula.retrieval.fitting import Fitted, Trained, docid_task, load_arm, load_dual
@@ -211,7 +211,7 @@ def load(artifact: Artifact) -> Library:
     for arm in _arms(meta):
         retrievers[str(arm)] = _docid_retriever(artifact, arm, tables[arm.family], inputs[model.reader(arm)], encoder)
     main = tables[_arms(meta)[0].family]
-    if main.space.family in QUANTISED:
+    if main.space.kind.is_quantised:
         retrievers.update({name: LookupRetriever(name, main, encoder, body) for name in RANKERS})
     retrievers["bm25"] = Bm25(documents, **artifact.read_json("bm25.json"))
     retrievers["dense"] = Dense(encoder, documents, embeddings)
@@ -240,8 +240,7 @@ def _docid_retriever(
 
 
 def _table(artifact: Artifact, family: str) -> DocidTable:
-    tokenizer = load_static("wordllama") if family in TEXT else None
-    return DocidTable.load(artifact.directory / "docids" / family, tokenizer=tokenizer)
+    return DocidTable.load(artifact.directory / "docids" / family, tokenizer=FAMILIES[family].tokenizer())
 
 
 def _arms(meta: dict[str, Any]) -> list[Arm]:
@@ -250,7 +249,7 @@ def _arms(meta: dict[str, Any]) -> list[Arm]:
 
 def _takes_documents(retriever: Retriever) -> bool:
     table = getattr(retriever, "table", None)
-    return table is None or table.space.family != "atomic"
+    return table is None or table.space.kind.growable
 
 
 def _held(retriever: Retriever, doc_ids: Sequence[str]) -> list[str]:

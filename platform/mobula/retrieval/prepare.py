@@ -22,7 +22,8 @@ from mobula.models.text import load_static
 from mobula.retrieval.arms import Arm
 from mobula.retrieval.build import LANGUAGE_MODELS, PARADIGMS, ModelConfig, base_hash
 from mobula.retrieval.config import ViewsConfig
-from mobula.retrieval.docids.config import CONTROLS, EMBEDDED, TEXT, DocidConfig
+from mobula.retrieval.docids.config import DocidConfig
+from mobula.retrieval.docids.families import FAMILIES
 from mobula.retrieval.docids.leak import require_no_leak
 from mobula.retrieval.docids.space import DocidSpace, fit_space
 from mobula.retrieval.docids.table import DocidTable
@@ -39,7 +40,6 @@ from mobula.retrieval.tasks import Prepared
 log = logging.getLogger(__name__)
 DONE = "prepared.json"
 Pair = tuple[int, int]
-TITLE_LEAK = 0.5  # share of queries that may hold their docid by chance; queries that are titles hold it always
 WINDOWS_PER_DOCUMENT = 5  # that codebooks are fitted on with docid.fit_on=windows
 
 
@@ -120,9 +120,9 @@ def title_leaks(material: Material, arms: Sequence[Arm]) -> dict[str, float]:
         DocidLeak: for docids made of titles, if most queries hold them: generating the docid is copying then.
     """
     shares = {}
-    for family in sorted({arm.family for arm in arms} & set(TEXT)):
-        limit = TITLE_LEAK if family == "text.title" else 1.0
-        shares[family] = require_no_leak(material.data.queries["test"], material.prepared.table(family), limit)
+    for family in sorted({arm.family for arm in arms if FAMILIES[arm.family].is_text}):
+        table = material.prepared.table(family)
+        shares[family] = require_no_leak(material.data.queries["test"], table, FAMILIES[family].leak_limit)
     return shares
 
 
@@ -130,18 +130,17 @@ def fit_family(
     config: DocidConfig, data: RetrievalData, embeddings: np.ndarray, encoder: TextEncoder, seed: int
 ) -> DocidTable:
     """Fit a docid family on the corpus and encode it."""
-    family = config.family
-    tokenizer = load_static("wordllama") if family in TEXT else None
-    vectors = embeddings if family in EMBEDDED else None
+    family = FAMILIES[config.family]
+    vectors = embeddings if family.is_numeric else None
     windows = None
-    if config.fit_on == "windows" and family in EMBEDDED:
+    if config.fit_on == "windows" and family.is_numeric:
         views = make_views(data.documents, "window", WINDOWS_PER_DOCUMENT, seed)
         windows = encoder.embed([view.text for view in views])
+    tokenizer, name = family.tokenizer(), encoder.hash
     space: DocidSpace = fit_space(
-        config, data.documents, vectors, seed=seed, encoder_hash=encoder.hash, tokenizer=tokenizer, windows=windows
+        config, data.documents, vectors, seed=seed, encoder_hash=name, tokenizer=tokenizer, windows=windows
     )
-    collision = "bucket" if family in CONTROLS else config.collision
-    return DocidTable.build(space, data.documents, vectors, collision)
+    return DocidTable.build(space, data.documents, vectors, family.collision(config.collision))
 
 
 def _embed_documents(encoder: TextEncoder, data: RetrievalData, directory: Path) -> np.ndarray:

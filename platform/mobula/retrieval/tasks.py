@@ -19,12 +19,11 @@ from torch import Tensor, nn
 from mobula.artifacts import sha256
 from mobula.config import digest
 from mobula.errors import TrainingError
-from mobula.models.text import load_static
 from mobula.retrieval import objective
 from mobula.retrieval.arms import Arm
 from mobula.retrieval.build import ModelConfig, build_model
 from mobula.retrieval.decoding import ArDecoder, Decoder
-from mobula.retrieval.docids.config import CONTROLS, TEXT
+from mobula.retrieval.docids.families import FAMILIES
 from mobula.retrieval.docids.table import DocidTable
 from mobula.retrieval.inputs import StoredFeatures
 from mobula.retrieval.network import DocidModel
@@ -66,8 +65,7 @@ class Prepared:
 
     def table(self, family: str) -> DocidTable:
         """The docid table of a family."""
-        tokenizer = load_static("wordllama") if family in TEXT else None
-        return DocidTable.load(self.directory / "docids" / family, tokenizer=tokenizer)
+        return DocidTable.load(self.directory / "docids" / family, tokenizer=FAMILIES[family].tokenizer())
 
     def identity(self) -> str:
         """Hash of everything a task reads."""
@@ -164,7 +162,7 @@ class DocidTask(Task):
 
     def check(self, metrics: dict[str, float], step: int, steps: int) -> None:
         """See :func:`check_collapse`."""
-        fatal = self.guarded and self.arm.family not in CONTROLS
+        fatal = self.guarded and not FAMILIES[self.arm.family].is_control
         check_collapse(str(self.arm), metrics["distinct_top1"], self.prepared.dev_gold, step, steps, fatal=fatal)
 
 

@@ -15,7 +15,8 @@ from mobula.retrieval import arms as arm_names
 from mobula.retrieval.arms import Arm
 from mobula.retrieval.build import LANGUAGE_MODELS, ModelConfig
 from mobula.retrieval.config import LossConfig, ViewsConfig
-from mobula.retrieval.docids.config import QUANTISED, TEXT, DocidConfig
+from mobula.retrieval.docids.config import DocidConfig
+from mobula.retrieval.docids.families import FAMILIES, QUANTISED
 from mobula.retrieval.dynamic.chunks import ChunksConfig, Expansion
 from mobula.retrieval.dynamic.hybrid import FusionConfig
 from mobula.retrieval.dynamic.multi import MultiConfig
@@ -126,7 +127,7 @@ class Config(ExperimentConfig):
 
     def docid_of(self, family: str) -> DocidConfig:
         """The docid settings of a family."""
-        return replace(self.text if family in TEXT else self.docid, family=family)
+        return replace(self.text if FAMILIES[family].is_text else self.docid, family=family)
 
     def variant(self, text: str) -> MultiConfig:
         """``multi`` with changes such as ``expand=free,tie=residual``."""

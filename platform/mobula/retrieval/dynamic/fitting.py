@@ -9,7 +9,7 @@ from typing import Any
 
 from mobula.cluster.spec import ClusterSpec
 from mobula.retrieval.arms import Arm
-from mobula.retrieval.docids.config import TEXT
+from mobula.retrieval.docids.families import FAMILIES
 from mobula.retrieval.dynamic.config import MULTI, Config
 from mobula.retrieval.dynamic.prepare import (
     NEGATIVES,
@@ -143,7 +143,7 @@ def _fit(trained: Trained, plans: list[Plan], schedule: Schedule, cluster: Clust
 
 def _numeric(config: Config, trained: Trained) -> Iterator[tuple[str, Any]]:
     for arm in config.parsed_arms:
-        if arm.family not in TEXT:
+        if not FAMILIES[arm.family].is_text:
             yield str(arm), DocidTask(trained.documents.prepared, arm, config.model, config.loss.weight)
     for paradigm in config.multi_paradigms:
         for count, material in trained.chunks.items():
@@ -156,7 +156,7 @@ def _text(config: Config, trained: Trained) -> Iterator[tuple[str, Any]]:
     # n-gram models first: their rate is the one the spec has the text systems inherit.
     yield from trained.ngrams.items()
     for arm in config.parsed_arms:
-        if arm.family in TEXT:
+        if FAMILIES[arm.family].is_text:
             yield str(arm), DocidTask(trained.documents.prepared, arm, config.model, config.loss.weight)
 
 

@@ -13,13 +13,12 @@ import numpy as np
 from mobula.evaluation.claims import compare
 from mobula.evaluation.ranking import MEASURES
 from mobula.experiment import Claim, Measure, Report
+from mobula.retrieval.docids.families import NUMERIC, TEXT
 from mobula.retrieval.dynamic import measures
-from mobula.retrieval.dynamic.config import MULTI, Config
+from mobula.retrieval.dynamic.config import MULTI, NGRAMS, Config
 from mobula.retrieval.dynamic.follow import ORACLE, TENDENCY, Followed, Protocol
 from mobula.retrieval.dynamic.measures import STATISTICS, Resampler, Statistic, claim, interval
 
-TEXTS = ("ngram", "multiview", "text.")
-NUMERIC = ("rq", "pq", "opq", "hkmeans")
 MATCHES = 0.02  # "matches": not worse by two points or more
 SEED = 0
 
@@ -83,7 +82,7 @@ class Findings:
     @property
     def texts(self) -> list[str]:
         """Trained systems with text docids."""
-        return [n for n in self.followed if n in TEXTS or n.partition("/")[2].startswith("text.")]
+        return [n for n in self.followed if n in NGRAMS or n.partition("/")[2] in TEXT]
 
     @property
     def multi(self) -> str | None:

@@ -10,7 +10,7 @@ from mobula.data.views import body
 from mobula.models.text import load_static
 from mobula.retrieval.build import load_weights
 from mobula.retrieval.dense import Dense
-from mobula.retrieval.docids.config import QUANTISED
+from mobula.retrieval.docids.families import FAMILIES
 from mobula.retrieval.docids.lookup import LookupRetriever
 from mobula.retrieval.docids.table import DocidTable
 from mobula.retrieval.dynamic.config import HYBRID, MULTI, Config
@@ -85,7 +85,7 @@ def _adc(config: Config, trained: Trained, name: str) -> list[System]:
         table = material.prepared.table(family)
         return lambda _: LookupRetriever("adc", table, material.encoder, body)
 
-    families = dict.fromkeys(arm.family for arm in config.parsed_arms if arm.family in QUANTISED)
+    families = dict.fromkeys(arm.family for arm in config.parsed_arms if FAMILIES[arm.family].is_quantised)
     return [_baseline(config, f"{name}/{family}", make(family)) for family in families]
 
 
