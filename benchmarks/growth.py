@@ -24,10 +24,10 @@ from mobula.data import load_retrieval
 from mobula.data.records import Document, RetrievalData
 from mobula.data.sessions import SessionPlan
 from mobula.retrieval.dynamic.config import Config
-from mobula.retrieval.dynamic.fitting import fit_systems
-from mobula.retrieval.dynamic.follow import by_itself
+from mobula.retrieval.dynamic.evaluate_sessions import by_itself
 from mobula.retrieval.dynamic.prepare import Sessions
 from mobula.retrieval.dynamic.systems import systems
+from mobula.retrieval.dynamic.train_systems import fit_systems
 from mobula.retrieval.outcomes import System as Timed
 from mobula.retrieval.outcomes import time_systems
 from mobula.retrieval.search import Retriever, SearchOptions
@@ -56,7 +56,7 @@ QUERIES = 15
 
 
 def run() -> dict[str, Any]:
-    """Seconds per 1,000 admitted documents and ms per query at each size, by system; the n-gram ratio."""
+    """Seconds per 1,000 inserted documents and ms per query at each size, by system; the n-gram ratio."""
     with one_thread(), tempfile.TemporaryDirectory() as folder:
         config = configs.build(Config, CONFIG)
         sessions, arriving = _corpus(config)
@@ -71,7 +71,7 @@ def run() -> dict[str, Any]:
         for wanted in SIZES:
             for documents in _batches(arriving, wanted - size):
                 for name, retriever in retrievers.items():
-                    seconds = _admit(retriever, documents, options[name])
+                    seconds = _insert(retriever, documents, options[name])
                     admission.setdefault(name, 1000 * seconds / len(documents))
             size = wanted
             log.info("latency at %d documents", size)
@@ -118,7 +118,7 @@ def _batches(stream: Iterator[Document], count: int) -> Iterator[list[Document]]
             yield [next(stream) for _ in range(size)]
 
 
-def _admit(retriever: Retriever, documents: list[Document], options: SearchOptions) -> float:
+def _insert(retriever: Retriever, documents: list[Document], options: SearchOptions) -> float:
     """Seconds until added documents can be found: some build their index with the first search."""
     started = time.perf_counter()
     retriever.insert(documents)

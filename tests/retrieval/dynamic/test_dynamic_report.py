@@ -13,16 +13,16 @@ from mobula.data.records import Document, Query, RetrievalData
 from mobula.data.sessions import SessionPlan, SessionRow
 from mobula.experiment import Claim, Report
 from mobula.retrieval.dynamic.config import Config
-from mobula.retrieval.dynamic.follow import ORACLE, TENDENCY, Followed, Protocol
+from mobula.retrieval.dynamic.evaluate_sessions import INITIAL_SHARE, ORACLE, EvaluationProtocol, SessionResults
 from mobula.retrieval.dynamic.measures import Cells
 from mobula.retrieval.dynamic.prepare import Sessions
-from mobula.retrieval.dynamic.report import Findings, claims, fill
+from mobula.retrieval.dynamic.report import Results, build_report, claims
 
 ROWS, SESSIONS = 200, 3
 SYSTEMS = ("bm25", "dense", "adc/rq", "autoregressive/rq", "autoregressive/multi_chunk", "ngram", "dual")
 
 
-def _findings(quality: dict[str, tuple[float, float]], leaning: dict[str, float], tmp_path: Path) -> Findings:
+def _findings(quality: dict[str, tuple[float, float]], leaning: dict[str, float], tmp_path: Path) -> Results:
     """Systems by name: (Hit@10 of the initial rows, of the others), and the share of initial documents they return."""
     documents = [Document(f"{s}-{i}", "", "text") for s in range(SESSIONS) for i in range(ROWS)]
     rows = [
@@ -31,12 +31,12 @@ def _findings(quality: dict[str, tuple[float, float]], leaning: dict[str, float]
     ]
     data = RetrievalData("toy", "here", "", documents, {})
     plan = SessionPlan({d.id: int(d.id[0]) for d in documents}, [], [], [row for found in rows for row in found])
-    protocol = Protocol(Sessions(data, plan, data), rows, 10, 1, tmp_path)
+    protocol = EvaluationProtocol(Sessions(data, plan, data), rows, 10, 1, tmp_path)
     config = build(Config, {"method": "dynamic_retrieval", "evaluation": {"resamples": 300}})
-    return Findings(config, protocol, {n: _followed(*q, leaning.get(n, 0.4)) for n, q in quality.items()})
+    return Results(config, protocol, {n: _evaluated(*q, leaning.get(n, 0.4)) for n, q in quality.items()})
 
 
-def _followed(first: float, later: float, share: float) -> Followed:
+def _evaluated(first: float, later: float, share: float) -> SessionResults:
     cells = []
     for session in range(SESSIONS):
         value = first if session == 0 else later
@@ -45,12 +45,12 @@ def _followed(first: float, later: float, share: float) -> Followed:
         cells.append(found)
     leaning = [np.full((1, ROWS), share) + np.linspace(-0.1, 0.1, ROWS) for _ in range(SESSIONS)]
     oracle = [np.ones((1, ROWS)) for _ in range(SESSIONS)]
-    made: Any = Followed(Cells({"Hit@10": cells}, {TENDENCY: leaning, ORACLE: oracle}), None)  # type: ignore[arg-type]
-    made.ms, made.admitted, made.bytes = np.array([2.0, 2.1, 2.2]), [(10, 5.0)], 100
+    made: Any = SessionResults(Cells({"Hit@10": cells}, {INITIAL_SHARE: leaning, ORACLE: oracle}), None)  # type: ignore[arg-type]
+    made.ms, made.inserted, made.bytes = np.array([2.0, 2.1, 2.2]), [(10, 5.0)], 100
     return made
 
 
-def _verdicts(found: Findings) -> dict[str, Claim]:
+def _verdicts(found: Results) -> dict[str, Claim]:
     return {claim.name: claim for claim in claims(found)}
 
 
@@ -72,7 +72,7 @@ def test_claims_follow_from_what_was_measured(tmp_path: Path) -> None:
     assert made["F1 ngram autoregressive/rq"].effect == pytest.approx(0.6)
     assert made["F3-bm25 ngram bm25"].verdict == "does_not_hold"
     assert made["F3-dense ngram dual"].verdict == "holds"
-    assert made["G-tendency autoregressive/rq"].verdict == "holds"
+    assert made["G-initial-share autoregressive/rq"].verdict == "holds"
     # Decoding among the session's documents alone finds everything: 0.8 more for rq, 0.1 more for dense.
     assert made["G-oracle autoregressive/rq"].effect == pytest.approx(0.7)
     assert made["H-better"].verdict == "holds"
@@ -96,7 +96,7 @@ def test_a_share_of_no_gap_is_not_defined(tmp_path: Path) -> None:
 
 def test_the_report_holds_every_table_and_plot(tmp_path: Path) -> None:
     report = Report("dynamic_retrieval", "toy", 0, "")
-    fill(report, _findings(QUALITY, {}, tmp_path), [["ngram", 0.01, None, True]])
+    build_report(report, _findings(QUALITY, {}, tmp_path), [["ngram", 0.01, None, True]])
     assert report.measures["ngram/GA/Hit@10"].value == pytest.approx(0.8)
     assert report.measures["ngram/P[2,1]/Hit@10"].n == ROWS
     drop = {row[0]: row for row in report.tables["Where the drop comes from"][1:]}["autoregressive/rq"]

@@ -26,22 +26,22 @@ from mobula.retrieval.docids.text import tokens
 from mobula.retrieval.dynamic import trial
 from mobula.retrieval.dynamic.chunks import owner
 from mobula.retrieval.dynamic.config import Config
-from mobula.retrieval.dynamic.fitting import Trained, fit_systems
-from mobula.retrieval.dynamic.follow import (
-    FOLLOWED,
-    Followed,
-    Protocol,
+from mobula.retrieval.dynamic.evaluate_sessions import (
+    RESULTS,
+    EvaluationProtocol,
+    SessionResults,
     WeightsChanged,
     _counted,
     _values,
-    follow,
-    follow_seed,
+    evaluate_seed,
+    evaluate_sessions,
     restricted,
     sample_rows,
 )
 from mobula.retrieval.dynamic.prepare import FITTED, FutureLeak, Sessions, fit_hash, require_fitted_on
-from mobula.retrieval.dynamic.study import Study
+from mobula.retrieval.dynamic.study import SessionStudy
 from mobula.retrieval.dynamic.systems import System, systems
+from mobula.retrieval.dynamic.train_systems import Trained, fit_systems
 from mobula.retrieval.search import Hit, SearchOptions
 from mobula.running import run_experiment
 from mobula.serving.calibration import Calibration
@@ -110,9 +110,9 @@ def _system(config: Config, trained: Trained, name: str) -> System:
     return next(system for system in systems(config, trained) if system.name == name)
 
 
-def _protocol(sessions: Sessions, folder: Path | None = None) -> Protocol:
+def _protocol(sessions: Sessions, folder: Path | None = None) -> EvaluationProtocol:
     rows = [sample_rows(sessions.plan.rows(i), 10, 0) for i in range(sessions.count)]
-    return Protocol(sessions, rows, 20, 2, folder)
+    return EvaluationProtocol(sessions, rows, 20, 2, folder)
 
 
 def test_titles_bring_their_tokens_with_them(config: Config, trained: Trained, sessions: Sessions) -> None:
@@ -174,18 +174,18 @@ def test_what_was_followed_is_kept_and_not_done_again(
     directory: Path, config: Config, sessions: Sessions, tmp_path: Path
 ) -> None:
     """An interrupted run goes on at the first system and seed that is missing."""
-    study = Study(config, sessions, directory, None)
-    kept = study._place("bm25", 0)
-    fresh = follow_seed(study.systems["bm25"], replace(study.protocol, directory=tmp_path), 0)
-    found = Followed.load(kept)
+    study = SessionStudy(config, sessions, directory, None)
+    kept = study._path("bm25", 0)
+    fresh = evaluate_seed(study.systems["bm25"], replace(study.protocol, directory=tmp_path), 0)
+    found = SessionResults.load(kept)
     for name, rows in fresh.cells.values.items():
         for one, other in zip(rows, found.cells.values[name], strict=True):
             np.testing.assert_array_equal(one, other)
     np.testing.assert_array_equal(found.cells.diagonal["oracle"][1], fresh.cells.diagonal["oracle"][1])
-    assert [count for count, _ in found.admitted] == [count for count, _ in fresh.admitted]
-    before = (kept / FOLLOWED).stat().st_mtime_ns
-    study.follow("bm25", 0)
-    assert (kept / FOLLOWED).stat().st_mtime_ns == before
+    assert [count for count, _ in found.inserted] == [count for count, _ in fresh.inserted]
+    before = (kept / RESULTS).stat().st_mtime_ns
+    study.evaluate("bm25", 0)
+    assert (kept / RESULTS).stat().st_mtime_ns == before
 
 
 def test_admission_changes_no_weight_codebook_or_old_code(config: Config, trained: Trained, sessions: Sessions) -> None:
@@ -193,7 +193,7 @@ def test_admission_changes_no_weight_codebook_or_old_code(config: Config, traine
         system = _system(config, trained, name)
         retriever: Any = system.make(0)
         before = {id: code.tolist() for id, code in zip(retriever.table.doc_ids, retriever.table.codes, strict=True)}
-        follow(system, _protocol(sessions), 1)  # would raise WeightsChanged
+        evaluate_sessions(system, _protocol(sessions), 1)  # would raise WeightsChanged
         retriever.insert(sessions.documents(1))
         after = {id: code.tolist() for id, code in zip(retriever.table.doc_ids, retriever.table.codes, strict=True)}
         assert before.items() <= after.items()
@@ -216,7 +216,7 @@ def test_training_on_admission_is_caught(config: Config, trained: Trained, sessi
         return retriever
 
     with pytest.raises(WeightsChanged, match="changed weights"):
-        follow(replace(system, make=make), _protocol(sessions), 1)
+        evaluate_sessions(replace(system, make=make), _protocol(sessions), 1)
 
 
 def test_what_was_fitted_on_other_documents_is_refused(directory: Path, sessions: Sessions, tmp_path: Path) -> None:
@@ -337,11 +337,13 @@ def test_a_planted_distractor_counts_against_earlier_sessions(
     plan = replace(sessions.plan, session_of={**sessions.plan.session_of, **dict.fromkeys([d.id for d in planted], 1)})
     spoiled = replace(protocol, sessions=Sessions(data, plan, sessions.initial))
     bm25 = _system(config, trained, "bm25")
-    clean = follow(bm25, protocol, 1).cells.values["Hit@10"][0][0]
-    worse = follow(bm25, spoiled, 1).cells.values["Hit@10"][0][0]
+    clean = evaluate_sessions(bm25, protocol, 1).cells.values["Hit@10"][0][0]
+    worse = evaluate_sessions(bm25, spoiled, 1).cells.values["Hit@10"][0][0]
     assert worse[0].mean() == clean[0].mean() > 0.5
     assert worse[1].mean() < clean[1].mean() / 2
-    assert np.isnan(follow(bm25, protocol, 1).cells.values["Hit@10"][2][0][1]).all()  # session 2 has not arrived
+    assert np.isnan(
+        evaluate_sessions(bm25, protocol, 1).cells.values["Hit@10"][2][0][1]
+    ).all()  # session 2 has not arrived
 
 
 @pytest.mark.parametrize(
@@ -397,7 +399,7 @@ def test_a_simulated_arrival_knows_no_later_session(config: Config, sessions: Se
 def test_data_of_a_session_without_queries_is_refused(sessions: Sessions, tmp_path: Path) -> None:
     plan = replace(sessions.plan, test=[row for row in sessions.plan.test if row.session != 1])
     with pytest.raises(Exception, match="session 1 has no test query"):
-        Protocol.of(Sessions(sessions.data, plan, sessions.initial), 10, None, 2, 0, tmp_path)
+        EvaluationProtocol.of(Sessions(sessions.data, plan, sessions.initial), 10, None, 2, 0, tmp_path)
 
 
 def test_default_data_needs_no_folder() -> None:

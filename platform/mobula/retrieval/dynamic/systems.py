@@ -14,9 +14,9 @@ from mobula.retrieval.docids.families import FAMILIES
 from mobula.retrieval.docids.lookup import LookupRetriever
 from mobula.retrieval.docids.table import DocidTable
 from mobula.retrieval.dynamic.config import HYBRID, MULTI, Config
-from mobula.retrieval.dynamic.fitting import Trained, multi_name
 from mobula.retrieval.dynamic.hybrid import HybridRetriever, tune_weight
 from mobula.retrieval.dynamic.multi import MultiConfig, MultiDocidRetriever
+from mobula.retrieval.dynamic.train_systems import Trained, multi_name
 from mobula.retrieval.lexical import Bm25, tune
 from mobula.retrieval.ngrams.retriever import load as load_ngrams
 from mobula.retrieval.prepare import Material

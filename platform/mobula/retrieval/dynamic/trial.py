@@ -20,9 +20,9 @@ from mobula.data.sessions import SessionsConfig, plan_sessions
 from mobula.errors import DataError
 from mobula.evaluation.ranking import per_query
 from mobula.retrieval.dynamic.config import HYBRID, MULTI, NGRAMS, Config
-from mobula.retrieval.dynamic.fitting import Trained, fit_systems
 from mobula.retrieval.dynamic.prepare import Sessions
 from mobula.retrieval.dynamic.systems import System, systems
+from mobula.retrieval.dynamic.train_systems import Trained, fit_systems
 from mobula.retrieval.outcomes import System as Timed
 from mobula.retrieval.outcomes import search_all, time_systems
 from mobula.retrieval.prepare import sample

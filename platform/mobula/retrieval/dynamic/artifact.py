@@ -21,9 +21,9 @@ from mobula.retrieval.build import ModelConfig, load_model, save_model
 from mobula.retrieval.docids.table import DocidTable
 from mobula.retrieval.dynamic.chunks import ChunksConfig
 from mobula.retrieval.dynamic.config import Config
-from mobula.retrieval.dynamic.fitting import Trained, multi_name
 from mobula.retrieval.dynamic.multi import MultiConfig, MultiDocidRetriever
 from mobula.retrieval.dynamic.prepare import Sessions
+from mobula.retrieval.dynamic.train_systems import Trained, multi_name
 from mobula.retrieval.fitting import Fitted, load_arm
 from mobula.retrieval.library import Library
 from mobula.retrieval.ngrams.retriever import load as load_ngrams

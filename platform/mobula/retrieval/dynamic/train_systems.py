@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from mobula.cluster.pool import Pool
 from mobula.cluster.spec import ClusterSpec
+from mobula.portable import Portable
 from mobula.retrieval.arms import Arm
 from mobula.retrieval.docids.families import FAMILIES
 from mobula.retrieval.dynamic.config import MULTI, Config
@@ -25,6 +29,7 @@ from mobula.retrieval.ngrams.config import MULTIVIEW
 from mobula.retrieval.ngrams.task import NgramTask, write_ngrams
 from mobula.retrieval.prepare import Material, training_examples
 from mobula.retrieval.tasks import DocidTask, DualTask
+from mobula.threads import one_thread
 from mobula.training import FitResult
 
 KINDS = ("numeric", "text", "dual")
@@ -62,34 +67,79 @@ def prepare_systems(config: Config, sessions: Sessions, directory: Path) -> Trai
 
 
 def fit_systems(config: Config, sessions: Sessions, directory: Path, cluster: ClusterSpec | None) -> Trained:
-    """Prepare and train what a run needs; finished trainings are taken as they are."""
-    trained = prepare_systems(config, sessions, directory)
-    schedule = _schedule(config)
-    for kind in KINDS:
-        found = plans(config, trained, directory, kind)
-        if not found:
-            continue
-        first, *others = found
-        # The first of a kind chooses the rate for all: sweeping every one would cost more than training it.
-        rows = _fit(trained, [first], schedule, cluster)
-        rate = _chosen(rows)
-        _fit(trained, [replace(plan, rates=[rate]) for plan in others], schedule, cluster)
-    return trained
+    """Prepare and train what a run needs, one after another; finished trainings are taken as they are."""
+    training = SystemTraining(config, sessions, directory, cluster)
+    training.execute(Pool())
+    return training.collect()
 
 
-def try_rates(config: Config, trained: Trained, directory: Path, kind: str) -> float:
-    """The rate that the first system of a kind chooses for all of them; finished trials are taken as they are."""
-    first = plans(config, trained, directory, kind)[0]
-    return _chosen(fit_plans([replace(first, seeds=0)], _schedule(config), None)[1])
+@dataclass
+class SystemTraining(Portable):
+    """The trainings of a run's systems, one job a seed. Seeds are counted from 0.
 
+    The first system of a kind chooses the learning rate for all: sweeping every one would cost more than training it.
+    """
 
-def train_seed(config: Config, trained: Trained, directory: Path, name: str, seed: int) -> None:
-    """Train one seed of a system, if it has as many, once the rate of its kind is known."""
-    for kind in KINDS:
-        for plan in plans(config, trained, directory, kind):
-            if plan.name == name and seed < plan.seeds:
-                rate = try_rates(config, trained, directory, kind)
-                fit_seed(replace(plan, rates=[rate]), _schedule(config), seed)
+    config: Config
+    sessions: Sessions
+    directory: Path
+    cluster: ClusterSpec | None
+
+    @cached_property
+    def prepared(self) -> Trained:
+        """What every training reads."""
+        return prepare_systems(self.config, self.sessions, self.directory)
+
+    @cached_property
+    def plans(self) -> dict[str, list[Plan]]:
+        """The trainings by kind."""
+        found = {kind: plans(self.config, self.prepared, self.directory, kind) for kind in KINDS}
+        return {kind: of_kind for kind, of_kind in found.items() if of_kind}
+
+    def execute(self, workers: Pool) -> None:
+        """Choose every kind's rate, then train every system with every seed."""
+        names = [plan.name for of_kind in self.plans.values() for plan in of_kind]
+        workers.map(self.choose_rate, list(self.plans), [0])
+        workers.map(self.train, names, range(self.config.evaluation.seeds))
+
+    def choose_rate(self, kind: str, seed: int = 0) -> list[list[Any]]:
+        """Try the rates of a kind: rows [system, rate, dev value of its trial, chosen]."""
+        first, *_ = self.plans[kind]
+        with self._threads():
+            return fit_plans([replace(first, seeds=0)], self._schedule, self.cluster)[1]
+
+    def train(self, name: str, seed: int) -> None:
+        """Train one seed of a system, if it has as many."""
+        for kind, of_kind in self.plans.items():
+            for plan in of_kind:
+                if plan.name == name and seed < plan.seeds:
+                    self._fit(kind, plan, seed)
+
+    def collect(self) -> Trained:
+        """Every training's result and the rates; what is not finished is trained here."""
+        trained = self.prepared
+        for kind, of_kind in self.plans.items():
+            for plan in of_kind:
+                trained.tasks[plan.name] = plan.task
+                trained.results[plan.name] = [self._fit(kind, plan, seed) for seed in range(plan.seeds)]
+            trained.rates += self.choose_rate(kind)
+            trained.rates += [[plan.name, self._rate(kind), None, True] for plan in of_kind[1:]]
+        return trained
+
+    @property
+    def _schedule(self) -> Schedule:
+        return Schedule(self.config.training, self.config.learning_rates.share, self.config.seed)
+
+    def _rate(self, kind: str) -> float:
+        return next(rate for _, rate, _, is_best in self.choose_rate(kind) if is_best)
+
+    def _fit(self, kind: str, plan: Plan, seed: int) -> FitResult:
+        with self._threads():
+            return fit_seed(replace(plan, rates=[self._rate(kind)]), self._schedule, seed, self.cluster)
+
+    def _threads(self) -> contextlib.AbstractContextManager[None]:
+        """Of several trainings at a time, each computes with one thread."""
+        return one_thread() if self.config.parallel > 1 else contextlib.nullcontext()
 
 
 def plans(config: Config, trained: Trained, directory: Path, kind: str) -> list[Plan]:
@@ -104,14 +154,6 @@ def plans(config: Config, trained: Trained, directory: Path, kind: str) -> list[
 
 def _folder(name: str) -> str:
     return name.replace("/", "-").replace(" ", "-")
-
-
-def _schedule(config: Config) -> Schedule:
-    return Schedule(config.training, config.learning_rates.share, config.seed)
-
-
-def _chosen(rows: list[list[Any]]) -> float:
-    return next(rate for _, rate, _, is_best in rows if is_best)
 
 
 def _prepare_ngrams(config: Config, sessions: Sessions, directory: Path, name: str) -> NgramTask:
@@ -131,14 +173,6 @@ def _prepare_ngrams(config: Config, sessions: Sessions, directory: Path, name: s
     note_fit(directory, data)
     require_fitted_on(directory, [document.id for document in data.documents])
     return task
-
-
-def _fit(trained: Trained, plans: list[Plan], schedule: Schedule, cluster: ClusterSpec | None) -> list[list[Any]]:
-    results, rows = fit_plans(plans, schedule, cluster)
-    for plan, found in zip(plans, results, strict=True):
-        trained.tasks[plan.name], trained.results[plan.name] = plan.task, found
-    trained.rates.extend(rows)
-    return rows
 
 
 def _numeric(config: Config, trained: Trained) -> Iterator[tuple[str, Any]]:

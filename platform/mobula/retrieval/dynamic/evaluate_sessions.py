@@ -1,4 +1,4 @@
-"""Following systems through the sessions: documents arrive, every state of the corpus is searched."""
+"""Systems are searched through the sessions: documents arrive, every state of the corpus is searched."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ from mobula.retrieval.search import Hit, Retriever, SearchOptions, SearchResult,
 
 log = logging.getLogger(__name__)
 PROGRESS_S = 10.0
-TENDENCY, ORACLE = "tendency", "oracle"
+INITIAL_SHARE, ORACLE = "initial_share", "oracle"
 DEPTH = 10  # of the tendency and of the oracle
-CELLS, FOLLOWED = "cells.safetensors", "followed.json"
+CELLS, RESULTS = "cells.safetensors", "results.json"
 
 
 class WeightsChanged(MobulaError):
@@ -43,18 +43,18 @@ class WeightsChanged(MobulaError):
 
 
 @dataclass
-class Followed:
+class SessionResults:
     """What was seen of one system: its cells, (documents, ms) of every admission, ms per query, facts of its index."""
 
     cells: Cells
-    admitted: list[tuple[int, float]] = field(default_factory=list)
+    inserted: list[tuple[int, float]] = field(default_factory=list)
     ms: np.ndarray = field(default_factory=lambda: np.zeros(0))
     bytes: int | None = None
     docids: dict[str, Any] = field(default_factory=dict)
     unreachable: int = 0
 
     def save(self, directory: Path) -> None:
-        """Write what one seed has shown; ``followed.json`` last."""
+        """Write what one seed has shown; ``results.json`` last."""
         directory.mkdir(parents=True, exist_ok=True)
         parts = {"values": self.cells.values, "diagonal": self.cells.diagonal}
         arrays = {
@@ -64,24 +64,24 @@ class Followed:
             for i, found in enumerate(rows)
         }
         save_file(arrays, directory / CELLS)
-        facts = {name: getattr(self, name) for name in ("admitted", "bytes", "docids", "unreachable")}
-        write_json(directory / FOLLOWED, {**facts, "filled": self.cells.filled})
+        facts = {name: getattr(self, name) for name in ("inserted", "bytes", "docids", "unreachable")}
+        write_json(directory / RESULTS, {**facts, "filled": self.cells.filled})
 
     @classmethod
-    def load(cls, directory: Path) -> Followed:
+    def load(cls, directory: Path) -> SessionResults:
         """Read what :meth:`save` wrote."""
-        facts = json.loads((directory / FOLLOWED).read_text(encoding="utf-8"))
+        facts = json.loads((directory / RESULTS).read_text(encoding="utf-8"))
         cells = Cells({}, {}, facts.pop("filled"))
         arrays = load_file(directory / CELLS)
         for path in sorted(arrays, key=lambda path: int(path.rpartition("/")[2])):
             part, _, rest = path.partition("/")
             getattr(cells, part).setdefault(rest.rpartition("/")[0], []).append(arrays[path])
-        facts["admitted"] = [tuple(pair) for pair in facts["admitted"]]
+        facts["inserted"] = [tuple(pair) for pair in facts["inserted"]]
         return cls(cells, **facts)
 
 
 @dataclass(frozen=True)
-class Protocol:
+class EvaluationProtocol:
     """What is searched when: the test rows of every session, how deep, how many queries are timed."""
 
     sessions: Sessions
@@ -93,7 +93,7 @@ class Protocol:
     @classmethod
     def of(
         cls, sessions: Sessions, depth: int, max_rows: int | None, latency_queries: int, seed: int, directory: Path
-    ) -> Protocol:
+    ) -> EvaluationProtocol:
         """At most ``max_rows`` rows of each session.
 
         Raises:
@@ -117,49 +117,55 @@ def sample_rows(rows: list[SessionRow], most: int | None, seed: int) -> list[Ses
     return [row for row in rows if id(row.query) in wanted]
 
 
-def follow(system: System, protocol: Protocol, seeds: int) -> Followed:
+def evaluate_sessions(system: System, protocol: EvaluationProtocol, seeds: int) -> SessionResults:
     """Search every state with every seed of a system.
 
     Raises:
         WeightsChanged: if an admission changed a weight or a codebook.
     """
-    return joined([follow_seed(system, protocol, seed) for seed in range(seeds if system.trained else 1)])
+    return joined([evaluate_seed(system, protocol, seed) for seed in range(seeds if system.trained else 1)])
 
 
-def follow_seed(system: System, protocol: Protocol, seed: int) -> Followed:
+def evaluate_seed(system: System, protocol: EvaluationProtocol, seed: int) -> SessionResults:
     """Search every state with one seed of a system.
 
     Raises:
         WeightsChanged: if an admission changed a weight or a codebook.
     """
-    log.info("following %s, seed %d", system.name, seed)
+    log.info("searching with %s, seed %d", system.name, seed)
     retriever = system.make(seed)
     before = fingerprint(retriever)
-    followed = Followed(Cells({}, {TENDENCY: [], ORACLE: []}))
+    results = SessionResults(Cells({}, {INITIAL_SHARE: [], ORACLE: []}))
     filled: list[float] = []
     told = time.monotonic()
     for t in range(protocol.sessions.count):
         if t:
-            followed.admitted.append(_admit(retriever, system.options, protocol, t, followed))
+            results.inserted.append(_insert(retriever, system.options, protocol, t, results))
         for i in range(t + 1):
             if time.monotonic() - told > PROGRESS_S:
                 told = time.monotonic()
                 log.info("%s, seed %d: rows of session %d in the documents of 0..%d", system.name, seed, i, t)
-            filled.append(_measure(followed, retriever, system, protocol, seed, t, i))
-        followed.cells.diagonal[ORACLE].append(_oracle(retriever, system, protocol, t))
+            filled.append(_measure(results, retriever, system, protocol, seed, t, i))
+        results.cells.diagonal[ORACLE].append(_oracle(retriever, system, protocol, t))
     if fingerprint(retriever) != before:
         raise WeightsChanged(f"{system.name}: admitting documents changed weights or codebooks")
-    followed.cells.filled = float(np.mean(filled))
+    results.cells.filled = float(np.mean(filled))
     if seed == 0:
-        _look_at(followed, retriever, system, protocol)
-    return followed
+        _describe_index(results, retriever, system, protocol)
+    return results
 
 
 def _measure(
-    followed: Followed, retriever: Retriever, system: System, protocol: Protocol, seed: int, t: int, i: int
+    kept: SessionResults,
+    retriever: Retriever,
+    system: System,
+    protocol: EvaluationProtocol,
+    seed: int,
+    t: int,
+    i: int,
 ) -> float:
     """Search the rows of session i in the documents of sessions 0..t; the share of lists that had to be filled."""
-    rows, cells = protocol.rows[i], followed.cells
+    rows, cells = protocol.rows[i], kept.cells
     results = _search(retriever, system.options, rows, protocol.depth)
     hits = [_counted(result.hits, row, protocol.depth) for result, row in zip(results, rows, strict=True)]
     for name, found in _values(hits, rows, protocol.sizes()[t], system.width).items():
@@ -168,12 +174,12 @@ def _measure(
     if i == t:
         initial = {document.id for document in protocol.sessions.documents(0)}
         share = [np.mean([hit.doc_id in initial for hit in row[:DEPTH]]) for row in hits]
-        cells.diagonal[TENDENCY].append(np.array(share)[None])
+        cells.diagonal[INITIAL_SHARE].append(np.array(share)[None])
     return float(np.mean([result.filled > 0 for result in results]))
 
 
-def _admit(
-    retriever: Retriever, options: SearchOptions, protocol: Protocol, t: int, followed: Followed
+def _insert(
+    retriever: Retriever, options: SearchOptions, protocol: EvaluationProtocol, t: int, results: SessionResults
 ) -> tuple[int, float]:
     """Documents and ms until they can be found, which some systems build an index for with the first search.
 
@@ -184,7 +190,7 @@ def _admit(
     try:
         retriever.insert(documents)
     except Unsupported:
-        followed.unreachable += len(documents)
+        results.unreachable += len(documents)
     retriever.search(["what"], [options])
     return len(documents), 1000 * (time.perf_counter() - started)
 
@@ -207,7 +213,7 @@ def _values(
     return ranking.per_query(hits, queries, documents=documents, width=width)
 
 
-def _oracle(retriever: Retriever, system: System, protocol: Protocol, t: int) -> np.ndarray:
+def _oracle(retriever: Retriever, system: System, protocol: EvaluationProtocol, t: int) -> np.ndarray:
     """Hit@10 f64[1, rows] of session t's rows with decoding restricted to session t's documents."""
     ids = [document.id for document in protocol.sessions.documents(t)]
     rows = protocol.rows[t]
@@ -249,16 +255,18 @@ def fingerprint(retriever: Retriever) -> str:
     return digest.hexdigest()
 
 
-def _look_at(followed: Followed, retriever: Retriever, system: System, protocol: Protocol) -> None:
+def _describe_index(
+    results: SessionResults, retriever: Retriever, system: System, protocol: EvaluationProtocol
+) -> None:
     """Size of the index and facts of the docids at the last session."""
-    followed.bytes = getattr(retriever, "bytes", None)
+    results.bytes = getattr(retriever, "bytes", None)
     table = getattr(retriever, "table", None)
     if table is not None and system.trained:
         initial = {document.id for document in protocol.sessions.documents(0)}
-        followed.docids = docid_facts(table, initial)
+        results.docids = docid_facts(table, initial)
 
 
-def measure_latency(every: Sequence[System], protocol: Protocol) -> dict[str, np.ndarray]:
+def measure_latency(every: Sequence[System], protocol: EvaluationProtocol) -> dict[str, np.ndarray]:
     """Milliseconds of each system's first seed at the last session, one query at a time and in turns."""
     texts = [row.query.text for rows in protocol.rows for row in rows]
     spread = texts[:: max(1, len(texts) // protocol.latency_queries)][: protocol.latency_queries]
@@ -267,7 +275,7 @@ def measure_latency(every: Sequence[System], protocol: Protocol) -> dict[str, np
     return time_systems(timed, spread)
 
 
-def _at_the_end(system: System, protocol: Protocol) -> Retriever:
+def _at_the_end(system: System, protocol: EvaluationProtocol) -> Retriever:
     """A system's retriever once everything has arrived that it can take."""
     retriever = system.make(0)
     with contextlib.suppress(Unsupported):
@@ -296,13 +304,19 @@ def docid_facts(table: Any, initial: set[str]) -> dict[str, Any]:
     }
 
 
-def _empty(protocol: Protocol) -> list[np.ndarray]:
+def _empty(protocol: EvaluationProtocol) -> list[np.ndarray]:
     count = protocol.sessions.count
     return [np.full((1, count, len(rows)), np.nan) for rows in protocol.rows]
 
 
 def _write(
-    protocol: Protocol, name: str, seed: int, t: int, i: int, hits: list[list[Hit]], rows: Sequence[SessionRow]
+    protocol: EvaluationProtocol,
+    name: str,
+    seed: int,
+    t: int,
+    i: int,
+    hits: list[list[Hit]],
+    rows: Sequence[SessionRow],
 ) -> None:
     if protocol.directory is None:
         return
@@ -311,7 +325,7 @@ def _write(
     ranking.write_run(path, hits, [row.query for row in rows], folder)
 
 
-def joined(found: list[Followed]) -> Followed:
+def joined(found: list[SessionResults]) -> SessionResults:
     """One system's seeds side by side; costs are those of the first."""
     first = found[0]
     values = {
