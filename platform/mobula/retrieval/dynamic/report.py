@@ -128,12 +128,12 @@ def _ga(results: Results, name: str, statement: str, better: str, worse: str, ma
     text = f"{statement} ({better} against {worse}, GA of {evaluation.primary})"
     learnt = better not in results.texts or _learnt(results, better)
     if not learnt:
-        text += f"; {better} has not learnt the initial documents as well as look-up by codes finds them"
+        text += f"; {better} has not learnt the initial documents as well as code-only retrieval finds them"
     return claim(name, text, effect, margin=margin, decisive=evaluation.decisive and learnt)
 
 
 def _learnt(results: Results, system: str) -> bool:
-    """Whether a text system finds initial documents as well as look-up by codes: if not, it shows nothing of docids."""
+    """Whether a text system finds initial documents as well as code-only retrieval, or shows nothing of docids."""
     primary = results.config.evaluation.primary
     reference = [float(results.p(name, primary)[0, 0]) for name in results.systems if name.startswith("adc/")]
     return not reference or float(results.p(system, primary)[0, 0]) >= max(reference)

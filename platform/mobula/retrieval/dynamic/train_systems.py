@@ -24,11 +24,11 @@ from mobula.retrieval.dynamic.prepare import (
     require_fitted_on,
     write_negatives,
 )
-from mobula.retrieval.fitting import Plan, Schedule, fit_plans, fit_seed
 from mobula.retrieval.ngrams.config import MULTIVIEW
 from mobula.retrieval.ngrams.task import NgramTask, write_ngrams
 from mobula.retrieval.prepare import Material, training_examples
 from mobula.retrieval.tasks import DocidTask, DualTask
+from mobula.retrieval.train_arms import Plan, Schedule, fit_plans, fit_seed
 from mobula.threads import one_thread
 from mobula.training import FitResult
 
@@ -58,7 +58,7 @@ def prepare_systems(config: Config, sessions: Sessions, directory: Path) -> Trai
     prepared = directory / "prepared"
     documents = prepare_documents(config, sessions, prepared)
     if "dual_hn" in config.systems:
-        texts, _ = training_examples(config.views, sessions.initial, config.seed)
+        texts, _ = training_examples(config.pseudo_queries, sessions.initial, config.seed)
         write_negatives(documents, texts)
     counts = dict.fromkeys([config.chunks.per_document, *config.evaluation.chunk_counts])
     chunks = {m: prepare_chunks(config, sessions, prepared, m) for m in counts} if config.multi_paradigms else {}
@@ -166,7 +166,7 @@ def _prepare_ngrams(config: Config, sessions: Sessions, directory: Path, name: s
         data.queries["dev"],
         held_out=data.queries["test"],
         config=settings,
-        views=config.views,
+        pseudo_queries=config.pseudo_queries,
         model=config.model,
         seed=config.seed,
     )
