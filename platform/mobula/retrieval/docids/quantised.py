@@ -104,8 +104,8 @@ def kmeans(points: np.ndarray, k: int, iterations: int, seed: int) -> np.ndarray
 
 def nearest(points: np.ndarray, centroids: np.ndarray) -> np.ndarray:
     """Index i64[N] of the nearest centroid (the lowest of several)."""
-    found = [distances(points[i : i + CHUNK], centroids).argmin(1) for i in range(0, len(points), CHUNK)]
-    return np.concatenate(found) if found else np.empty(0, np.int64)
+    chunks = [distances(points[i : i + CHUNK], centroids).argmin(1) for i in range(0, len(points), CHUNK)]
+    return np.concatenate(chunks) if chunks else np.empty(0, np.int64)
 
 
 def distances(points: np.ndarray, centroids: np.ndarray) -> np.ndarray:
