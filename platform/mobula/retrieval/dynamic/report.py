@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
-from dataclasses import dataclass, field
-from functools import cached_property
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
 
-from mobula.evaluation.claims import compare
+from mobula.evaluation.claims import compare, exceeds
+from mobula.evaluation.intervals import Estimate, Resampler
 from mobula.evaluation.ranking import MEASURES
 from mobula.experiment import Claim, Measure, Report
 from mobula.retrieval.docids.families import NUMERIC, TEXT
 from mobula.retrieval.dynamic import measures
 from mobula.retrieval.dynamic.config import MULTI, NGRAMS, Config
 from mobula.retrieval.dynamic.evaluate_sessions import INITIAL_SHARE, ORACLE, EvaluationProtocol, SessionResults
-from mobula.retrieval.dynamic.measures import STATISTICS, Resampler, Statistic, claim, interval
+from mobula.retrieval.dynamic.measures import STATISTICS, Statistic
 
 MATCHES = 0.02  # "matches": not worse by two points or more
-SEED = 0
+KEPT = 32  # resampled tables held at a time: claims ask for those of one measure again and again
 
 
 @dataclass
@@ -30,13 +31,16 @@ class Results:
     config: Config
     protocol: EvaluationProtocol
     systems: dict[str, SessionResults]
-    _resampled: dict[str, np.ndarray] = field(default_factory=dict)
+
+    @cached_property
+    def labels(self) -> list[list[int]]:
+        """The cluster of every row, session by session."""
+        return measures.clusters(self.protocol.rows)
 
     @cached_property
     def resampler(self) -> Resampler:
-        """Rows are drawn by their gold documents."""
-        clusters = [[row.query.gold for row in rows] for rows in self.protocol.rows]
-        return Resampler(clusters, self.config.evaluation.resamples, SEED)
+        """Rows are drawn by their clusters, the same ones for all systems."""
+        return Resampler(list(itertools.chain(*self.labels)), resamples=self.config.evaluation.resamples)
 
     @property
     def rows(self) -> int:
@@ -47,28 +51,34 @@ class Results:
         """P f64[T, T]."""
         return measures.means(self.systems[system].cells.values[measure])
 
-    def resampled(self, system: str, measure: str) -> np.ndarray:
-        """P f64[R, T, T], resampled."""
-        name = f"{system}\n{measure}"
-        if name not in self._resampled:
-            self._resampled[name] = self.resampler.cells(self.systems[system].cells.values[measure])
-        return self._resampled[name]
+    @cached_property
+    def table(self) -> Callable[[str, str], np.ndarray]:
+        """P f64[R + 1, S, T, T] of a system and measure: of the sample and of R resamples, by seed."""
+        return lru_cache(maxsize=KEPT)(
+            lambda system, measure: self._resampled(self.systems[system].cells.values[measure])
+        )
+
+    def diagonal(self, system: str, name: str) -> np.ndarray:
+        """A fact of the diagonal f64[R + 1, S, T]."""
+        return self._resampled(self.systems[system].cells.diagonal[name])
 
     def statistic(self, system: str, statistic: Statistic, measure: str) -> Measure:
         """A statistic of a system with its interval."""
-        value = float(statistic(self.p(system, measure)))
-        return interval(value, statistic(self.resampled(system, measure)), self.rows)
+        return self.estimate(statistic, self.table(system, measure)).measure()
 
-    def difference(self, better: str, worse: str, statistic: Statistic, measure: str) -> Measure:
+    def difference(self, better: str, worse: str, statistic: Statistic, measure: str) -> Estimate:
         """A statistic of one system minus that of another, paired."""
-        value = statistic(self.p(better, measure)) - statistic(self.p(worse, measure))
-        drawn = statistic(self.resampled(better, measure)) - statistic(self.resampled(worse, measure))
-        return interval(float(value), drawn, self.rows)
+        tables = self.table(better, measure), self.table(worse, measure)
+        return self.estimate(lambda a, b: statistic(a) - statistic(b), *tables)
 
-    def fact(self, system: str, name: str) -> tuple[float, np.ndarray]:
-        """Mean over sessions 1..n of a fact of the diagonal, and its resamples f64[R]."""
-        values = self.systems[system].cells.diagonal[name]
-        return float(measures.diagonal_means(values)[1:].mean()), self.resampler.diagonal(values)[:, 1:].mean(1)
+    def estimate(self, statistic: Callable[..., np.ndarray], *tables: np.ndarray) -> Estimate:
+        """A statistic of tables of all rows, with what its interval needs."""
+        return self.resampler.estimate(statistic, *tables, n=self.rows)
+
+    def _resampled(self, values: Sequence[np.ndarray]) -> np.ndarray:
+        """f64[R + 1, S, ..., T] from ``values[i]`` f64[S, ..., rows of session i]."""
+        sessions = zip(values, self.labels, strict=True)
+        return np.stack([self.resampler.means(session, labels) for session, labels in sessions], axis=-1)
 
     def has(self, system: str) -> bool:
         """Whether a system was seen."""
@@ -129,7 +139,7 @@ def _ga(results: Results, name: str, statement: str, better: str, worse: str, ma
     learnt = better not in results.texts or _learnt(results, better)
     if not learnt:
         text += f"; {better} has not learnt the initial documents as well as code-only retrieval finds them"
-    return claim(name, text, effect, margin=margin, decisive=evaluation.decisive and learnt)
+    return exceeds(name, text, effect, margin=margin, decisive=evaluation.decisive and learnt)
 
 
 def _learnt(results: Results, system: str) -> bool:
@@ -170,8 +180,8 @@ def _bias_claims(results: Results) -> Iterator[Claim]:
     decisive = results.config.evaluation.decisive
     for numeric in results.numeric:
         if results.has("bm25"):
-            effect = _paired_fact(results, numeric, "bm25", INITIAL_SHARE)
-            yield claim(
+            effect = _share_difference(results, numeric, "bm25")
+            yield exceeds(
                 f"G-initial-share {numeric}",
                 f"numeric docids lean to the initial documents more than relevance does ({numeric} against bm25, "
                 "share of initial documents in the top 10 of new documents' queries)",
@@ -180,7 +190,7 @@ def _bias_claims(results: Results) -> Iterator[Claim]:
             )
         if results.has("dense"):
             effect = _oracle_gain(results, numeric, "dense")
-            yield claim(
+            yield exceeds(
                 f"G-oracle {numeric}",
                 f"that leaning is what costs ({numeric}: gain of decoding among the session's documents alone, "
                 "minus dense's gain; Hit@10)",
@@ -189,19 +199,24 @@ def _bias_claims(results: Results) -> Iterator[Claim]:
             )
 
 
-def _paired_fact(results: Results, a: str, b: str, name: str) -> Measure:
-    (left, drawn_left), (right, drawn_right) = results.fact(a, name), results.fact(b, name)
-    return interval(left - right, drawn_left - drawn_right, results.rows)
+def _arriving(diagonal: np.ndarray) -> np.ndarray:
+    """Mean over sessions 1..n of a fact of the diagonal."""
+    return diagonal[..., 1:].mean(-1)
 
 
-def _oracle_gain(results: Results, a: str, b: str) -> Measure:
+def _share_difference(results: Results, a: str, b: str) -> Estimate:
+    """Initial-document share of one system minus that of another, over sessions 1..n."""
+    tables = results.diagonal(a, INITIAL_SHARE), results.diagonal(b, INITIAL_SHARE)
+    return results.estimate(lambda ours, theirs: _arriving(ours) - _arriving(theirs), *tables)
+
+
+def _oracle_gain(results: Results, a: str, b: str) -> Estimate:
     """(O - P) of one system minus (O - P) of another, over sessions 1..n."""
-    values, drawn = [], []
-    for system in (a, b):
-        oracle, oracle_drawn = results.fact(system, ORACLE)
-        values.append(oracle - float(measures.generalisation(results.p(system, "Hit@10"))))
-        drawn.append(oracle_drawn - measures.generalisation(results.resampled(system, "Hit@10")))
-    return interval(values[0] - values[1], drawn[0] - drawn[1], results.rows)
+    ga = measures.generalisation
+    return results.estimate(
+        lambda oracle, p, other_oracle, other_p: _arriving(oracle) - ga(p) - (_arriving(other_oracle) - ga(other_p)),
+        *(table for s in (a, b) for table in (results.diagonal(s, ORACLE), results.table(s, "Hit@10"))),
+    )
 
 
 def _multi_claims(results: Results) -> Iterator[Claim]:
@@ -227,18 +242,18 @@ def _multi_claims(results: Results) -> Iterator[Claim]:
 
 def _gap_closed(results: Results, multi: str, single: str) -> Claim:
     """(GA multi - GA single) / (GA ngram - GA single); undecided where the denominator may be zero."""
-    primary = results.config.evaluation.primary
-    gap = results.difference("ngram", single, measures.generalisation, primary)
-    ga = [measures.generalisation(results.resampled(name, primary)) for name in (multi, single, "ngram")]
-    values = [float(measures.generalisation(results.p(name, primary))) for name in (multi, single, "ngram")]
-    defined = gap.low > 0
-    drawn = (ga[0] - ga[1]) / np.where(np.abs(ga[2] - ga[1]) > 1e-9, ga[2] - ga[1], np.nan)
-    share = (values[0] - values[1]) / ((values[2] - values[1]) or 1.0)
-    effect = interval(share, drawn, results.rows)
+    primary, ga = results.config.evaluation.primary, measures.generalisation
+
+    def share(several: np.ndarray, one: np.ndarray, ngram: np.ndarray) -> np.ndarray:
+        gap = ga(ngram) - ga(one)
+        return (ga(several) - ga(one)) / np.where(np.abs(gap) > 1e-9, gap, np.inf)  # of no gap nothing is closed
+
+    effect = results.estimate(share, *(results.table(name, primary) for name in (multi, single, "ngram")))
+    defined = results.difference("ngram", single, ga, primary).interval()[0] > 0
     text = f"several docids close part of the gap to n-grams ({multi}; effect is the share of the gap, GA of {primary})"
     if not defined:
         text += "; the gap's own interval holds zero, so the share is not defined"
-    return claim("H-gap", text, effect, decisive=results.config.evaluation.decisive and defined)
+    return exceeds("H-gap", text, effect, decisive=results.config.evaluation.decisive and defined)
 
 
 def _stability(results: Results) -> Iterator[Claim]:
@@ -248,16 +263,16 @@ def _stability(results: Results) -> Iterator[Claim]:
             if results.has(steady):
                 effect = results.difference(numeric, steady, measures.spread, primary)
                 text = f"{steady} is steadier over sessions than {numeric} (range of P[t, t], {primary})"
-                yield claim(f"K-{steady} {numeric}", text, effect, decisive=decisive)
+                yield exceeds(f"K-{steady} {numeric}", text, effect, decisive=decisive)
 
 
 def _cells(results: Results, system: str, measure: str) -> Iterator[tuple[str, Measure]]:
     """Every P[t, i] of a measure."""
-    p, drawn = results.p(system, measure), results.resampled(system, measure)
-    for t in range(len(p)):
-        for i in range(t + 1):
-            made = interval(float(p[t, i]), drawn[:, t, i], len(results.protocol.rows[i]))
-            yield f"{system}/P[{t},{i}]/{measure}", made
+    table = results.table(system, measure)
+    for i, rows in enumerate(results.protocol.rows):
+        for t in range(i, len(results.protocol.rows)):
+            cell = results.resampler.estimate(np.asarray, table[..., t, i], n=len(rows))
+            yield f"{system}/P[{t},{i}]/{measure}", cell.measure()
 
 
 def _sessions(results: Results) -> list[list[Any]]:
@@ -306,8 +321,8 @@ def _bias(results: Results) -> list[list[Any]]:
     expected = float(np.mean([sizes[0] / size for size in sizes[1:]]))
     rows = []
     for system in results.systems:
-        share, _ = results.fact(system, INITIAL_SHARE)
-        oracle, _ = results.fact(system, ORACLE)
+        seen = results.systems[system].cells.diagonal
+        share, oracle = (np.mean([session.mean() for session in seen[name][1:]]) for name in (INITIAL_SHARE, ORACLE))
         ga = float(measures.generalisation(results.p(system, "Hit@10")))
         rows.append([system, *_percent(np.array([share, share - expected, ga, oracle, oracle - ga]))])
     header = ["system", "D0 in top 10 %", "minus D0's share", "GA Hit@10", "among the session alone", "gain"]
@@ -325,7 +340,7 @@ def _attribution(results: Results, primary: str) -> list[list[Any]]:
         reference = f"adc/{system.partition('/')[2]}"
         if results.has(reference):
             whole, quantiser = (results.statistic(name, drop, primary) for name in (system, reference))
-            own = results.difference(system, reference, drop, primary)
+            own = results.difference(system, reference, drop, primary).measure()
             rows.append([system, *(_shown(part) for part in (whole, quantiser, own))])
     return [["system", f"drop of {primary}", "quantiser part", "model part"], *rows] if rows else []
 
