@@ -61,17 +61,17 @@ def run() -> dict[str, Any]:
         sessions, arriving = _corpus(config)
         trained = fit_systems(config, sessions, Path(folder), None)
         every = systems(config, trained)
-        retrievers = {system.name: system.make(0) for system in every}
-        options = {system.name: replace(system.options, k=10) for system in every}
+        retrievers = {system.label: spec.make(0) for system, spec in every.items()}
+        options = {system.label: replace(spec.options, k=10) for system, spec in every.items()}
         texts = [query.text for query in sessions.plan.dev[:QUERIES]]
-        admission: dict[str, float] = {}
+        insertion: dict[str, float] = {}
         latency: dict[str, dict[str, float]] = {name: {} for name in retrievers}
         size = INITIAL
         for wanted in SIZES:
             for documents in _batches(arriving, wanted - size):
                 for name, retriever in retrievers.items():
                     seconds = _insert(retriever, documents, options[name])
-                    admission.setdefault(name, 1000 * seconds / len(documents))
+                    insertion.setdefault(name, 1000 * seconds / len(documents))
             size = wanted
             log.info("latency at %d documents", size)
             timed = [Timed(name, by_itself(one).search, options[name]) for name, one in retrievers.items()]
@@ -81,7 +81,7 @@ def run() -> dict[str, Any]:
     return {
         "name": "growth",
         "ratios": ngrams.pop("ratios"),
-        "admission_s_per_1000": {name: round(value, 3) for name, value in admission.items()},
+        "admission_s_per_1000": {name: round(value, 3) for name, value in insertion.items()},
         "latency_ms": latency,
         "ngrams": ngrams,
         "conditions": {"initial": INITIAL, "admitted_at_once": ADDED, "queries": len(texts), "threads": 1},

@@ -25,7 +25,7 @@ from mobula.errors import ConfigError, DataError, ModelError
 from mobula.retrieval.docids.text import tokens
 from mobula.retrieval.dynamic import trial
 from mobula.retrieval.dynamic.chunks import owner
-from mobula.retrieval.dynamic.config import Config
+from mobula.retrieval.dynamic.config import Config, SessionSystem
 from mobula.retrieval.dynamic.evaluate_sessions import (
     RESULTS,
     EvaluationProtocol,
@@ -34,13 +34,12 @@ from mobula.retrieval.dynamic.evaluate_sessions import (
     _counted,
     _values,
     evaluate_seed,
-    evaluate_sessions,
     restricted,
     sample_rows,
 )
 from mobula.retrieval.dynamic.prepare import FITTED, FutureLeak, Sessions, fit_hash, require_fitted_on
 from mobula.retrieval.dynamic.study import SessionStudy
-from mobula.retrieval.dynamic.systems import System, systems
+from mobula.retrieval.dynamic.systems import RetrieverSpec, systems
 from mobula.retrieval.dynamic.train_systems import Trained, fit_systems
 from mobula.retrieval.search import Hit, SearchOptions
 from mobula.running import run_experiment
@@ -106,8 +105,8 @@ def report(directory: Path) -> dict[str, Any]:
     return json.loads((directory / "report.json").read_text())
 
 
-def _system(config: Config, trained: Trained, name: str) -> System:
-    return next(system for system in systems(config, trained) if system.name == name)
+def _spec(config: Config, trained: Trained, name: str) -> RetrieverSpec:
+    return systems(config, trained)[SessionSystem(name)]
 
 
 def _protocol(sessions: Sessions, folder: Path | None = None) -> EvaluationProtocol:
@@ -117,7 +116,7 @@ def _protocol(sessions: Sessions, folder: Path | None = None) -> EvaluationProto
 
 def test_titles_bring_their_tokens_with_them(config: Config, trained: Trained, sessions: Sessions) -> None:
     """A later title is its document's docid word by word, and the model that was trained before can generate it."""
-    retriever = _system(config, trained, "autoregressive/text.title").make(0)
+    retriever = _spec(config, trained, "autoregressive/text.title").make(0)
     retriever.insert(sessions.documents(1))
     table = retriever.table
     assert len(table.tokens) > 0
@@ -137,6 +136,15 @@ def test_every_cell_of_every_system_is_measured(report: dict[str, Any]) -> None:
         cells = [f"{system}/P[{t},{i}]/Hit@10" for t in range(3) for i in range(t + 1)]
         assert all(0 <= report["measures"][cell]["value"] <= 1 for cell in cells)
         assert f"{system}/GA/Hit@1" in report["measures"]
+
+
+def test_a_run_makes_the_claims_of_its_systems(report: dict[str, Any]) -> None:
+    made = {claim["name"] for claim in report["claims"]}
+    texts, numeric = ("ngram", "autoregressive/text.title"), (NUMERIC, "diffusion/hkmeans")
+    assert {f"F1 {text} {each}" for text in texts for each in numeric} <= made
+    kinds = ("G-initial-share", "G-oracle", "K-bm25", "K-dense")
+    assert {f"{kind} {each}" for kind in kinds for each in numeric} <= made
+    assert {"F3-bm25 ngram bm25", "H-latency"} <= made
 
 
 def test_run_files_are_written_for_every_cell(directory: Path) -> None:
@@ -174,9 +182,9 @@ def test_what_was_followed_is_kept_and_not_done_again(
     directory: Path, config: Config, sessions: Sessions, tmp_path: Path
 ) -> None:
     """An interrupted run goes on at the first system and seed that is missing."""
-    study = SessionStudy(config, sessions, directory, None)
-    kept = study._path("bm25", 0)
-    fresh = evaluate_seed(study.systems["bm25"], replace(study.protocol, directory=tmp_path), 0)
+    study, bm25 = SessionStudy(config, sessions, directory, None), SessionSystem("bm25")
+    kept = study.path(bm25, 0)
+    fresh = evaluate_seed(study.specs[bm25], replace(study.protocol, directory=tmp_path), 0)
     found = SessionResults.load(kept)
     for name, rows in fresh.cells.values.items():
         for one, other in zip(rows, found.cells.values[name], strict=True):
@@ -184,16 +192,16 @@ def test_what_was_followed_is_kept_and_not_done_again(
     np.testing.assert_array_equal(found.cells.diagonal["oracle"][1], fresh.cells.diagonal["oracle"][1])
     assert [count for count, _ in found.inserted] == [count for count, _ in fresh.inserted]
     before = (kept / RESULTS).stat().st_mtime_ns
-    study.evaluate("bm25", 0)
+    study.evaluate(bm25, 0)
     assert (kept / RESULTS).stat().st_mtime_ns == before
 
 
 def test_admission_changes_no_weight_codebook_or_old_code(config: Config, trained: Trained, sessions: Sessions) -> None:
     for name in (NUMERIC, "diffusion/hkmeans", MULTI):
-        system = _system(config, trained, name)
-        retriever: Any = system.make(0)
+        spec = _spec(config, trained, name)
+        retriever: Any = spec.make(0)
         before = {id: code.tolist() for id, code in zip(retriever.table.doc_ids, retriever.table.codes, strict=True)}
-        evaluate_sessions(system, _protocol(sessions), 1)  # would raise WeightsChanged
+        evaluate_seed(spec, _protocol(sessions), 0)  # would raise WeightsChanged
         retriever.insert(sessions.documents(1))
         after = {id: code.tolist() for id, code in zip(retriever.table.doc_ids, retriever.table.codes, strict=True)}
         assert before.items() <= after.items()
@@ -201,10 +209,10 @@ def test_admission_changes_no_weight_codebook_or_old_code(config: Config, traine
 
 
 def test_training_on_admission_is_caught(config: Config, trained: Trained, sessions: Sessions) -> None:
-    system = _system(config, trained, NUMERIC)
+    spec = _spec(config, trained, NUMERIC)
 
     def make(seed: int) -> Any:
-        retriever: Any = system.make(seed)
+        retriever: Any = spec.make(seed)
         insert = retriever.insert
 
         def cheat(documents: Sequence[Document]) -> int:
@@ -216,7 +224,7 @@ def test_training_on_admission_is_caught(config: Config, trained: Trained, sessi
         return retriever
 
     with pytest.raises(WeightsChanged, match="changed weights"):
-        evaluate_sessions(replace(system, make=make), _protocol(sessions), 1)
+        evaluate_seed(replace(spec, make=make), _protocol(sessions), 0)
 
 
 def test_what_was_fitted_on_other_documents_is_refused(directory: Path, sessions: Sessions, tmp_path: Path) -> None:
@@ -254,12 +262,12 @@ def test_a_new_process_admits_the_same_way(
     assert set(opened.documents) == {document.id for document in sessions.data.documents}
     queries = [row.query.text for row in sessions.plan.rows(2)][:8]
     for name in (NUMERIC, "diffusion/hkmeans", MULTI, "ngram", "bm25", "dense"):
-        system = _system(config, trained, name)
-        retriever = system.make(0)
+        spec = _spec(config, trained, name)
+        retriever = spec.make(0)
         for t in (1, 2):
             retriever.insert(sessions.documents(t))
-        ours = retriever.search(queries, [system.options] * len(queries))
-        theirs = opened.retrievers[name].search(queries, [system.options] * len(queries))
+        ours = retriever.search(queries, [spec.options] * len(queries))
+        theirs = opened.retrievers[name].search(queries, [spec.options] * len(queries))
         assert [r.hits for r in ours] == [r.hits for r in theirs], name
 
 
@@ -289,11 +297,11 @@ def test_restricted_decoding_finds_nothing_else(config: Config, trained: Trained
     ids = [document.id for document in sessions.documents(1)]
     query = sessions.plan.rows(1)[0].query.text
     for name in (NUMERIC, MULTI, "ngram", "hybrid"):
-        system = _system(config, trained, name)
-        retriever = system.make(0)
+        spec = _spec(config, trained, name)
+        retriever = spec.make(0)
         retriever.insert(sessions.documents(1))
         view: Any = restricted(copy.copy(retriever), ids)
-        hits = view.search([query], [replace(system.options, k=10)])[0].hits
+        hits = view.search([query], [replace(spec.options, k=10)])[0].hits
         assert len(hits) == 10
         assert {hit.doc_id for hit in hits} <= set(ids)
 
@@ -301,11 +309,11 @@ def test_restricted_decoding_finds_nothing_else(config: Config, trained: Trained
 def test_lists_are_full(config: Config, trained: Trained, sessions: Sessions) -> None:
     query = sessions.plan.rows(0)[0].query.text
     total = len(sessions.initial.documents)
-    for system in systems(config, trained):
+    for system, spec in systems(config, trained).items():
         for k in (7, total + 50):
-            (found,) = system.make(0).search([query], [replace(system.options, k=k)])
-            assert len({hit.doc_id for hit in found.hits}) == len(found.hits) == min(k, total), system.name
-            assert all(a.score >= b.score for a, b in zip(found.hits, found.hits[1:], strict=False)), system.name
+            (found,) = spec.make(0).search([query], [replace(spec.options, k=k)])
+            assert len({hit.doc_id for hit in found.hits}) == len(found.hits) == min(k, total), system.label
+            assert all(a.score >= b.score for a, b in zip(found.hits, found.hits[1:], strict=False)), system.label
 
 
 def test_neutral_documents_are_neither_hits_nor_distractors() -> None:
@@ -336,14 +344,12 @@ def test_a_planted_distractor_counts_against_earlier_sessions(
     data = replace(sessions.data, documents=[*sessions.data.documents, *planted])
     plan = replace(sessions.plan, session_of={**sessions.plan.session_of, **dict.fromkeys([d.id for d in planted], 1)})
     spoiled = replace(protocol, sessions=Sessions(data, plan, sessions.initial))
-    bm25 = _system(config, trained, "bm25")
-    clean = evaluate_sessions(bm25, protocol, 1).cells.values["Hit@10"][0][0]
-    worse = evaluate_sessions(bm25, spoiled, 1).cells.values["Hit@10"][0][0]
+    bm25 = _spec(config, trained, "bm25")
+    clean = evaluate_seed(bm25, protocol, 0).cells.values["Hit@10"][0][0]
+    worse = evaluate_seed(bm25, spoiled, 0).cells.values["Hit@10"][0][0]
     assert worse[0].mean() == clean[0].mean() > 0.5
     assert worse[1].mean() < clean[1].mean() / 2
-    assert np.isnan(
-        evaluate_sessions(bm25, protocol, 1).cells.values["Hit@10"][2][0][1]
-    ).all()  # session 2 has not arrived
+    assert np.isnan(evaluate_seed(bm25, protocol, 0).cells.values["Hit@10"][2][0][1]).all()  # session 2 has not arrived
 
 
 @pytest.mark.parametrize(
@@ -374,9 +380,9 @@ def test_a_trial_measures_its_last_system_on_initial_documents_alone(
     measured: list[str] = []
     measure = trial.measure_arrival
 
-    def spy(system: System, sessions: Sessions, config: Config) -> dict[str, float]:
-        measured.append(system.name)
-        return measure(system, sessions, config)
+    def spy(spec: RetrieverSpec, sessions: Sessions, config: Config) -> dict[str, float]:
+        measured.append(spec.system.label)
+        return measure(spec, sessions, config)
 
     monkeypatch.setattr(trial, "measure_arrival", spy)
     for number, wanted in enumerate((["ngram"], [MULTI, "ngram", "hybrid"])):

@@ -24,7 +24,7 @@ from mobula.retrieval.dynamic.chunks import ChunksConfig
 from mobula.retrieval.dynamic.config import Config
 from mobula.retrieval.dynamic.multi import MultiConfig, MultiDocidRetriever
 from mobula.retrieval.dynamic.prepare import Sessions
-from mobula.retrieval.dynamic.train_systems import Trained, multi_name
+from mobula.retrieval.dynamic.train_systems import Trained
 from mobula.retrieval.ngrams.retriever import load as load_ngrams
 from mobula.retrieval.prepare import make_inputs
 from mobula.retrieval.search import Retriever
@@ -88,7 +88,7 @@ def _fill(folder: Path, config: Config, sessions: Sessions, trained: Trained) ->
 
 
 def _write_multi(folder: Path, config: Config, trained: Trained, paradigm: str, count: int) -> None:
-    name = multi_name(config, paradigm, count)
+    name = config.multi_system(paradigm, count).label
     task = trained.tasks[name]
     directory = folder / task.arm.directory
     save_model(directory, load_arm(task, trained.results[name][0]), task.table.hash)

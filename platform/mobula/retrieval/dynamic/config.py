@@ -1,4 +1,4 @@
-"""The config of a `dynamic_retrieval` experiment."""
+"""The config of a `dynamic_retrieval` experiment, and the systems that it names."""
 
 from __future__ import annotations
 
@@ -22,12 +22,41 @@ from mobula.retrieval.dynamic.chunks import ChunksConfig, Expansion
 from mobula.retrieval.dynamic.hybrid import FusionConfig
 from mobula.retrieval.dynamic.multi import MultiConfig
 from mobula.retrieval.ngrams.config import NgramConfig
+from mobula.study import System
 from mobula.training import TrainingConfig
 
 BASELINES = ("bm25", "dense", "dual", "dual_hn", "adc")
 MULTI = "multi_chunk"
 NGRAMS = ("ngram", "multiview")
 HYBRID = "hybrid"
+
+
+def options_of(text: str) -> tuple[tuple[str, str], ...]:
+    """``expand=free,tie=residual`` by name.
+
+    Raises:
+        ValueError: for a part without a value.
+    """
+    return tuple((name, value) for name, value in (part.split("=", 1) for part in text.split(",")))
+
+
+class SessionSystem(System):
+    """A system of the comparison by value: ``paradigm/family`` or another name, and how it differs from the config."""
+
+    @property
+    def label(self) -> str:
+        """For tables and plots: ``autoregressive/multi_chunk expand=free,tie=residual``."""
+        return " ".join(filter(None, [self.arm, ",".join(f"{name}={value}" for name, value in self.options)]))
+
+    @property
+    def paradigm(self) -> str:
+        """How it learns; ``adc`` for code-only retrieval, the whole name for others."""
+        return self.arm.partition("/")[0]
+
+    @property
+    def family(self) -> str:
+        """The docid family; empty for systems without docids."""
+        return self.arm.partition("/")[2]
 
 
 @dataclass
@@ -123,6 +152,11 @@ class Config(ExperimentConfig):
         """Paradigms of the multi_chunk systems."""
         return [name.partition("/")[0] for name in self.systems if name.endswith(f"/{MULTI}")]
 
+    def multi_system(self, paradigm: str, per_document: int | None = None) -> SessionSystem:
+        """The multi_chunk system of a paradigm; one with another number of chunks than ``chunks`` says so."""
+        is_other = per_document not in (None, self.chunks.per_document)
+        return SessionSystem(f"{paradigm}/{MULTI}", (("m", per_document),) if is_other else ())
+
     @property
     def grams(self) -> list[str]:
         """The n-gram systems."""
@@ -134,7 +168,7 @@ class Config(ExperimentConfig):
 
     def variant(self, text: str) -> MultiConfig:
         """``multi`` with changes such as ``expand=free,tie=residual``."""
-        return replace(self.multi, **dict(part.split("=", 1) for part in text.split(",")))
+        return replace(self.multi, **dict(options_of(text)))
 
     def _bad_systems(self) -> Iterator[str]:
         known = (*BASELINES, *NGRAMS, HYBRID)

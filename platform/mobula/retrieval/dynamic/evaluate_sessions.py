@@ -9,6 +9,7 @@ import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +18,14 @@ from safetensors.numpy import load_file, save_file
 from torch import nn
 
 from mobula.artifacts import write_json
-from mobula.data.records import Query
 from mobula.data.sessions import SessionRow
 from mobula.errors import MobulaError
 from mobula.evaluation import ranking
 from mobula.retrieval.dynamic.chunks import owner
+from mobula.retrieval.dynamic.config import SessionSystem
 from mobula.retrieval.dynamic.measures import Cells
 from mobula.retrieval.dynamic.prepare import Sessions
-from mobula.retrieval.dynamic.systems import System
+from mobula.retrieval.dynamic.systems import RetrieverSpec
 from mobula.retrieval.ngrams.retriever import NgramRetriever
 from mobula.retrieval.prepare import sample
 from mobula.retrieval.results import Timed, search_all, time_systems
@@ -33,17 +34,17 @@ from mobula.retrieval.search import Hit, Retriever, SearchOptions, SearchResult,
 log = logging.getLogger(__name__)
 PROGRESS_S = 10.0
 INITIAL_SHARE, ORACLE = "initial_share", "oracle"
-DEPTH = 10  # of the tendency and of the oracle
+DEPTH = 10  # of the initial-document share and of the oracle
 CELLS, RESULTS = "cells.safetensors", "results.json"
 
 
 class WeightsChanged(MobulaError):
-    """Admitting documents has changed a model."""
+    """Inserting documents has changed a model."""
 
 
 @dataclass
 class SessionResults:
-    """What was seen of one system: its cells, (documents, ms) of every admission, ms per query, facts of its index."""
+    """Results of one system: its cells, (documents, ms) of every insertion, ms per query, facts of its index."""
 
     cells: Cells
     inserted: list[tuple[int, float]] = field(default_factory=list)
@@ -53,14 +54,14 @@ class SessionResults:
     unreachable: int = 0
 
     def save(self, directory: Path) -> None:
-        """Write what one seed has shown; ``results.json`` last."""
+        """Write the results of one seed; ``results.json`` last."""
         directory.mkdir(parents=True, exist_ok=True)
         parts = {"values": self.cells.values, "diagonal": self.cells.diagonal}
         arrays = {
-            f"{part}/{name}/{i}": np.ascontiguousarray(found)
+            f"{part}/{name}/{i}": np.ascontiguousarray(values)
             for part, measures in parts.items()
-            for name, rows in measures.items()
-            for i, found in enumerate(rows)
+            for name, sessions in measures.items()
+            for i, values in enumerate(sessions)
         }
         save_file(arrays, directory / CELLS)
         facts = {name: getattr(self, name) for name in ("inserted", "bytes", "docids", "unreachable")}
@@ -99,10 +100,19 @@ class EvaluationProtocol:
             MobulaError: if a session has none.
         """
         rows = [sample_rows(sessions.plan.rows(i), max_rows, seed) for i in range(sessions.count)]
-        empty = [i for i, found in enumerate(rows) if not found]
+        empty = [i for i, of_session in enumerate(rows) if not of_session]
         if empty:
             raise MobulaError(f"session {empty[0]} has no test query; use fewer sessions (sessions.sessions)")
         return cls(sessions, rows, depth, latency_queries, directory)
+
+    @cached_property
+    def initial(self) -> set[str]:
+        """Ids of the initial documents."""
+        return {document.id for document in self.sessions.documents(0)}
+
+    def unmeasured(self) -> list[np.ndarray]:
+        """Cells of one seed f64[1, T, rows], session by session."""
+        return [np.full((1, self.sessions.count, len(rows)), np.nan) for rows in self.rows]
 
     def sizes(self) -> list[int]:
         """Documents of D0..Dt for every t."""
@@ -116,82 +126,69 @@ def sample_rows(rows: list[SessionRow], most: int | None, seed: int) -> list[Ses
     return [row for row in rows if id(row.query) in wanted]
 
 
-def evaluate_sessions(system: System, protocol: EvaluationProtocol, seeds: int) -> SessionResults:
-    """Search every state with every seed of a system.
+def evaluate_seed(spec: RetrieverSpec, protocol: EvaluationProtocol, seed: int) -> SessionResults:
+    """Search every state of the corpus with one seed of a system.
 
     Raises:
-        WeightsChanged: if an admission changed a weight or a codebook.
+        WeightsChanged: if an insertion changed a weight or a codebook.
     """
-    return joined([evaluate_seed(system, protocol, seed) for seed in range(seeds if system.trained else 1)])
-
-
-def evaluate_seed(system: System, protocol: EvaluationProtocol, seed: int) -> SessionResults:
-    """Search every state with one seed of a system.
-
-    Raises:
-        WeightsChanged: if an admission changed a weight or a codebook.
-    """
-    log.info("searching with %s, seed %d", system.name, seed)
-    retriever = system.make(seed)
+    log.info("searching with %s, seed %d", spec.system, seed)
+    retriever = spec.make(seed)
     before = fingerprint(retriever)
     results = SessionResults(Cells({}, {INITIAL_SHARE: [], ORACLE: []}))
     filled: list[float] = []
-    told = time.monotonic()
+    logged = time.monotonic()
     for t in range(protocol.sessions.count):
         if t:
-            results.inserted.append(_insert(retriever, system.options, protocol, t, results))
+            _insert(results, retriever, spec, protocol, t)
         for i in range(t + 1):
-            if time.monotonic() - told > PROGRESS_S:
-                told = time.monotonic()
-                log.info("%s, seed %d: rows of session %d in the documents of 0..%d", system.name, seed, i, t)
-            filled.append(_measure(results, retriever, system, protocol, seed, t, i))
-        results.cells.diagonal[ORACLE].append(_oracle(retriever, system, protocol, t))
+            if time.monotonic() - logged > PROGRESS_S:
+                logged = time.monotonic()
+                log.info("%s, seed %d: rows of session %d in the documents of 0..%d", spec.system, seed, i, t)
+            hits, share = _measure(results.cells, retriever, spec, protocol, t, i)
+            filled.append(share)
+            if protocol.directory is not None:
+                tag = f"{spec.system.slug}-s{seed}"
+                queries = [row.query for row in protocol.rows[i]]
+                ranking.write_run(protocol.directory / tag / f"run_{t}_{i}.txt", hits, queries, tag)
+        results.cells.diagonal[ORACLE].append(_oracle(retriever, spec, protocol, t))
     if fingerprint(retriever) != before:
-        raise WeightsChanged(f"{system.name}: admitting documents changed weights or codebooks")
+        raise WeightsChanged(f"{spec.system}: inserting documents changed weights or codebooks")
     results.cells.filled = float(np.mean(filled))
-    if seed == 0:
-        _describe_index(results, retriever, system, protocol)
+    results.bytes = getattr(retriever, "bytes", None)
+    table = getattr(retriever, "table", None)
+    if table is not None and spec.trained:
+        results.docids = docid_facts(table, protocol.initial)
     return results
 
 
-def _measure(
-    kept: SessionResults,
-    retriever: Retriever,
-    system: System,
-    protocol: EvaluationProtocol,
-    seed: int,
-    t: int,
-    i: int,
-) -> float:
-    """Search the rows of session i in the documents of sessions 0..t; the share of lists that had to be filled."""
-    rows, cells = protocol.rows[i], kept.cells
-    results = _search(retriever, system.options, rows, protocol.depth)
-    hits = [_counted(result.hits, row, protocol.depth) for result, row in zip(results, rows, strict=True)]
-    for name, found in _values(hits, rows, protocol.sizes()[t], system.width).items():
-        cells.values.setdefault(name, _empty(protocol))[i][0, t] = found
-    _write(protocol, system.name, seed, t, i, hits, rows)
-    if i == t:
-        initial = {document.id for document in protocol.sessions.documents(0)}
-        share = [np.mean([hit.doc_id in initial for hit in row[:DEPTH]]) for row in hits]
-        cells.diagonal[INITIAL_SHARE].append(np.array(share)[None])
-    return float(np.mean([result.filled > 0 for result in results]))
-
-
 def _insert(
-    retriever: Retriever, options: SearchOptions, protocol: EvaluationProtocol, t: int, results: SessionResults
-) -> tuple[int, float]:
-    """Documents and ms until they can be found, which some systems build an index for with the first search.
-
-    A system that cannot admit goes on without.
-    """
+    results: SessionResults, retriever: Retriever, spec: RetrieverSpec, protocol: EvaluationProtocol, t: int
+) -> None:
+    """Time until documents can be found: some systems build an index with the first search. Some cannot insert."""
     documents = protocol.sessions.documents(t)
     started = time.perf_counter()
     try:
         retriever.insert(documents)
     except Unsupported:
         results.unreachable += len(documents)
-    retriever.search(["what"], [options])
-    return len(documents), 1000 * (time.perf_counter() - started)
+    retriever.search(["what"], [spec.options])
+    results.inserted.append((len(documents), 1000 * (time.perf_counter() - started)))
+
+
+def _measure(
+    cells: Cells, retriever: Retriever, spec: RetrieverSpec, protocol: EvaluationProtocol, t: int, i: int
+) -> tuple[list[list[Hit]], float]:
+    """Search the rows of session i in the documents of sessions 0..t; the hits, and the share of filled-up lists."""
+    rows = protocol.rows[i]
+    results = _search(retriever, spec.options, rows, protocol.depth)
+    hits = [_counted(result.hits, row, protocol.depth) for result, row in zip(results, rows, strict=True)]
+    for name, values in _values(hits, rows, protocol.sizes()[t], spec.width).items():
+        cells.values.setdefault(name, protocol.unmeasured())[i][0, t] = values
+    if i == t:
+        share = [np.mean([hit.doc_id in protocol.initial for hit in ranked[:DEPTH]]) for ranked in hits]
+        cells.diagonal[INITIAL_SHARE].append(np.array(share)[None])
+    return hits, float(np.mean([result.filled > 0 for result in results]))
 
 
 def _search(retriever: Retriever, options: SearchOptions, rows: Sequence[SessionRow], depth: int) -> list[SearchResult]:
@@ -208,30 +205,23 @@ def _counted(hits: Sequence[Hit], row: SessionRow, depth: int) -> list[Hit]:
 def _values(
     hits: list[list[Hit]], rows: Sequence[SessionRow], documents: int, width: int | None
 ) -> dict[str, np.ndarray]:
-    queries: list[Query] = [row.query for row in rows]
-    return ranking.per_query(hits, queries, documents=documents, width=width)
+    return ranking.per_query(hits, [row.query for row in rows], documents=documents, width=width)
 
 
-def _oracle(retriever: Retriever, system: System, protocol: EvaluationProtocol, t: int) -> np.ndarray:
+def _oracle(retriever: Retriever, spec: RetrieverSpec, protocol: EvaluationProtocol, t: int) -> np.ndarray:
     """Hit@10 f64[1, rows] of session t's rows with decoding restricted to session t's documents."""
-    ids = [document.id for document in protocol.sessions.documents(t)]
-    rows = protocol.rows[t]
-    queries = [row.query.text for row in rows]
-    view = restricted(retriever, ids)
+    ids = dict.fromkeys(document.id for document in protocol.sessions.documents(t))
+    rows, view = protocol.rows[t], restricted(retriever, list(ids))
     if view is None:
-        options = replace(system.options, k=protocol.sizes()[t])
-        kept = set(ids)
-        found = search_all(retriever.search, queries, options)
-        hits = [[hit for hit in result.hits if hit.doc_id in kept] for result in found]
+        results = _search(retriever, spec.options, rows, protocol.sizes()[t])
     else:
-        most = max((len(row.neutral) for row in rows), default=0)
-        options = replace(system.options, k=DEPTH + most)
-        hits = [result.hits for result in search_all(view.search, queries, options)]
-    counted = [_counted(found, row, DEPTH) for found, row in zip(hits, rows, strict=True)]
-    if not any(counted):  # a family that could not admit the session has nothing to decode
+        results = _search(view, spec.options, rows, DEPTH)
+    ranked = ([hit for hit in result.hits if hit.doc_id in ids] for result in results)
+    hits = [_counted(of_row, row, DEPTH) for of_row, row in zip(ranked, rows, strict=True)]
+    if not any(hits):  # a family that could not insert the session has nothing to decode
         return np.zeros((1, len(rows)))
-    gold = [row.query for row in rows]
-    return ranking.per_query(counted, gold, documents=len(ids), measures=["Hit@10"], width=DEPTH)["Hit@10"][None]
+    queries = [row.query for row in rows]
+    return ranking.per_query(hits, queries, documents=len(ids), measures=["Hit@10"], width=DEPTH)["Hit@10"][None]
 
 
 def restricted(retriever: Retriever, doc_ids: Sequence[str]) -> Retriever | None:
@@ -254,29 +244,18 @@ def fingerprint(retriever: Retriever) -> str:
     return digest.hexdigest()
 
 
-def _describe_index(
-    results: SessionResults, retriever: Retriever, system: System, protocol: EvaluationProtocol
-) -> None:
-    """Size of the index and facts of the docids at the last session."""
-    results.bytes = getattr(retriever, "bytes", None)
-    table = getattr(retriever, "table", None)
-    if table is not None and system.trained:
-        initial = {document.id for document in protocol.sessions.documents(0)}
-        results.docids = docid_facts(table, initial)
-
-
-def measure_latency(every: Sequence[System], protocol: EvaluationProtocol) -> dict[str, np.ndarray]:
+def measure_latency(specs: Sequence[RetrieverSpec], protocol: EvaluationProtocol) -> dict[SessionSystem, np.ndarray]:
     """Milliseconds of each system's first seed at the last session, one query at a time and in turns."""
     texts = [row.query.text for rows in protocol.rows for row in rows]
-    spread = texts[:: max(1, len(texts) // protocol.latency_queries)][: protocol.latency_queries]
-    log.info("timing %d systems on %d queries, one by one", len(every), len(spread))
-    timed = [Timed(system.name, by_itself(_at_the_end(system, protocol)).search, system.options) for system in every]
-    return time_systems(timed, spread)
+    timed_texts = texts[:: max(1, len(texts) // protocol.latency_queries)][: protocol.latency_queries]
+    log.info("timing %d systems on %d queries, one by one", len(specs), len(timed_texts))
+    timed = [Timed(spec.system, by_itself(_at_the_end(spec, protocol)).search, spec.options) for spec in specs]
+    return time_systems(timed, timed_texts)
 
 
-def _at_the_end(system: System, protocol: EvaluationProtocol) -> Retriever:
+def _at_the_end(spec: RetrieverSpec, protocol: EvaluationProtocol) -> Retriever:
     """A system's retriever once everything has arrived that it can take."""
-    retriever = system.make(0)
+    retriever = spec.make(0)
     with contextlib.suppress(Unsupported):
         for t in range(1, protocol.sessions.count):
             retriever.insert(protocol.sessions.documents(t))
@@ -303,37 +282,15 @@ def docid_facts(table: Any, initial: set[str]) -> dict[str, Any]:
     }
 
 
-def _empty(protocol: EvaluationProtocol) -> list[np.ndarray]:
-    count = protocol.sessions.count
-    return [np.full((1, count, len(rows)), np.nan) for rows in protocol.rows]
-
-
-def _write(
-    protocol: EvaluationProtocol,
-    name: str,
-    seed: int,
-    t: int,
-    i: int,
-    hits: list[list[Hit]],
-    rows: Sequence[SessionRow],
-) -> None:
-    if protocol.directory is None:
-        return
-    folder = f"{name}-s{seed}".replace("/", "-").replace(" ", "-")
-    path = protocol.directory / folder / f"run_{t}_{i}.txt"
-    ranking.write_run(path, hits, [row.query for row in rows], folder)
-
-
-def joined(found: list[SessionResults]) -> SessionResults:
+def joined(seeds: Sequence[SessionResults]) -> SessionResults:
     """One system's seeds side by side; costs are those of the first."""
-    first = found[0]
-    values = {
-        name: [np.concatenate([f.cells.values[name][i] for f in found]) for i in range(len(cells))]
-        for name, cells in first.cells.values.items()
-    }
-    diagonal = {
-        name: [np.concatenate([f.cells.diagonal[name][i] for f in found]) for i in range(len(cells))]
-        for name, cells in first.cells.diagonal.items()
-    }
-    first.cells = Cells(values, diagonal, float(np.mean([f.cells.filled for f in found])))
-    return first
+
+    def side_by_side(part: str) -> dict[str, list[np.ndarray]]:
+        parts: list[dict[str, list[np.ndarray]]] = [getattr(seed.cells, part) for seed in seeds]
+        return {
+            name: [np.concatenate(values) for values in zip(*(part[name] for part in parts), strict=True)]
+            for name in parts[0]
+        }
+
+    filled = float(np.mean([seed.cells.filled for seed in seeds]))
+    return replace(seeds[0], cells=Cells(side_by_side("values"), side_by_side("diagonal"), filled))

@@ -48,6 +48,11 @@ def spread(p: np.ndarray) -> np.ndarray:
     return diagonal.max(-1) - diagonal.min(-1)
 
 
+def arriving(diagonal: np.ndarray) -> np.ndarray:
+    """Mean over sessions 1..n of a fact of the diagonal f64[..., T]."""
+    return diagonal[..., 1:].mean(-1)
+
+
 STATISTICS: dict[str, Statistic] = {
     "P[0,0]": initial,
     "GA": generalisation,

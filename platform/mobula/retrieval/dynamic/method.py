@@ -17,7 +17,8 @@ from mobula.retrieval.dynamic import artifact
 from mobula.retrieval.dynamic.config import Config
 from mobula.retrieval.dynamic.evaluate_sessions import measure_latency
 from mobula.retrieval.dynamic.prepare import divide
-from mobula.retrieval.dynamic.report import Results, build_report
+from mobula.retrieval.dynamic.report import build_report
+from mobula.retrieval.dynamic.results import Results
 from mobula.retrieval.dynamic.study import SessionStudy
 from mobula.retrieval.dynamic.trial import train_trial
 from mobula.threads import one_thread
@@ -43,15 +44,15 @@ def run(run: Run) -> Report:
     trained = study.trained
     run.bind("encoder", trained.documents.encoder.hash)
     with one_thread():
-        for name, ms in measure_latency(list(study.systems.values()), study.protocol).items():
-            evaluated[name].ms = ms
+        for system, ms in measure_latency(list(study.specs.values()), study.protocol).items():
+            evaluated[system].ms = ms
     report = run.report()
     report.data.append(DataFacts(data.name, data.source, data.sha256, data.records))
     report.notes.extend(f"{name}: {value}" for name, value in {**data.notes, **sessions.plan.notes}.items())
     build_report(report, Results(config, study.protocol, evaluated), trained.rates)
     artifact.write(config, sessions, trained, run.artifact_directory)
-    results = [result for found in trained.results.values() for result in found]
-    report.cost["train_steps"] = sum(result.steps for result in results)
-    report.cost["train_examples"] = sum(result.examples for result in results)
-    report.cost["train_s"] = sum(result.seconds for result in results)
+    trainings = [result for seeds in trained.results.values() for result in seeds]
+    report.cost["train_steps"] = sum(result.steps for result in trainings)
+    report.cost["train_examples"] = sum(result.examples for result in trainings)
+    report.cost["train_s"] = sum(result.seconds for result in trainings)
     return report

@@ -10,7 +10,7 @@ from pathlib import Path
 from mobula.cluster.pool import Pool
 from mobula.cluster.spec import ClusterSpec
 from mobula.portable import Portable
-from mobula.retrieval.dynamic.config import Config
+from mobula.retrieval.dynamic.config import Config, SessionSystem
 from mobula.retrieval.dynamic.evaluate_sessions import (
     RESULTS,
     EvaluationProtocol,
@@ -19,7 +19,7 @@ from mobula.retrieval.dynamic.evaluate_sessions import (
     joined,
 )
 from mobula.retrieval.dynamic.prepare import Sessions
-from mobula.retrieval.dynamic.systems import System, systems
+from mobula.retrieval.dynamic.systems import RetrieverSpec, systems
 from mobula.retrieval.dynamic.train_systems import SystemTraining, Trained
 from mobula.threads import one_thread
 
@@ -51,29 +51,30 @@ class SessionStudy(Portable):
         return self.training.collect()
 
     @cached_property
-    def systems(self) -> dict[str, System]:
-        """The systems by name, once everything is trained."""
-        return {system.name: system for system in systems(self.config, self.trained)}
+    def specs(self) -> dict[SessionSystem, RetrieverSpec]:
+        """How every system's retriever is made, once everything is trained."""
+        return systems(self.config, self.trained)
 
-    def execute(self, workers: Pool) -> dict[str, SessionResults]:
+    def execute(self, workers: Pool) -> dict[SessionSystem, SessionResults]:
         """Train every system, and only then search; the results by system, its seeds side by side."""
         self.training.execute(workers)
-        workers.map(self.evaluate, list(self.systems), range(self.config.evaluation.seeds))
+        workers.map(self.evaluate, list(self.specs), range(self.config.evaluation.seeds))
         return {
-            name: joined([SessionResults.load(self._path(name, seed)) for seed in self._seeds_of(system)])
-            for name, system in self.systems.items()
+            system: joined([SessionResults.load(self.path(system, seed)) for seed in self._seeds_of(system)])
+            for system in self.specs
         }
 
-    def evaluate(self, name: str, seed: int) -> None:
+    def evaluate(self, system: SessionSystem, seed: int) -> None:
         """Search every state with a seed of a system; one that is not trained has one seed."""
-        path, system = self._path(name, seed), self.systems[name]
+        path = self.path(system, seed)
         if (path / RESULTS).is_file() or seed not in self._seeds_of(system):
             return
         with one_thread():
-            evaluate_seed(system, self.protocol, seed).save(path)
+            evaluate_seed(self.specs[system], self.protocol, seed).save(path)
 
-    def _seeds_of(self, system: System) -> Sequence[int]:
-        return range(self.config.evaluation.seeds if system.trained else 1)
+    def path(self, system: SessionSystem, seed: int) -> Path:
+        """Where the results of a seed of a system are."""
+        return self.directory / "sessions" / f"{system.slug}-s{seed}"
 
-    def _path(self, name: str, seed: int) -> Path:
-        return self.directory / "sessions" / f"{name}-s{seed}".replace("/", "-").replace(" ", "-")
+    def _seeds_of(self, system: SessionSystem) -> Sequence[int]:
+        return range(self.config.evaluation.seeds if self.specs[system].trained else 1)

@@ -14,7 +14,7 @@ from mobula.cluster.spec import ClusterSpec
 from mobula.portable import Portable
 from mobula.retrieval.arms import Arm
 from mobula.retrieval.docids.families import FAMILIES
-from mobula.retrieval.dynamic.config import MULTI, Config
+from mobula.retrieval.dynamic.config import Config
 from mobula.retrieval.dynamic.prepare import (
     NEGATIVES,
     Sessions,
@@ -45,12 +45,6 @@ class Trained:
     tasks: dict[str, Any]
     results: dict[str, list[FitResult]]
     rates: list[list[Any]]
-
-
-def multi_name(config: Config, paradigm: str, per_document: int) -> str:
-    """The name of a multi_chunk system; those with another number of chunks say so."""
-    name = f"{paradigm}/{MULTI}"
-    return name if per_document == config.chunks.per_document else f"{name} m={per_document}"
 
 
 def prepare_systems(config: Config, sessions: Sessions, directory: Path) -> Trained:
@@ -183,7 +177,7 @@ def _numeric(config: Config, trained: Trained) -> Iterator[tuple[str, Any]]:
         for count, material in trained.chunks.items():
             arm = Arm(paradigm, config.docid.family)
             task = DocidTask(material.prepared, arm, config.model, config.loss.weight)
-            yield multi_name(config, paradigm, count), task
+            yield config.multi_system(paradigm, count).label, task
 
 
 def _text(config: Config, trained: Trained) -> Iterator[tuple[str, Any]]:

@@ -21,7 +21,7 @@ from mobula.errors import DataError
 from mobula.evaluation.ranking import per_query
 from mobula.retrieval.dynamic.config import HYBRID, MULTI, NGRAMS, Config
 from mobula.retrieval.dynamic.prepare import Sessions
-from mobula.retrieval.dynamic.systems import System, systems
+from mobula.retrieval.dynamic.systems import RetrieverSpec, systems
 from mobula.retrieval.dynamic.train_systems import Trained, fit_systems
 from mobula.retrieval.prepare import sample
 from mobula.retrieval.results import Timed, search_all, time_systems
@@ -43,7 +43,7 @@ def train_trial(config: Config, directory: Path, report: Callable[[dict[str, Any
     trained = parts[0]
     for part in parts[1:]:
         trained = _joined(trained, part)
-    *_, measured = systems(replace(config, evaluation=_alone(config)), trained)
+    *_, measured = systems(replace(config, evaluation=_alone(config)), trained).values()
     report({"step": config.training.total_steps, **measure_arrival(measured, sessions, config)})
 
 
@@ -64,16 +64,16 @@ def simulated(config: Config) -> Sessions:
     return found
 
 
-def measure_arrival(system: System, sessions: Sessions, config: Config) -> dict[str, float]:
+def measure_arrival(spec: RetrieverSpec, sessions: Sessions, config: Config) -> dict[str, float]:
     """Quality on the held-out documents' queries once these have arrived, and the median ms of one query."""
-    retriever = system.make(0)
+    retriever = spec.make(0)
     retriever.insert(sessions.documents(1))
     queries = sample([row.query for row in sessions.plan.rows(1)], config.evaluation.dev_queries, config.seed)
     texts = [query.text for query in queries]
     with one_thread():
-        results = search_all(retriever.search, texts, system.options)
+        results = search_all(retriever.search, texts, spec.options)
         timed = texts[: config.evaluation.latency_queries]
-        ms = time_systems([Timed("trial", retriever.search, system.options)], timed)["trial"]
+        ms = time_systems([Timed("trial", retriever.search, spec.options)], timed)["trial"]
     hits = [result.hits for result in results]
     found = per_query(hits, queries, documents=len(sessions.data.documents), measures=["Hit@10", "MRR@10"])
     return {
