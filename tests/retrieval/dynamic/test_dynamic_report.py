@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +15,6 @@ from mobula.retrieval.docids.families import FAMILIES, Family
 from mobula.retrieval.dynamic.claims import claims
 from mobula.retrieval.dynamic.config import Config, SessionSystem, options_of
 from mobula.retrieval.dynamic.evaluate_sessions import INITIAL_SHARE, ORACLE, EvaluationProtocol, SessionResults
-from mobula.retrieval.dynamic.measures import Cells
 from mobula.retrieval.dynamic.prepare import Sessions
 from mobula.retrieval.dynamic.report import build_report
 from mobula.retrieval.dynamic.results import Results
@@ -54,9 +52,8 @@ def _evaluated(first: float, later: float, share: float) -> SessionResults:
         cells.append(found)
     initial = [np.full((1, ROWS), share) + np.linspace(-0.1, 0.1, ROWS) for _ in range(SESSIONS)]
     oracle = [np.ones((1, ROWS)) for _ in range(SESSIONS)]
-    made: Any = SessionResults(Cells({"Hit@10": cells}, {INITIAL_SHARE: initial, ORACLE: oracle}), None)  # type: ignore[arg-type]
-    made.ms, made.inserted, made.bytes = np.array([2.0, 2.1, 2.2]), [(10, 5.0)], 100
-    return made
+    facts = {INITIAL_SHARE: initial, ORACLE: oracle}
+    return SessionResults({"Hit@10": cells}, facts, 0.0, [(10, 5.0)], np.array([2.0, 2.1, 2.2]), 100)
 
 
 def _verdicts(results: Results) -> dict[str, Claim]:

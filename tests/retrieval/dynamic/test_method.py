@@ -16,7 +16,6 @@ import yaml
 from scipy.stats import binom
 
 from mobula import artifacts, methods
-from mobula.artifacts import write_json
 from mobula.config import build
 from mobula.data import DataConfig, load_retrieval
 from mobula.data.records import Document, Query
@@ -25,9 +24,8 @@ from mobula.errors import ConfigError, DataError, ModelError
 from mobula.retrieval.docids.text import tokens
 from mobula.retrieval.dynamic import trial
 from mobula.retrieval.dynamic.chunks import owner
-from mobula.retrieval.dynamic.config import Config, SessionSystem
+from mobula.retrieval.dynamic.config import Config, EvaluationConfig, SessionSystem
 from mobula.retrieval.dynamic.evaluate_sessions import (
-    RESULTS,
     EvaluationProtocol,
     SessionResults,
     WeightsChanged,
@@ -37,7 +35,7 @@ from mobula.retrieval.dynamic.evaluate_sessions import (
     restricted,
     sample_rows,
 )
-from mobula.retrieval.dynamic.prepare import FITTED, FutureLeak, Sessions, fit_hash, require_fitted_on
+from mobula.retrieval.dynamic.prepare import FutureLeak, Sessions, check_fit
 from mobula.retrieval.dynamic.study import SessionStudy
 from mobula.retrieval.dynamic.systems import RetrieverSpec, systems
 from mobula.retrieval.dynamic.train_systems import Trained, fit_systems
@@ -186,14 +184,14 @@ def test_what_was_followed_is_kept_and_not_done_again(
     kept = study.path(bm25, 0)
     fresh = evaluate_seed(study.specs[bm25], replace(study.protocol, directory=tmp_path), 0)
     found = SessionResults.load(kept)
-    for name, rows in fresh.cells.values.items():
-        for one, other in zip(rows, found.cells.values[name], strict=True):
+    for name, rows in fresh.values.items():
+        for one, other in zip(rows, found.values[name], strict=True):
             np.testing.assert_array_equal(one, other)
-    np.testing.assert_array_equal(found.cells.diagonal["oracle"][1], fresh.cells.diagonal["oracle"][1])
+    np.testing.assert_array_equal(found.diagonal["oracle"][1], fresh.diagonal["oracle"][1])
     assert [count for count, _ in found.inserted] == [count for count, _ in fresh.inserted]
-    before = (kept / RESULTS).stat().st_mtime_ns
+    before = kept.stat().st_mtime_ns
     study.evaluate(bm25, 0)
-    assert (kept / RESULTS).stat().st_mtime_ns == before
+    assert kept.stat().st_mtime_ns == before
 
 
 def test_admission_changes_no_weight_codebook_or_old_code(config: Config, trained: Trained, sessions: Sessions) -> None:
@@ -228,14 +226,13 @@ def test_training_on_admission_is_caught(config: Config, trained: Trained, sessi
 
 
 def test_what_was_fitted_on_other_documents_is_refused(directory: Path, sessions: Sessions, tmp_path: Path) -> None:
-    ids = [document.id for document in sessions.initial.documents]
-    require_fitted_on(directory / "prepared" / "documents", ids)
-    require_fitted_on(directory / "prepared" / "chunks-2", ids)
-    require_fitted_on(directory / "prepared" / "ngram", ids)
-    every = [document.id for document in sessions.data.documents]
-    write_json(tmp_path / FITTED, {"documents": fit_hash(every)})
+    for folder in ("documents", "chunks-2", "ngram"):
+        check_fit(directory / "prepared" / folder, sessions.data, sessions)
+    check_fit(tmp_path / "of_the_initial", sessions.initial, sessions)
     with pytest.raises(FutureLeak, match="fitted on other documents"):
-        require_fitted_on(tmp_path, ids)
+        check_fit(tmp_path / "of_all", sessions.data, sessions)
+    with pytest.raises(FutureLeak):  # whatever it is called with later
+        check_fit(tmp_path / "of_all", sessions.initial, sessions)
 
 
 def test_nothing_prepared_knows_a_later_document(trained: Trained, sessions: Sessions) -> None:
@@ -345,11 +342,11 @@ def test_a_planted_distractor_counts_against_earlier_sessions(
     plan = replace(sessions.plan, session_of={**sessions.plan.session_of, **dict.fromkeys([d.id for d in planted], 1)})
     spoiled = replace(protocol, sessions=Sessions(data, plan, sessions.initial))
     bm25 = _spec(config, trained, "bm25")
-    clean = evaluate_seed(bm25, protocol, 0).cells.values["Hit@10"][0][0]
-    worse = evaluate_seed(bm25, spoiled, 0).cells.values["Hit@10"][0][0]
+    clean = evaluate_seed(bm25, protocol, 0).values["Hit@10"][0][0]
+    worse = evaluate_seed(bm25, spoiled, 0).values["Hit@10"][0][0]
     assert worse[0].mean() == clean[0].mean() > 0.5
     assert worse[1].mean() < clean[1].mean() / 2
-    assert np.isnan(evaluate_seed(bm25, protocol, 0).cells.values["Hit@10"][2][0][1]).all()  # session 2 has not arrived
+    assert np.isnan(evaluate_seed(bm25, protocol, 0).values["Hit@10"][2][0][1]).all()  # session 2 has not arrived
 
 
 @pytest.mark.parametrize(
@@ -405,7 +402,7 @@ def test_a_simulated_arrival_knows_no_later_session(config: Config, sessions: Se
 def test_data_of_a_session_without_queries_is_refused(sessions: Sessions, tmp_path: Path) -> None:
     plan = replace(sessions.plan, test=[row for row in sessions.plan.test if row.session != 1])
     with pytest.raises(Exception, match="session 1 has no test query"):
-        EvaluationProtocol.of(Sessions(sessions.data, plan, sessions.initial), 10, None, 2, 0, tmp_path)
+        EvaluationProtocol.of(Sessions(sessions.data, plan, sessions.initial), EvaluationConfig(), 0, tmp_path)
 
 
 def test_default_data_needs_no_folder() -> None:

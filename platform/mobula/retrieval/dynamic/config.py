@@ -22,7 +22,7 @@ from mobula.retrieval.dynamic.chunks import ChunksConfig, Expansion
 from mobula.retrieval.dynamic.hybrid import FusionConfig
 from mobula.retrieval.dynamic.multi import MultiConfig
 from mobula.retrieval.ngrams.config import NgramConfig
-from mobula.study import System
+from mobula.study import StudyEvaluation, System
 from mobula.training import TrainingConfig
 
 BASELINES = ("bm25", "dense", "dual", "dual_hn", "adc")
@@ -70,10 +70,9 @@ class LearningRates:
 
 
 @dataclass
-class EvaluationConfig:
+class EvaluationConfig(StudyEvaluation):
     """What is measured, on every session at every state of the corpus."""
 
-    seeds: int = key(1, "training seeds per system: seed, seed + 1, ...", ge=1, le=20)
     primary: str = key("Hit@10", "measure that claims use", choices=MEASURES)
     depth: int = key(100, "documents per ranked list", ge=1, le=1000)
     beam: int = key(100, "beam width of autoregressive docid models", ge=1, le=256)
@@ -84,8 +83,6 @@ class EvaluationConfig:
     max_rows: int | None = key(None, "rows per session; null: all", ge=1)
     dev_queries: int = key(200, "dev queries scored while training", ge=1)
     latency_queries: int = key(30, "queries timed one by one at the last state", ge=1)
-    resamples: int = key(10_000, "bootstrap resamples", ge=100)
-    decisive: bool = key(True, "false: too small to decide; every claim is undecided (smoke)")
 
 
 def _numeric() -> DocidConfig:
@@ -98,7 +95,7 @@ def _text() -> DocidConfig:
 
 @dataclass
 class Config(ExperimentConfig):
-    """Which systems are followed through the sessions. ``paradigm/family`` systems and n-gram systems are trained."""
+    """Which systems are searched through the sessions. ``paradigm/family`` systems and n-gram systems are trained."""
 
     RENAMED: ClassVar = RENAMED
 
@@ -106,7 +103,9 @@ class Config(ExperimentConfig):
         ["bm25", "dense", "adc", "autoregressive/rq", "autoregressive/random", "autoregressive/multi_chunk", "ngram"],
         "bm25, dense, dual, dual_hn, adc, paradigm/family, paradigm/multi_chunk, ngram, multiview, hybrid",
     )
-    parallel: int = key(1, "trainings at a time, later systems followed, each on a Ray actor; 1: in this process", ge=1)
+    parallel: int = key(
+        1, "trainings at a time, later systems that are searched, each on a Ray actor; 1: in this process", ge=1
+    )
     data: DataConfig = section(DataConfig)
     sessions: SessionsConfig = section(SessionsConfig)
     docid: DocidConfig = section(_numeric)  # type: ignore[arg-type]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import logging
 import time
 from collections.abc import Sequence
@@ -14,16 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors.numpy import load_file, save_file
 from torch import nn
 
-from mobula.artifacts import write_json
+from mobula.artifacts import read_jsonl, write_jsonl
 from mobula.data.sessions import SessionRow
 from mobula.errors import MobulaError
 from mobula.evaluation import ranking
 from mobula.retrieval.dynamic.chunks import owner
-from mobula.retrieval.dynamic.config import SessionSystem
-from mobula.retrieval.dynamic.measures import Cells
+from mobula.retrieval.dynamic.config import EvaluationConfig, SessionSystem
 from mobula.retrieval.dynamic.prepare import Sessions
 from mobula.retrieval.dynamic.systems import RetrieverSpec
 from mobula.retrieval.ngrams.retriever import NgramRetriever
@@ -35,49 +32,49 @@ log = logging.getLogger(__name__)
 PROGRESS_S = 10.0
 INITIAL_SHARE, ORACLE = "initial_share", "oracle"
 DEPTH = 10  # of the initial-document share and of the oracle
-CELLS, RESULTS = "cells.safetensors", "results.json"
+CELLS = ("values", "diagonal")
 
 
 class WeightsChanged(MobulaError):
     """Inserting documents has changed a model."""
 
 
+Cells = dict[str, list[np.ndarray]]
+
+
 @dataclass
 class SessionResults:
-    """Results of one system: its cells, (documents, ms) of every insertion, ms per query, facts of its index."""
+    """Results of one system, trained with S seeds (1 if not at all).
 
-    cells: Cells
+    ``values[measure][i]`` f64[S, T, rows of session i], NaN where t < i. ``diagonal[name][i]`` f64[S, rows of session
+    i] are facts of session i's rows searched at state i: the share of initial documents in the top ten, the hit with
+    decoding restricted to the session's documents. ``inserted`` has (documents, ms) of every insertion, ``docids``
+    facts of the docids at the last state.
+    """
+
+    values: Cells = field(default_factory=dict)
+    diagonal: Cells = field(default_factory=lambda: {INITIAL_SHARE: [], ORACLE: []})
+    filled: float = 0.0
     inserted: list[tuple[int, float]] = field(default_factory=list)
     ms: np.ndarray = field(default_factory=lambda: np.zeros(0))
     bytes: int | None = None
     docids: dict[str, Any] = field(default_factory=dict)
     unreachable: int = 0
 
-    def save(self, directory: Path) -> None:
-        """Write the results of one seed; ``results.json`` last."""
-        directory.mkdir(parents=True, exist_ok=True)
-        parts = {"values": self.cells.values, "diagonal": self.cells.diagonal}
-        arrays = {
-            f"{part}/{name}/{i}": np.ascontiguousarray(values)
-            for part, measures in parts.items()
-            for name, sessions in measures.items()
-            for i, values in enumerate(sessions)
-        }
-        save_file(arrays, directory / CELLS)
-        facts = {name: getattr(self, name) for name in ("inserted", "bytes", "docids", "unreachable")}
-        write_json(directory / RESULTS, {**facts, "filled": self.cells.filled})
+    def save(self, path: Path) -> None:
+        """Write the results of one seed, without ``ms``."""
+        write_jsonl(path, [{**vars(self), "values": _lists(self.values), "diagonal": _lists(self.diagonal), "ms": []}])
 
     @classmethod
-    def load(cls, directory: Path) -> SessionResults:
+    def load(cls, path: Path) -> SessionResults:
         """Read what :meth:`save` wrote."""
-        facts = json.loads((directory / RESULTS).read_text(encoding="utf-8"))
-        cells = Cells({}, {}, facts.pop("filled"))
-        arrays = load_file(directory / CELLS)
-        for path in sorted(arrays, key=lambda path: int(path.rpartition("/")[2])):
-            part, _, rest = path.partition("/")
-            getattr(cells, part).setdefault(rest.rpartition("/")[0], []).append(arrays[path])
-        facts["inserted"] = [tuple(pair) for pair in facts["inserted"]]
-        return cls(cells, **facts)
+        (facts,) = read_jsonl(path)
+        cells = {part: {m: [np.array(s) for s in found] for m, found in facts[part].items()} for part in CELLS}
+        return cls(**{**facts, **cells, "ms": np.zeros(0)})
+
+
+def _lists(cells: Cells) -> dict[str, list[Any]]:
+    return {measure: [session.tolist() for session in sessions] for measure, sessions in cells.items()}
 
 
 @dataclass(frozen=True)
@@ -91,19 +88,17 @@ class EvaluationProtocol:
     directory: Path | None = None
 
     @classmethod
-    def of(
-        cls, sessions: Sessions, depth: int, max_rows: int | None, latency_queries: int, seed: int, directory: Path
-    ) -> EvaluationProtocol:
+    def of(cls, sessions: Sessions, config: EvaluationConfig, seed: int, directory: Path) -> EvaluationProtocol:
         """At most ``max_rows`` rows of each session.
 
         Raises:
             MobulaError: if a session has none.
         """
-        rows = [sample_rows(sessions.plan.rows(i), max_rows, seed) for i in range(sessions.count)]
+        rows = [sample_rows(sessions.plan.rows(i), config.max_rows, seed) for i in range(sessions.count)]
         empty = [i for i, of_session in enumerate(rows) if not of_session]
         if empty:
             raise MobulaError(f"session {empty[0]} has no test query; use fewer sessions (sessions.sessions)")
-        return cls(sessions, rows, depth, latency_queries, directory)
+        return cls(sessions, rows, config.depth, config.latency_queries, directory)
 
     @cached_property
     def initial(self) -> set[str]:
@@ -135,7 +130,7 @@ def evaluate_seed(spec: RetrieverSpec, protocol: EvaluationProtocol, seed: int) 
     log.info("searching with %s, seed %d", spec.system, seed)
     retriever = spec.make(seed)
     before = fingerprint(retriever)
-    results = SessionResults(Cells({}, {INITIAL_SHARE: [], ORACLE: []}))
+    results = SessionResults()
     filled: list[float] = []
     logged = time.monotonic()
     for t in range(protocol.sessions.count):
@@ -145,16 +140,16 @@ def evaluate_seed(spec: RetrieverSpec, protocol: EvaluationProtocol, seed: int) 
             if time.monotonic() - logged > PROGRESS_S:
                 logged = time.monotonic()
                 log.info("%s, seed %d: rows of session %d in the documents of 0..%d", spec.system, seed, i, t)
-            hits, share = _measure(results.cells, retriever, spec, protocol, t, i)
+            hits, share = _measure(results, retriever, spec, protocol, t, i)
             filled.append(share)
             if protocol.directory is not None:
                 tag = f"{spec.system.slug}-s{seed}"
                 queries = [row.query for row in protocol.rows[i]]
                 ranking.write_run(protocol.directory / tag / f"run_{t}_{i}.txt", hits, queries, tag)
-        results.cells.diagonal[ORACLE].append(_oracle(retriever, spec, protocol, t))
+        results.diagonal[ORACLE].append(_oracle(retriever, spec, protocol, t))
     if fingerprint(retriever) != before:
         raise WeightsChanged(f"{spec.system}: inserting documents changed weights or codebooks")
-    results.cells.filled = float(np.mean(filled))
+    results.filled = float(np.mean(filled))
     results.bytes = getattr(retriever, "bytes", None)
     table = getattr(retriever, "table", None)
     if table is not None and spec.trained:
@@ -177,18 +172,18 @@ def _insert(
 
 
 def _measure(
-    cells: Cells, retriever: Retriever, spec: RetrieverSpec, protocol: EvaluationProtocol, t: int, i: int
+    results: SessionResults, retriever: Retriever, spec: RetrieverSpec, protocol: EvaluationProtocol, t: int, i: int
 ) -> tuple[list[list[Hit]], float]:
     """Search the rows of session i in the documents of sessions 0..t; the hits, and the share of filled-up lists."""
     rows = protocol.rows[i]
-    results = _search(retriever, spec.options, rows, protocol.depth)
-    hits = [_counted(result.hits, row, protocol.depth) for result, row in zip(results, rows, strict=True)]
+    searched = _search(retriever, spec.options, rows, protocol.depth)
+    hits = [_counted(result.hits, row, protocol.depth) for result, row in zip(searched, rows, strict=True)]
     for name, values in _values(hits, rows, protocol.sizes()[t], spec.width).items():
-        cells.values.setdefault(name, protocol.unmeasured())[i][0, t] = values
+        results.values.setdefault(name, protocol.unmeasured())[i][0, t] = values
     if i == t:
         share = [np.mean([hit.doc_id in protocol.initial for hit in ranked[:DEPTH]]) for ranked in hits]
-        cells.diagonal[INITIAL_SHARE].append(np.array(share)[None])
-    return hits, float(np.mean([result.filled > 0 for result in results]))
+        results.diagonal[INITIAL_SHARE].append(np.array(share)[None])
+    return hits, float(np.mean([result.filled > 0 for result in searched]))
 
 
 def _search(retriever: Retriever, options: SearchOptions, rows: Sequence[SessionRow], depth: int) -> list[SearchResult]:
@@ -269,28 +264,18 @@ def by_itself(retriever: Retriever) -> Retriever:
 
 def docid_facts(table: Any, initial: set[str]) -> dict[str, Any]:
     """Collisions, and the share of later rows whose code no initial row has."""
-    report = table.report()
     is_first = np.array([(owner(id) or id) in initial for id in table.doc_ids])
     known = {row.tobytes() for row in table.codes[is_first]}
     later = [row.tobytes() not in known for row in table.codes[~is_first]]
-    return {
-        "docids": report["documents"],
-        "distinct": report["distinct_codes"],
-        "collision_rate": report["collision_rate"],
-        "largest_bucket": report["largest_bucket"],
-        "new_codes": float(np.mean(later)) if later else 0.0,
-    }
+    return {**table.report(), "new_codes": float(np.mean(later)) if later else 0.0}
 
 
 def joined(seeds: Sequence[SessionResults]) -> SessionResults:
     """One system's seeds side by side; costs are those of the first."""
 
-    def side_by_side(part: str) -> dict[str, list[np.ndarray]]:
-        parts: list[dict[str, list[np.ndarray]]] = [getattr(seed.cells, part) for seed in seeds]
-        return {
-            name: [np.concatenate(values) for values in zip(*(part[name] for part in parts), strict=True)]
-            for name in parts[0]
-        }
+    def side_by_side(parts: Sequence[Cells]) -> Cells:
+        return {name: [np.concatenate(v) for v in zip(*(p[name] for p in parts), strict=True)] for name in parts[0]}
 
-    filled = float(np.mean([seed.cells.filled for seed in seeds]))
-    return replace(seeds[0], cells=Cells(side_by_side("values"), side_by_side("diagonal"), filled))
+    values, diagonal = (side_by_side([getattr(seed, part) for seed in seeds]) for part in CELLS)
+    filled = float(np.mean([seed.filled for seed in seeds]))
+    return replace(seeds[0], values=values, diagonal=diagonal, filled=filled)

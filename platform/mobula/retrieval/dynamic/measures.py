@@ -7,7 +7,6 @@ i searched in the documents of sessions 0..t, i <= t; cells above the diagonal a
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -60,20 +59,6 @@ STATISTICS: dict[str, Statistic] = {
     "AP": average,
     "BWT": backward,
 }
-
-
-@dataclass
-class Cells:
-    """What one system, trained with S seeds (1 if not at all), did.
-
-    ``values[measure][i]`` f64[S, T, rows of session i], NaN where t < i. ``diagonal[name][i]`` f64[S, rows of session
-    i] are facts of session i's rows searched at state i: the share of initial documents in the top ten, the hit with
-    decoding restricted to the session's documents.
-    """
-
-    values: dict[str, list[np.ndarray]]
-    diagonal: dict[str, list[np.ndarray]]
-    filled: float = 0.0
 
 
 def clusters(rows: Sequence[Sequence[SessionRow]]) -> list[list[int]]:

@@ -1,7 +1,6 @@
 """Generative retrieval over dynamic corpora (SIGIR 2025, arXiv 2504.17519; reconstruction).
 
 Systems are trained once, on an initial set of documents; further sets arrive and are indexed without training. ``run``
-``run``
 evaluates every system while they arrive; ``load`` opens the artifact, grown to the last session, for serving.
 """
 
@@ -11,12 +10,13 @@ import logging
 
 from mobula.cluster.pool import pool
 from mobula.data import load_retrieval
+from mobula.data.sessions import plan_sessions
 from mobula.errors import ConfigError
 from mobula.experiment import DataFacts, Report, Run
 from mobula.retrieval.dynamic import artifact
 from mobula.retrieval.dynamic.config import Config
 from mobula.retrieval.dynamic.evaluate_sessions import measure_latency
-from mobula.retrieval.dynamic.prepare import divide
+from mobula.retrieval.dynamic.prepare import Sessions
 from mobula.retrieval.dynamic.report import build_report
 from mobula.retrieval.dynamic.results import Results
 from mobula.retrieval.dynamic.study import SessionStudy
@@ -36,8 +36,10 @@ def run(run: Run) -> Report:
         raise ConfigError(problems, config.name)
     data = load_retrieval(config.data)
     run.bind("data", data.sha256)
-    sessions = divide(config, data, run.directory)
-    run.bind("sessions", sessions.plan.hash)
+    plan = plan_sessions(data, config.sessions)
+    plan.save(run.directory / "sessions.json")
+    run.bind("sessions", plan.hash)
+    sessions = Sessions.of(data, plan)
     study = SessionStudy(config, sessions, run.directory, run.cluster)
     with pool(config.parallel if config.parallel > 1 else 0, run.cluster) as workers:
         evaluated = study.execute(workers)
@@ -48,7 +50,7 @@ def run(run: Run) -> Report:
             evaluated[system].ms = ms
     report = run.report()
     report.data.append(DataFacts(data.name, data.source, data.sha256, data.records))
-    report.notes.extend(f"{name}: {value}" for name, value in {**data.notes, **sessions.plan.notes}.items())
+    report.notes.extend(f"{name}: {value}" for name, value in {**data.notes, **plan.notes}.items())
     build_report(report, Results(config, study.protocol, evaluated), trained.rates)
     artifact.write(config, sessions, trained, run.artifact_directory)
     trainings = [result for seeds in trained.results.values() for result in seeds]

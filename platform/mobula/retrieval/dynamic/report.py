@@ -39,7 +39,7 @@ def _measures(results: Results) -> dict[str, Measure]:
     """Every statistic of every measure, and every P[t, i] of the primary one."""
     found: dict[str, Measure] = {}
     for system, seen in results.systems.items():
-        for measure in (m for m in MEASURES if m in seen.cells.values):
+        for measure in (m for m in MEASURES if m in seen.values):
             for name, statistic in STATISTICS.items():
                 found[f"{system}/{name}/{measure}"] = results.measure(system, statistic, measure)
         table = results.table(system, results.primary)
@@ -60,26 +60,22 @@ def _sessions(results: Results) -> Table:
 
 
 def _quality(results: Results, system: SessionSystem) -> Row:
-    seen = results.systems[system].cells
+    seen = results.systems[system]
     means = {m: generalisation(results.p(system, m)) for m in ("Hit@1", "MRR@10") if m in seen.values}
     return {
         **{f"{name} {results.primary}": cell(results.measure(system, s)) for name, s in STATISTICS.items()},
-        **{f"GA {m}": _percent(means[m]) if m in means else None for m in ("Hit@1", "MRR@10")},
+        **{f"GA {m}": _percent(float(means[m])) if m in means else None for m in ("Hit@1", "MRR@10")},
         "filled %": _percent(seen.filled),
     }
 
 
-def _new(results: Results, system: SessionSystem) -> Row:
-    return {f"t={t}": _percent(value) for t, value in enumerate(np.diagonal(results.p(system)))}
-
-
-def _old(results: Results, system: SessionSystem) -> Row:
-    return {f"t={t}": _percent(value) for t, value in enumerate(results.p(system)[:, 0])}
+def _by_state(values: np.ndarray) -> Row:
+    return {f"t={t}": _percent(value) for t, value in enumerate(values)}
 
 
 def _bias(results: Results, system: SessionSystem) -> Row:
     """Share of initial documents in the top ten of new documents' queries, beside their share of the corpus."""
-    sizes, facts = results.protocol.sizes(), results.systems[system].cells.diagonal
+    sizes, facts = results.protocol.sizes(), results.systems[system].diagonal
     share, alone = (np.mean([rows.mean() for rows in facts[name][1:]]) for name in (INITIAL_SHARE, ORACLE))
     ga = float(generalisation(results.p(system, "Hit@10")))
     return {
@@ -110,8 +106,8 @@ def _drop(results: Results, system: SessionSystem) -> Row:
 def _docids(results: Results, system: SessionSystem) -> Row:
     seen = results.systems[system]
     headings = {
-        "docids": "docids",
-        "distinct": "distinct",
+        "docids": "documents",
+        "distinct": "distinct_codes",
         "share that collide": "collision_rate",
         "largest bucket": "largest_bucket",
         "later docids with a code new to the model": "new_codes",
@@ -136,8 +132,10 @@ def _cost(results: Results, system: SessionSystem) -> Row:
 # By title ({}: the primary measure), the cells of a system's row; a system without any is left out.
 TABLES: dict[str, Callable[[Results, SessionSystem], Row]] = {
     "Systems": _quality,
-    "{} of the documents that have just arrived, P[t, t] %": _new,
-    "{} of the initial documents, P[t, 0] %": _old,
+    "{} of the documents that have just arrived, P[t, t] %": lambda results, system: _by_state(
+        np.diagonal(results.p(system))
+    ),
+    "{} of the initial documents, P[t, 0] %": lambda all, one: _by_state(all.p(one)[:, 0]),
     "Bias towards the initial documents": _bias,
     "Where the drop comes from": _drop,
     "Docids at the last session": _docids,

@@ -62,17 +62,17 @@ class Results:
 
     def p(self, system: SessionSystem, measure: str = "") -> np.ndarray:
         """P f64[T, T] of a measure, the primary one unless named."""
-        return measures.means(self.systems[system].cells.values[measure or self.primary])
+        return measures.means(self.systems[system].values[measure or self.primary])
 
     @cached_property
     def table(self) -> Callable[[SessionSystem, str], np.ndarray]:
         """P f64[R + 1, S, T, T] of a system and measure."""
-        values = {system: results.cells.values for system, results in self.systems.items()}
+        values = {system: results.values for system, results in self.systems.items()}
         return lru_cache(maxsize=KEPT)(lambda system, measure: self._resampled(values[system][measure]))
 
     def diagonal(self, system: SessionSystem, name: str) -> np.ndarray:
         """A fact of the diagonal f64[R + 1, S, T]."""
-        return self._resampled(self.systems[system].cells.diagonal[name])
+        return self._resampled(self.systems[system].diagonal[name])
 
     def measure(self, system: SessionSystem, statistic: measures.Statistic, measure: str = "") -> Measure:
         """A statistic of P with its interval, of the primary measure unless another is named."""

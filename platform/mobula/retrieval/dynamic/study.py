@@ -8,47 +8,26 @@ from functools import cached_property
 from pathlib import Path
 
 from mobula.cluster.pool import Pool
-from mobula.cluster.spec import ClusterSpec
-from mobula.portable import Portable
-from mobula.retrieval.dynamic.config import Config, SessionSystem
-from mobula.retrieval.dynamic.evaluate_sessions import (
-    RESULTS,
-    EvaluationProtocol,
-    SessionResults,
-    evaluate_seed,
-    joined,
-)
-from mobula.retrieval.dynamic.prepare import Sessions
+from mobula.retrieval.dynamic.config import SessionSystem
+from mobula.retrieval.dynamic.evaluate_sessions import EvaluationProtocol, SessionResults, evaluate_seed, joined
 from mobula.retrieval.dynamic.systems import RetrieverSpec, systems
 from mobula.retrieval.dynamic.train_systems import SystemTraining, Trained
 from mobula.threads import one_thread
 
 
 @dataclass
-class SessionStudy(Portable):
+class SessionStudy(SystemTraining):
     """The systems of a run in its directory. What is finished there is read and not done again."""
-
-    config: Config
-    sessions: Sessions
-    directory: Path
-    cluster: ClusterSpec | None
 
     @cached_property
     def protocol(self) -> EvaluationProtocol:
         """What is searched when."""
-        evaluation, folder = self.config.evaluation, self.directory / "runs"
-        rows, timed = evaluation.max_rows, evaluation.latency_queries
-        return EvaluationProtocol.of(self.sessions, evaluation.depth, rows, timed, self.config.seed, folder)
-
-    @cached_property
-    def training(self) -> SystemTraining:
-        """How the systems are trained."""
-        return SystemTraining(self.config, self.sessions, self.directory, self.cluster)
+        return EvaluationProtocol.of(self.sessions, self.config.evaluation, self.config.seed, self.directory / "runs")
 
     @cached_property
     def trained(self) -> Trained:
         """Every system's trainings, once they are finished."""
-        return self.training.collect()
+        return self.collect()
 
     @cached_property
     def specs(self) -> dict[SessionSystem, RetrieverSpec]:
@@ -57,7 +36,7 @@ class SessionStudy(Portable):
 
     def execute(self, workers: Pool) -> dict[SessionSystem, SessionResults]:
         """Train every system, and only then search; the results by system, its seeds side by side."""
-        self.training.execute(workers)
+        self.train_all(workers)
         workers.map(self.evaluate, list(self.specs), range(self.config.evaluation.seeds))
         return {
             system: joined([SessionResults.load(self.path(system, seed)) for seed in self._seeds_of(system)])
@@ -67,14 +46,14 @@ class SessionStudy(Portable):
     def evaluate(self, system: SessionSystem, seed: int) -> None:
         """Search every state with a seed of a system; one that is not trained has one seed."""
         path = self.path(system, seed)
-        if (path / RESULTS).is_file() or seed not in self._seeds_of(system):
+        if path.is_file() or seed not in self._seeds_of(system):
             return
         with one_thread():
             evaluate_seed(self.specs[system], self.protocol, seed).save(path)
 
     def path(self, system: SessionSystem, seed: int) -> Path:
         """Where the results of a seed of a system are."""
-        return self.directory / "sessions" / f"{system.slug}-s{seed}"
+        return self.directory / "sessions" / f"{system.slug}-s{seed}.jsonl"
 
     def _seeds_of(self, system: SessionSystem) -> Sequence[int]:
         return range(self.config.evaluation.seeds if self.specs[system].trained else 1)

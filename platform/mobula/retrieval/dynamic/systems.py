@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 from mobula.data.views import body
 from mobula.models.text import load_static
 from mobula.retrieval.dense import Dense
 from mobula.retrieval.docids.code_only import CodeOnlyRetriever
-from mobula.retrieval.docids.families import FAMILIES
-from mobula.retrieval.docids.table import DocidTable
 from mobula.retrieval.dynamic.config import HYBRID, MULTI, Config, SessionSystem, options_of
 from mobula.retrieval.dynamic.hybrid import HybridRetriever, tune_weight
 from mobula.retrieval.dynamic.multi import MultiConfig, MultiDocidRetriever
@@ -22,7 +20,6 @@ from mobula.retrieval.paradigms import PARADIGMS
 from mobula.retrieval.prepare import Material
 from mobula.retrieval.retrievers import DocidRetriever, DualRetriever
 from mobula.retrieval.search import Retriever, SearchOptions
-from mobula.retrieval.train_arms import load_arm
 
 
 @dataclass(frozen=True)
@@ -42,112 +39,87 @@ class RetrieverSpec:
 
 def systems(config: Config, trained: Trained) -> dict[SessionSystem, RetrieverSpec]:
     """Every system of the config, variants included, in the order of ``systems``."""
-    built = (_BUILDERS.get(name, _docid_systems)(config, trained, name) for name in config.systems)
+    built = (_BUILDERS.get(name, _docids)(config, trained, name) for name in config.systems)
     return {spec.system: spec for spec in itertools.chain(*built)}
 
 
-def search_options(config: Config, paradigm: str) -> SearchOptions:
-    """How docid models of a paradigm search: a beam of ``evaluation.beam``, or all documents by one pass."""
-    return replace(PARADIGMS[paradigm].dev, k=config.evaluation.depth, beam=config.evaluation.beam)
-
-
-def _bm25(config: Config, trained: Trained, name: str) -> list[RetrieverSpec]:
+def _bm25(config: Config, trained: Trained, name: str) -> Iterator[RetrieverSpec]:
     data = trained.documents.data
     chosen, _ = tune(data.documents, data.queries["dev"])
-    k1, b = chosen.k1, chosen.b
-    return [_baseline(config, name, lambda _: Bm25(data.documents, k1, b))]
+    yield _baseline(config, name, lambda _: Bm25(data.documents, chosen.k1, chosen.b))
 
 
-def _dense(config: Config, trained: Trained, name: str) -> list[RetrieverSpec]:
+def _dense(config: Config, trained: Trained, name: str) -> Iterator[RetrieverSpec]:
     material = trained.documents
-    return [_baseline(config, name, lambda _: Dense(material.encoder, material.data.documents, material.embeddings))]
+    yield _baseline(config, name, lambda _: Dense(material.encoder, material.data.documents, material.embeddings))
 
 
-def _dual(config: Config, trained: Trained, name: str) -> list[RetrieverSpec]:
+def _dual(config: Config, trained: Trained, name: str) -> Iterator[RetrieverSpec]:
     material = trained.documents
     ids = [document.id for document in material.data.documents]
-
-    def make(_: int) -> Retriever:
-        model = load_arm(trained.tasks[name], trained.results[name][0])
-        return DualRetriever(model, material.encoder, ids, material.embeddings)
-
-    return [_baseline(config, name, make)]
+    yield _baseline(
+        config, name, lambda _: DualRetriever(trained.model(name, 0), material.encoder, ids, material.embeddings)
+    )
 
 
-def _adc(config: Config, trained: Trained, name: str) -> list[RetrieverSpec]:
-    """Code-only retrieval for every quantised family of the arms."""
+def _adc(config: Config, trained: Trained, name: str) -> Iterator[RetrieverSpec]:
+    """Code-only retrieval (ADC) for every quantised family of the arms."""
     material = trained.documents
 
     def make(family: str) -> Callable[[int], Retriever]:
         table = material.prepared.table(family)
         return lambda _: CodeOnlyRetriever("adc", table, material.encoder, body)
 
-    families = dict.fromkeys(arm.family for arm in config.parsed_arms if FAMILIES[arm.family].is_quantised)
-    return [_baseline(config, f"{name}/{family}", make(family)) for family in families]
+    for family in dict.fromkeys(arm.family for arm in config.parsed_arms if arm.docids.is_quantised):
+        yield _baseline(config, f"{name}/{family}", make(family))
 
 
-def _docid_systems(config: Config, trained: Trained, name: str) -> list[RetrieverSpec]:
-    paradigm, _, family = name.partition("/")
-    if family == MULTI:
-        return _multi(config, trained, paradigm)
-    material = trained.documents
-
-    def make(seed: int) -> Retriever:
-        model = load_arm(trained.tasks[name], trained.results[name][seed])
-        reader = config.model.reader(trained.tasks[name].arm)
-        table: DocidTable = trained.tasks[name].table
-        return DocidRetriever(name, model, table, material.inputs[reader], material.encoder)
-
-    options = search_options(config, paradigm)
-    return [RetrieverSpec(SessionSystem(name), make, options, trained=True, width=_width(options))]
+def _docids(config: Config, trained: Trained, name: str) -> Iterator[RetrieverSpec]:
+    system = SessionSystem(name)
+    if system.family == MULTI:
+        yield from _multi(config, trained, system.paradigm)
+    else:
+        yield _decoded(config, system, lambda seed: _docid_retriever(config, trained, trained.documents, name, seed))
 
 
-def _multi(config: Config, trained: Trained, paradigm: str) -> list[RetrieverSpec]:
-    options = search_options(config, paradigm)
-    width = _width(options)
-    specs = []
+def _multi(config: Config, trained: Trained, paradigm: str) -> Iterator[RetrieverSpec]:
     for count in trained.chunks:
         system = config.multi_system(paradigm, count)
-        variants = {system: config.multi}
-        if count == config.chunks.per_document:
-            variants |= {
-                SessionSystem(system.arm, options_of(v)): config.variant(v) for v in config.evaluation.variants
-            }
-        for variant, settings in variants.items():
-            make = _multi_maker(config, trained, system.label, count, settings)
-            specs.append(RetrieverSpec(variant, make, options, True, width))
-    return specs
+        yield _decoded(config, system, _multi_maker(config, trained, system.label, count, config.multi))
+        for text in config.evaluation.variants if count == config.chunks.per_document else ():
+            make = _multi_maker(config, trained, system.label, count, config.variant(text))
+            yield _decoded(config, SessionSystem(system.arm, options_of(text)), make)
 
 
 def _multi_maker(
     config: Config, trained: Trained, name: str, count: int, settings: MultiConfig
 ) -> Callable[[int], Retriever]:
-    material: Material = trained.chunks[count]
-    chunks = replace(config.chunks, per_document=count)
+    material, chunks = trained.chunks[count], replace(config.chunks, per_document=count)
 
     def make(seed: int) -> Retriever:
-        task = trained.tasks[name]
-        inputs = material.inputs[config.model.reader(task.arm)]
-        model, tokenizer = load_arm(trained.tasks[name], trained.results[name][seed]), load_static("wordllama")
-        return MultiDocidRetriever(
-            name, model, task.table, inputs, material.encoder, tokenizer, chunks, settings, material.embeddings
-        )
+        docids = _docid_retriever(config, trained, material, name, seed)
+        return MultiDocidRetriever(name, docids, load_static("wordllama"), chunks, settings, material.embeddings)
 
     return make
 
 
-def _ngrams(config: Config, trained: Trained, name: str) -> list[RetrieverSpec]:
+def _docid_retriever(config: Config, trained: Trained, material: Material, name: str, seed: int) -> DocidRetriever:
+    task = trained.tasks[name]
+    inputs = material.inputs[config.model.reader(task.arm)]
+    return DocidRetriever(str(task.arm), trained.model(name, seed), task.table, inputs, material.encoder)
+
+
+def _ngrams(config: Config, trained: Trained, name: str) -> Iterator[RetrieverSpec]:
     def make(seed: int) -> Retriever:
         return load_ngrams(trained.ngrams[name].directory, trained.results[name][seed].weights, name)
 
-    return [RetrieverSpec(SessionSystem(name), make, SearchOptions(k=config.evaluation.depth), trained=True)]
+    yield RetrieverSpec(SessionSystem(name), make, SearchOptions(k=config.evaluation.depth), trained=True)
 
 
-def _hybrid(config: Config, trained: Trained, name: str) -> list[RetrieverSpec]:
+def _hybrid(config: Config, trained: Trained, name: str) -> Iterator[RetrieverSpec]:
     """The first numeric system fused with ngram; the weight is chosen on dev of the initial documents."""
     numeric = next(system for system in config.systems if "/" in system)
-    (left,) = _docid_systems(config, trained, numeric)[:1]
-    (right,) = _ngrams(config, trained, "ngram")
+    left, right = next(_docids(config, trained, numeric)), next(_ngrams(config, trained, "ngram"))
     fusion = config.fusion
 
     def make(seed: int) -> Retriever:
@@ -156,18 +128,21 @@ def _hybrid(config: Config, trained: Trained, name: str) -> list[RetrieverSpec]:
         weight = tune_weight(parts, left.options, dev, fusion.rule) if fusion.weight is None else fusion.weight
         return HybridRetriever(f"{name} {numeric}+ngram", parts, left.options, weight, fusion.rule)
 
-    return [RetrieverSpec(SessionSystem(name), make, left.options, trained=True)]
-
-
-def _width(options: SearchOptions) -> int | None:
-    return options.beam if options.decoder == "beam" else None
+    yield RetrieverSpec(SessionSystem(name), make, left.options, trained=True)
 
 
 def _baseline(config: Config, name: str, make: Callable[[int], Retriever]) -> RetrieverSpec:
     return RetrieverSpec(SessionSystem(name), make, SearchOptions(k=config.evaluation.depth), trained=False)
 
 
-_BUILDERS: dict[str, Callable[[Config, Trained, str], list[RetrieverSpec]]] = {
+def _decoded(config: Config, system: SessionSystem, make: Callable[[int], Retriever]) -> RetrieverSpec:
+    """A docid model that searches with a beam of ``evaluation.beam``, or all documents by one pass."""
+    evaluation = config.evaluation
+    options = replace(PARADIGMS[system.paradigm].dev, k=evaluation.depth, beam=evaluation.beam)
+    return RetrieverSpec(system, make, options, True, options.beam if options.decoder == "beam" else None)
+
+
+_BUILDERS: dict[str, Callable[[Config, Trained, str], Iterator[RetrieverSpec]]] = {
     "bm25": _bm25,
     "dense": _dense,
     "dual": _dual,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -13,26 +13,22 @@ from mobula.cluster.pool import Pool
 from mobula.cluster.spec import ClusterSpec
 from mobula.portable import Portable
 from mobula.retrieval.arms import Arm
-from mobula.retrieval.docids.families import FAMILIES
 from mobula.retrieval.dynamic.config import Config
 from mobula.retrieval.dynamic.prepare import (
     NEGATIVES,
     Sessions,
-    note_fit,
+    check_fit,
     prepare_chunks,
     prepare_documents,
-    require_fitted_on,
     write_negatives,
 )
 from mobula.retrieval.ngrams.config import MULTIVIEW
 from mobula.retrieval.ngrams.task import NgramTask, write_ngrams
 from mobula.retrieval.prepare import Material, training_examples
-from mobula.retrieval.tasks import DocidTask, DualTask
-from mobula.retrieval.train_arms import Plan, Schedule, fit_plans, fit_seed
+from mobula.retrieval.tasks import DualTask
+from mobula.retrieval.train_arms import Plan, Schedule, docid_task, fit_plans, fit_seed, load_arm
 from mobula.threads import one_thread
 from mobula.training import FitResult
-
-KINDS = ("numeric", "text", "dual")
 
 
 @dataclass
@@ -45,6 +41,10 @@ class Trained:
     tasks: dict[str, Any]
     results: dict[str, list[FitResult]]
     rates: list[list[Any]]
+
+    def model(self, name: str, seed: int) -> Any:
+        """A trained network."""
+        return load_arm(self.tasks[name], self.results[name][seed])
 
 
 def prepare_systems(config: Config, sessions: Sessions, directory: Path) -> Trained:
@@ -63,7 +63,7 @@ def prepare_systems(config: Config, sessions: Sessions, directory: Path) -> Trai
 def fit_systems(config: Config, sessions: Sessions, directory: Path, cluster: ClusterSpec | None) -> Trained:
     """Prepare and train what a run needs, one after another; finished trainings are taken as they are."""
     training = SystemTraining(config, sessions, directory, cluster)
-    training.execute(Pool())
+    training.train_all(Pool())
     return training.collect()
 
 
@@ -85,44 +85,48 @@ class SystemTraining(Portable):
         return prepare_systems(self.config, self.sessions, self.directory)
 
     @cached_property
-    def plans(self) -> dict[str, list[Plan]]:
-        """The trainings by kind."""
-        found = {kind: plans(self.config, self.prepared, self.directory, kind) for kind in KINDS}
-        return {kind: of_kind for kind, of_kind in found.items() if of_kind}
+    def plans(self) -> dict[str, dict[str, Plan]]:
+        """The trainings by kind and name, with all rates that the config names for the kind."""
+        return {kind: plans for kind in TASKS if (plans := {plan.name: plan for plan in self._plans(kind)})}
 
-    def execute(self, workers: Pool) -> None:
+    def train_all(self, workers: Pool) -> None:
         """Choose every kind's rate, then train every system with every seed."""
-        names = [plan.name for of_kind in self.plans.values() for plan in of_kind]
+        names = [name for plans in self.plans.values() for name in plans]
         workers.map(self.choose_rate, list(self.plans), [0])
         workers.map(self.train, names, range(self.config.evaluation.seeds))
 
     def choose_rate(self, kind: str, seed: int = 0) -> list[list[Any]]:
         """Try the rates of a kind: rows [system, rate, dev value of its trial, chosen]."""
-        first, *_ = self.plans[kind]
+        first, *_ = self.plans[kind].values()
         with self._threads():
             return fit_plans([replace(first, seeds=0)], self._schedule, self.cluster)[1]
 
     def train(self, name: str, seed: int) -> None:
         """Train one seed of a system, if it has as many."""
-        for kind, of_kind in self.plans.items():
-            for plan in of_kind:
-                if plan.name == name and seed < plan.seeds:
-                    self._fit(kind, plan, seed)
+        kind = next(kind for kind, plans in self.plans.items() if name in plans)
+        if seed < self.plans[kind][name].seeds:
+            self._fit(kind, self.plans[kind][name], seed)
 
     def collect(self) -> Trained:
         """Every training's result and the rates; what is not finished is trained here."""
         trained = self.prepared
-        for kind, of_kind in self.plans.items():
-            for plan in of_kind:
-                trained.tasks[plan.name] = plan.task
-                trained.results[plan.name] = [self._fit(kind, plan, seed) for seed in range(plan.seeds)]
+        for kind, plans in self.plans.items():
+            for name, plan in plans.items():
+                trained.tasks[name] = plan.task
+                trained.results[name] = [self._fit(kind, plan, seed) for seed in range(plan.seeds)]
             trained.rates += self.choose_rate(kind)
-            trained.rates += [[plan.name, self._rate(kind), None, True] for plan in of_kind[1:]]
+            trained.rates += [[name, self._rate(kind), None, True] for name in list(plans)[1:]]
         return trained
 
     @property
     def _schedule(self) -> Schedule:
         return Schedule(self.config.training, self.config.learning_rates.share, self.config.seed)
+
+    def _plans(self, kind: str) -> Iterator[Plan]:
+        seeds = 1 if kind == "dual" else self.config.evaluation.seeds
+        for name, task in TASKS[kind](self.config, self.prepared):
+            directory = self.directory / "models" / name.replace("/", "-").replace(" ", "-")
+            yield Plan(name, task, getattr(self.config.learning_rates, kind), directory, seeds)
 
     def _rate(self, kind: str) -> float:
         return next(rate for _, rate, _, is_best in self.choose_rate(kind) if is_best)
@@ -134,20 +138,6 @@ class SystemTraining(Portable):
     def _threads(self) -> contextlib.AbstractContextManager[None]:
         """Of several trainings at a time, each computes with one thread."""
         return one_thread() if self.config.parallel > 1 else contextlib.nullcontext()
-
-
-def plans(config: Config, trained: Trained, directory: Path, kind: str) -> list[Plan]:
-    """The trainings of one kind, with all rates that the config names for it."""
-    seeds, rates = config.evaluation.seeds, getattr(config.learning_rates, kind)
-    tasks = {"numeric": _numeric, "text": _text, "dual": _dual}[kind](config, trained)
-    return [
-        Plan(name, task, rates, directory / "models" / _folder(name), 1 if kind == "dual" else seeds)
-        for name, task in tasks
-    ]
-
-
-def _folder(name: str) -> str:
-    return name.replace("/", "-").replace(" ", "-")
 
 
 def _prepare_ngrams(config: Config, sessions: Sessions, directory: Path, name: str) -> NgramTask:
@@ -164,32 +154,39 @@ def _prepare_ngrams(config: Config, sessions: Sessions, directory: Path, name: s
         model=config.model,
         seed=config.seed,
     )
-    note_fit(directory, data)
-    require_fitted_on(directory, [document.id for document in data.documents])
+    check_fit(directory, data, sessions)
     return task
 
 
 def _numeric(config: Config, trained: Trained) -> Iterator[tuple[str, Any]]:
-    for arm in config.parsed_arms:
-        if not FAMILIES[arm.family].is_text:
-            yield str(arm), DocidTask(trained.documents.prepared, arm, config.model, config.loss.weight)
+    yield from _docid_tasks(config, trained, is_text=False)
     for paradigm in config.multi_paradigms:
         for count, material in trained.chunks.items():
             arm = Arm(paradigm, config.docid.family)
-            task = DocidTask(material.prepared, arm, config.model, config.loss.weight)
-            yield config.multi_system(paradigm, count).label, task
+            yield config.multi_system(paradigm, count).label, docid_task(config, material.prepared, arm)
 
 
 def _text(config: Config, trained: Trained) -> Iterator[tuple[str, Any]]:
     # n-gram models first: their rate is the one the spec has the text systems inherit.
     yield from trained.ngrams.items()
+    yield from _docid_tasks(config, trained, is_text=True)
+
+
+def _docid_tasks(config: Config, trained: Trained, is_text: bool) -> Iterator[tuple[str, Any]]:
     for arm in config.parsed_arms:
-        if FAMILIES[arm.family].is_text:
-            yield str(arm), DocidTask(trained.documents.prepared, arm, config.model, config.loss.weight)
+        if arm.docids.is_text == is_text:
+            yield str(arm), docid_task(config, trained.documents.prepared, arm)
 
 
 def _dual(config: Config, trained: Trained) -> Iterator[tuple[str, Any]]:
-    if "dual" in config.systems:
-        yield "dual", DualTask(trained.documents.prepared)
-    if "dual_hn" in config.systems:
-        yield "dual_hn", DualTask(trained.documents.prepared, negatives=NEGATIVES)
+    for name, negatives in (("dual", ""), ("dual_hn", NEGATIVES)):
+        if name in config.systems:
+            yield name, DualTask(trained.documents.prepared, negatives=negatives)
+
+
+# By kind, the tasks of its systems; a kind shares its learning rate.
+TASKS: dict[str, Callable[[Config, Trained], Iterator[tuple[str, Any]]]] = {
+    "numeric": _numeric,
+    "text": _text,
+    "dual": _dual,
+}

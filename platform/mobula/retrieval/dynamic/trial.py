@@ -6,6 +6,7 @@ that arrives; the initial documents' own training and dev queries that ask for i
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -27,8 +28,7 @@ from mobula.retrieval.prepare import sample
 from mobula.retrieval.results import Timed, search_all, time_systems
 from mobula.threads import one_thread
 
-HELD_OUT = 0.2
-DEPTH = 10
+HELD_OUT = 0.2  # share of the initial documents
 
 
 def train_trial(config: Config, directory: Path, report: Callable[[dict[str, Any]], None]) -> None:
@@ -40,10 +40,7 @@ def train_trial(config: Config, directory: Path, report: Callable[[dict[str, Any
     sessions = simulated(config)
     shared = directory.parent / "prepared"
     parts = [_trained(config, sessions, shared, name) for name in config.systems if name != HYBRID]
-    trained = parts[0]
-    for part in parts[1:]:
-        trained = _joined(trained, part)
-    *_, measured = systems(replace(config, evaluation=_alone(config)), trained).values()
+    *_, measured = systems(replace(config, evaluation=_alone(config)), functools.reduce(_joined, parts)).values()
     report({"step": config.training.total_steps, **measure_arrival(measured, sessions, config)})
 
 
@@ -58,10 +55,10 @@ def simulated(config: Config) -> Sessions:
     queries = {"train": initial.queries["train"], "dev": initial.queries["dev"], "test": []}
     within = RetrievalData(data.name, data.source, initial.sha256, initial.documents, queries)
     split = replace(config.sessions, sessions=1, initial=1 - HELD_OUT, queries=SessionsConfig.queries)
-    found = Sessions.of(within, plan_sessions(within, split))
-    if not found.plan.rows(1):
+    sessions = Sessions.of(within, plan_sessions(within, split))
+    if not sessions.plan.rows(1):
         raise DataError(f"{data.name}: no training query asks for a held-out document; tune on a set that has some")
-    return found
+    return sessions
 
 
 def measure_arrival(spec: RetrieverSpec, sessions: Sessions, config: Config) -> dict[str, float]:
@@ -75,12 +72,8 @@ def measure_arrival(spec: RetrieverSpec, sessions: Sessions, config: Config) -> 
         timed = texts[: config.evaluation.latency_queries]
         ms = time_systems([Timed("trial", retriever.search, spec.options)], timed)["trial"]
     hits = [result.hits for result in results]
-    found = per_query(hits, queries, documents=len(sessions.data.documents), measures=["Hit@10", "MRR@10"])
-    return {
-        "hit@10": float(found["Hit@10"].mean()),
-        "mrr@10": float(found["MRR@10"].mean()),
-        "ms": float(np.median(ms)),
-    }
+    quality = per_query(hits, queries, documents=len(sessions.data.documents), measures=["Hit@10", "MRR@10"])
+    return {**{name.lower(): float(values.mean()) for name, values in quality.items()}, "ms": float(np.median(ms))}
 
 
 def _alone(config: Config) -> Any:
@@ -99,10 +92,5 @@ def _trained(config: Config, sessions: Sessions, shared: Path, name: str) -> Tra
 
 
 def _joined(one: Trained, other: Trained) -> Trained:
-    return replace(
-        one,
-        chunks=one.chunks | other.chunks,
-        ngrams=one.ngrams | other.ngrams,
-        tasks=one.tasks | other.tasks,
-        results=one.results | other.results,
-    )
+    parts = ("chunks", "ngrams", "tasks", "results")
+    return replace(one, **{part: getattr(one, part) | getattr(other, part) for part in parts})
