@@ -1,4 +1,4 @@
-"""A whole run on real documents: trained on the first, followed while the others arrive, opened for serving."""
+"""A whole run on real documents: trained on the first, searched while the others arrive, opened for serving."""
 
 from __future__ import annotations
 
@@ -15,12 +15,14 @@ import torch
 import yaml
 from scipy.stats import binom
 
-from mobula import artifacts, methods
+from mobula import artifacts, methods, training
+from mobula.cluster import spec as clusters
 from mobula.config import build
 from mobula.data import DataConfig, load_retrieval
 from mobula.data.records import Document, Query
 from mobula.data.sessions import SessionRow, plan_sessions
 from mobula.errors import ConfigError, DataError, ModelError
+from mobula.retrieval import train_arms
 from mobula.retrieval.docids.text import tokens
 from mobula.retrieval.dynamic import trial
 from mobula.retrieval.dynamic.chunks import owner
@@ -38,10 +40,11 @@ from mobula.retrieval.dynamic.evaluate_sessions import (
 from mobula.retrieval.dynamic.prepare import FutureLeak, Sessions, check_fit
 from mobula.retrieval.dynamic.study import SessionStudy
 from mobula.retrieval.dynamic.systems import RetrieverSpec, systems
-from mobula.retrieval.dynamic.train_systems import Trained, fit_systems
+from mobula.retrieval.dynamic.train_systems import SystemTraining, Trained, fit_systems
 from mobula.retrieval.search import Hit, SearchOptions
 from mobula.running import run_experiment
 from mobula.serving.calibration import Calibration
+from mobula.training import FitResult, Training
 from serve_apps.retriever.budget import plan
 from serve_apps.retriever.schema import SearchRequest
 
@@ -176,7 +179,33 @@ def test_a_second_run_is_identical_with_several_at_a_time(
     assert again["measures"] == report["measures"]
 
 
-def test_what_was_followed_is_kept_and_not_done_again(
+def test_the_cluster_reaches_every_training(
+    directory: Path, config: Config, sessions: Sessions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A training that is not told of it would run in this process whatever cluster.yaml says."""
+    given: list[tuple[int, Any]] = []
+
+    def fit_all(trainings: Sequence[Training], cluster: Any) -> list[FitResult]:
+        given.append((len(trainings), cluster))
+        return training.fit_all(trainings)  # finished, so that nothing is trained
+
+    monkeypatch.setattr(train_arms, "fit_all", fit_all)
+    cluster = clusters.load(Path(__file__).parents[3] / "cluster.yaml")
+    every = SystemTraining(config, sessions, directory, cluster)
+    without = ("bm25", "dense", "adc", "hybrid")
+    assert set(every.collect().results) == set(config.systems) - set(without)
+    assert sum(count for count, _ in given) == len(config.systems) - len(without)
+    assert all(one is cluster for _, one in given)
+
+
+@pytest.mark.parametrize("workers", [None, 2])
+def test_trainings_at_the_same_time_cannot_have_workers(workers: int | None) -> None:
+    given = {"method": "dynamic_retrieval", "parallel": 2, "training": {"workers": workers}}
+    with pytest.raises(ConfigError, match="parallel=2 needs training"):
+        build(Config, given)
+
+
+def test_what_was_searched_is_kept_and_not_done_again(
     directory: Path, config: Config, sessions: Sessions, tmp_path: Path
 ) -> None:
     """An interrupted run goes on at the first system and seed that is missing."""

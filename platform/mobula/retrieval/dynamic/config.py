@@ -22,7 +22,7 @@ from mobula.retrieval.dynamic.chunks import ChunksConfig, Expansion
 from mobula.retrieval.dynamic.hybrid import FusionConfig
 from mobula.retrieval.dynamic.multi import MultiConfig
 from mobula.retrieval.ngrams.config import NgramConfig
-from mobula.study import StudyEvaluation, System
+from mobula.study import StudyEvaluation, System, parallel_problems
 from mobula.training import TrainingConfig
 
 BASELINES = ("bm25", "dense", "dual", "dual_hn", "adc")
@@ -128,8 +128,7 @@ class Config(ExperimentConfig):
             found.append(f"model.backbone={self.model.backbone}: dynamic_retrieval trains small and encoder only")
         for text in self.evaluation.variants:
             found.extend(self._bad_variant(text))
-        if self.parallel > 1 and self.training.workers != 0:
-            found.append(f"parallel={self.parallel} needs training.workers=0: trainings have the actors")
+        found.extend(parallel_problems(self.parallel, {"training.workers": self.training.workers}))
         numeric = any("/" in name for name in self.systems)
         if HYBRID in self.systems and not (numeric and "ngram" in self.systems):
             found.append("systems: hybrid fuses a numeric system with ngram; name both")

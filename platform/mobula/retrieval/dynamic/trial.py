@@ -37,6 +37,8 @@ def train_trial(config: Config, directory: Path, report: Callable[[dict[str, Any
     The last of ``systems`` is measured, so a fusion comes after its parts. Models that several trials need are trained
     once, in a folder beside theirs.
     """
+    # Of a sweep the trials are what runs at the same time: each trains in its own process.
+    config = replace(config, training=replace(config.training, workers=config.training.workers or 0))
     sessions = simulated(config)
     shared = directory.parent / "prepared"
     parts = [_trained(config, sessions, shared, name) for name in config.systems if name != HYBRID]
