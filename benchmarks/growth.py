@@ -1,8 +1,8 @@
-"""What it costs to let a corpus grow: admission per docid family, latency as it grows, n-grams against callbacks.
+"""What it costs to let a corpus grow: insertion per docid family, latency as it grows, n-grams against callbacks.
 
 The initial corpus are 1,000 function documents; what arrives are the other function documents and, beyond these,
 synthetic ones, each spliced from the texts of two real ones. Models are trained for some forty steps: neither
-admission nor latency depends on how well. All families see the same documents and queries; latencies are those of one
+insertion nor latency depends on how well. All families see the same documents and queries; latencies are those of one
 query at a time on one thread, the systems in turns.
 """
 
@@ -81,10 +81,10 @@ def run() -> dict[str, Any]:
     return {
         "name": "growth",
         "ratios": ngrams.pop("ratios"),
-        "admission_s_per_1000": {name: round(value, 3) for name, value in insertion.items()},
+        "insertion_s_per_1000": {name: round(value, 3) for name, value in insertion.items()},
         "latency_ms": latency,
         "ngrams": ngrams,
-        "conditions": {"initial": INITIAL, "admitted_at_once": ADDED, "queries": len(texts), "threads": 1},
+        "conditions": {"initial": INITIAL, "inserted_at_once": ADDED, "queries": len(texts), "threads": 1},
     }
 
 
@@ -111,7 +111,7 @@ def _stream(real: list[Document], known: list[Document]) -> Iterator[Document]:
 
 
 def _batches(stream: Iterator[Document], count: int) -> Iterator[list[Document]]:
-    """The next ``count`` documents, the first thousand by itself (what admission is measured on), then the rest."""
+    """The next ``count`` documents, the first thousand by itself (what insertion is measured on), then the rest."""
     for size in (min(ADDED, count), count - min(ADDED, count)):
         if size:
             yield [next(stream) for _ in range(size)]

@@ -31,7 +31,7 @@ def _results(quality: dict[str, tuple[float, float]], initial_share: dict[str, f
         for s in range(SESSIONS)
     ]
     data = RetrievalData("toy", "here", "", documents, {})
-    plan = SessionPlan({d.id: int(d.id[0]) for d in documents}, [], [], [row for found in rows for row in found])
+    plan = SessionPlan({d.id: int(d.id[0]) for d in documents}, [], [], [row for session in rows for row in session])
     protocol = EvaluationProtocol(Sessions(data, plan, data), rows, 10, 1, tmp_path)
     config = build(Config, {"method": "dynamic_retrieval", "evaluation": {"resamples": 300}})
     systems = {_system(name): _evaluated(*q, initial_share.get(name, 0.4)) for name, q in quality.items()}
@@ -47,9 +47,9 @@ def _evaluated(first: float, later: float, share: float) -> SessionResults:
     cells = []
     for session in range(SESSIONS):
         value = first if session == 0 else later
-        found = np.tile((np.arange(ROWS) < value * ROWS).astype(float), (1, SESSIONS, 1))
-        found[:, :session] = np.nan
-        cells.append(found)
+        hits = np.tile((np.arange(ROWS) < value * ROWS).astype(float), (1, SESSIONS, 1))
+        hits[:, :session] = np.nan
+        cells.append(hits)
     initial = [np.full((1, ROWS), share) + np.linspace(-0.1, 0.1, ROWS) for _ in range(SESSIONS)]
     oracle = [np.ones((1, ROWS)) for _ in range(SESSIONS)]
     facts = {INITIAL_SHARE: initial, ORACLE: oracle}

@@ -62,8 +62,8 @@ def _planted(queries: int, seeds: int, rng: np.random.Generator) -> list[np.ndar
     hardness = rng.normal(0, 1, queries)
     shift = rng.normal(0, 0.2, (seeds, 1, 1)) if seeds > 1 else 0.0  # of one seed nobody can know it
     cells = [shift + hardness + rng.normal(0, 0.5, (seeds, 3, queries)) for _ in range(3)]
-    for session, found in enumerate(cells):
-        found[:, :session] = NAN
+    for session, values in enumerate(cells):
+        values[:, :session] = NAN
     return cells
 
 
@@ -82,8 +82,8 @@ def test_intervals_over_sessions_cover_the_truth(seeds: int) -> None:
     """Few queries, each in every session, and few seeds: the truth, 0, is in 95 of 100 intervals."""
     rng = np.random.default_rng(seeds)
     labels = clusters(_rows(*([(f"q{i}", f"{session}-{i}") for i in range(30)] for session in range(3))))
-    found = []
+    covered = []
     for _ in range(400):
         measured = _ga(_planted(30, seeds, rng), labels, 300)
-        found.append(measured.low <= 0 <= measured.high)
-    assert 0.92 <= np.mean(found) <= 0.995
+        covered.append(measured.low <= 0 <= measured.high)
+    assert 0.92 <= np.mean(covered) <= 0.995

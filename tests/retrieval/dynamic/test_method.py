@@ -166,7 +166,7 @@ def test_existing_leaf_adds_no_code_and_free_does(report: dict[str, Any]) -> Non
     rows = {row[0]: row for row in report["tables"]["Docids at the last session"][1:]}
     assert rows[MULTI][5] == 0
     assert rows[f"{MULTI} expand=free"][5] > 0
-    assert rows["autoregressive/atomic"][6] > 0  # documents that it could not admit
+    assert rows["autoregressive/atomic"][6] > 0  # documents that it could not insert
 
 
 def test_a_second_run_is_identical_with_several_at_a_time(
@@ -223,7 +223,7 @@ def test_what_was_searched_is_kept_and_not_done_again(
     assert kept.stat().st_mtime_ns == before
 
 
-def test_admission_changes_no_weight_codebook_or_old_code(config: Config, trained: Trained, sessions: Sessions) -> None:
+def test_insertion_changes_no_weight_codebook_or_old_code(config: Config, trained: Trained, sessions: Sessions) -> None:
     for name in (NUMERIC, "diffusion/hkmeans", MULTI):
         spec = _spec(config, trained, name)
         retriever: Any = spec.make(0)
@@ -235,7 +235,7 @@ def test_admission_changes_no_weight_codebook_or_old_code(config: Config, traine
         assert len(after) > len(before)
 
 
-def test_training_on_admission_is_caught(config: Config, trained: Trained, sessions: Sessions) -> None:
+def test_training_on_insertion_is_caught(config: Config, trained: Trained, sessions: Sessions) -> None:
     spec = _spec(config, trained, NUMERIC)
 
     def make(seed: int) -> Any:
@@ -281,7 +281,7 @@ def test_test_queries_decide_nothing(config: Config, trained: Trained, sessions:
     assert ours.weights.read_bytes() == theirs.weights.read_bytes()
 
 
-def test_a_new_process_admits_the_same_way(
+def test_a_new_process_inserts_the_same_way(
     directory: Path, config: Config, trained: Trained, sessions: Sessions
 ) -> None:
     opened: Any = methods.get("dynamic_retrieval").load(artifacts.open_artifact(directory / "artifact"))

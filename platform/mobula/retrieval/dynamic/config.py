@@ -123,16 +123,16 @@ class Config(ExperimentConfig):
 
     def problems(self) -> list[str]:
         """Contradictions across sections."""
-        found = list(self._bad_systems())
+        problems = list(self._bad_systems())
         if self.model.backbone in LANGUAGE_MODELS:
-            found.append(f"model.backbone={self.model.backbone}: dynamic_retrieval trains small and encoder only")
+            problems.append(f"model.backbone={self.model.backbone}: dynamic_retrieval trains small and encoder only")
         for text in self.evaluation.variants:
-            found.extend(self._bad_variant(text))
-        found.extend(parallel_problems(self.parallel, {"training.workers": self.training.workers}))
+            problems.extend(self._bad_variant(text))
+        problems.extend(parallel_problems(self.parallel, {"training.workers": self.training.workers}))
         numeric = any("/" in name for name in self.systems)
         if HYBRID in self.systems and not (numeric and "ngram" in self.systems):
-            found.append("systems: hybrid fuses a numeric system with ngram; name both")
-        return found
+            problems.append("systems: hybrid fuses a numeric system with ngram; name both")
+        return problems
 
     def serving_problems(self) -> list[str]:
         """What an artifact lacks that a trial of a sweep does without: better known before training."""

@@ -69,7 +69,7 @@ class SessionResults:
     def load(cls, path: Path) -> SessionResults:
         """Read what :meth:`save` wrote."""
         (facts,) = read_jsonl(path)
-        cells = {part: {m: [np.array(s) for s in found] for m, found in facts[part].items()} for part in CELLS}
+        cells = {part: {m: [np.array(s) for s in sessions] for m, sessions in facts[part].items()} for part in CELLS}
         return cls(**{**facts, **cells, "ms": np.zeros(0)})
 
 

@@ -37,17 +37,17 @@ def build_report(report: Report, results: Results, rates: list[list[Any]]) -> No
 
 def _measures(results: Results) -> dict[str, Measure]:
     """Every statistic of every measure, and every P[t, i] of the primary one."""
-    found: dict[str, Measure] = {}
-    for system, seen in results.systems.items():
-        for measure in (m for m in MEASURES if m in seen.values):
+    measures: dict[str, Measure] = {}
+    for system, of_system in results.systems.items():
+        for measure in (m for m in MEASURES if m in of_system.values):
             for name, statistic in STATISTICS.items():
-                found[f"{system}/{name}/{measure}"] = results.measure(system, statistic, measure)
+                measures[f"{system}/{name}/{measure}"] = results.measure(system, statistic, measure)
         table = results.table(system, results.primary)
         for i, rows in enumerate(results.protocol.rows):
             for t in range(i, len(results.protocol.rows)):
                 value = results.resampler.estimate(np.asarray, table[..., t, i], n=len(rows))
-                found[f"{system}/P[{t},{i}]/{results.primary}"] = value.measure()
-    return found
+                measures[f"{system}/P[{t},{i}]/{results.primary}"] = value.measure()
+    return measures
 
 
 def _sessions(results: Results) -> Table:
@@ -60,12 +60,12 @@ def _sessions(results: Results) -> Table:
 
 
 def _quality(results: Results, system: SessionSystem) -> Row:
-    seen = results.systems[system]
-    means = {m: generalisation(results.p(system, m)) for m in ("Hit@1", "MRR@10") if m in seen.values}
+    of_system = results.systems[system]
+    means = {m: generalisation(results.p(system, m)) for m in ("Hit@1", "MRR@10") if m in of_system.values}
     return {
         **{f"{name} {results.primary}": cell(results.measure(system, s)) for name, s in STATISTICS.items()},
         **{f"GA {m}": _percent(float(means[m])) if m in means else None for m in ("Hit@1", "MRR@10")},
-        "filled %": _percent(seen.filled),
+        "filled %": _percent(of_system.filled),
     }
 
 
@@ -104,7 +104,7 @@ def _drop(results: Results, system: SessionSystem) -> Row:
 
 
 def _docids(results: Results, system: SessionSystem) -> Row:
-    seen = results.systems[system]
+    of_system = results.systems[system]
     headings = {
         "docids": "documents",
         "distinct": "distinct_codes",
@@ -112,20 +112,20 @@ def _docids(results: Results, system: SessionSystem) -> Row:
         "largest bucket": "largest_bucket",
         "later docids with a code new to the model": "new_codes",
     }
-    cells = {heading: seen.docids[name] for heading, name in headings.items() if seen.docids}
-    return {**cells, "documents never inserted": seen.unreachable} if cells else {}
+    cells = {heading: of_system.docids[name] for heading, name in headings.items() if of_system.docids}
+    return {**cells, "documents never inserted": of_system.unreachable} if cells else {}
 
 
 def _cost(results: Results, system: SessionSystem) -> Row:
-    seen, documents = results.systems[system], results.protocol.sizes()[-1]
-    p50, p95 = np.percentile(seen.ms, [50, 95])
-    inserted, ms = map(sum, zip(*seen.inserted, strict=True))
+    of_system, documents = results.systems[system], results.protocol.sizes()[-1]
+    p50, p95 = np.percentile(of_system.ms, [50, 95])
+    inserted, ms = map(sum, zip(*of_system.inserted, strict=True))
     return {
         "p50 ms": round(float(p50), 2),
         "p95 ms": round(float(p95), 2),
         "s per 1,000 added documents": round(ms / inserted, 3),  # as many as ms a document
-        "index bytes": seen.bytes,
-        "bytes a document": None if seen.bytes is None else round(seen.bytes / documents, 1),
+        "index bytes": of_system.bytes,
+        "bytes a document": None if of_system.bytes is None else round(of_system.bytes / documents, 1),
     }
 
 
