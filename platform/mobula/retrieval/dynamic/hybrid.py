@@ -26,30 +26,23 @@ class FusionConfig:
     rule: str = key("zscore", "what is added: standardised scores, or 1/(60 + rank)", choices=("zscore", "rrf"))
 
 
+@dataclass(eq=False)
 class HybridRetriever:
     """Two retrievers by ``w * s(numeric) + (1 - w) * s(text)``.
 
     s standardises the scores of a list over its generated hits, or is 1/(60 + rank); a document that one list lacks
-    gets that list's least.
+    gets that list's least. ``options`` are those of the first part.
     """
 
+    name: str
+    parts: tuple[Retriever, ...]
+    options: SearchOptions
+    weight: float
+    rule: str = "zscore"
     decoders: tuple[str, ...] = ()
 
-    def __init__(
-        self,
-        name: str,
-        parts: tuple[Retriever, Retriever],
-        options: SearchOptions,
-        weight: float,
-        rule: str = "zscore",
-    ) -> None:
-        """``options`` are those of the first part."""
-        self.name, self.parts, self.options = name, parts, options
-        self.weight, self.rule = weight, rule
-
     def __copy__(self) -> HybridRetriever:
-        parts = (copy.copy(self.parts[0]), copy.copy(self.parts[1]))
-        return HybridRetriever(self.name, parts, self.options, self.weight, self.rule)
+        return replace(self, parts=tuple(map(copy.copy, self.parts)))
 
     def search(self, queries: Sequence[str], options: Sequence[SearchOptions]) -> list[SearchResult]:
         """As :class:`.Retriever`; exactly min(k, N) hits."""
@@ -70,8 +63,7 @@ class HybridRetriever:
 
     def restricted(self, doc_ids: Sequence[str]) -> HybridRetriever:
         """The fusion of both parts over some of the documents (diagnostic)."""
-        parts = tuple(part.restricted(doc_ids) for part in self.parts)  # type: ignore[attr-defined]
-        return HybridRetriever(self.name, parts, self.options, self.weight, self.rule)  # type: ignore[arg-type]
+        return replace(self, parts=tuple(part.restricted(doc_ids) for part in self.parts))  # type: ignore[attr-defined]
 
 
 def fuse(numeric: SearchResult, text: SearchResult, weight: float, k: int, rule: str = "zscore") -> SearchResult:
@@ -87,9 +79,7 @@ def fuse(numeric: SearchResult, text: SearchResult, weight: float, k: int, rule:
     return SearchResult(hits, nfe=numeric.nfe + text.nfe, rows=numeric.rows + text.rows, scored_by="fusion")
 
 
-def tune_weight(
-    parts: tuple[Retriever, Retriever], options: SearchOptions, dev: Sequence[Query], rule: str = "zscore"
-) -> float:
+def tune_weight(parts: tuple[Retriever, ...], options: SearchOptions, dev: Sequence[Query], rule: str) -> float:
     """The weight out of :data:`WEIGHTS` with the best MRR@10 on dev."""
     texts = [query.text for query in dev]
     numeric = parts[0].search(texts, [options] * len(dev))

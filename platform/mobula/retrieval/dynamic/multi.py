@@ -24,8 +24,6 @@ from mobula.retrieval.lexical import extended, remaining
 from mobula.retrieval.retrievers import DocidRetriever
 from mobula.retrieval.search import Hit, SearchOptions, SearchResult
 
-AGGREGATES = ("max", "sumexp", "top2")
-TIES = ("pessimistic", "residual")
 DECODERS = {"autoregressive": ("beam",), "diffusion": ("one_pass", "match_rerank")}
 
 
@@ -36,11 +34,11 @@ class MultiConfig:
     expand: str = key(
         "existing_leaf", "codes of chunks that arrive later: free, existing_leaf or existing_prefix:l (first l codes)"
     )
-    aggregate: str = key("max", "a document's score over its generated codes", choices=AGGREGATES)
+    aggregate: str = key("max", "a document's score over its generated codes", choices=("max", "sumexp", "top2"))
     tie: str = key(
         "pessimistic",
         "documents of equal score: left equal, or ordered by the dense similarity of their chunks (stores vectors)",
-        choices=TIES,
+        choices=("pessimistic", "residual"),
     )
 
 

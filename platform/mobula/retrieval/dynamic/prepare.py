@@ -19,7 +19,7 @@ from mobula.models.encoders import load_encoder
 from mobula.models.text import load_static
 from mobula.retrieval.dynamic.chunks import chunk_data, owner
 from mobula.retrieval.dynamic.config import Config
-from mobula.retrieval.lexical import Bm25, tune
+from mobula.retrieval.lexical import tune
 from mobula.retrieval.prepare import Material, prepare
 from mobula.retrieval.search import SearchOptions
 
@@ -119,15 +119,9 @@ def write_negatives(material: Material, texts: Sequence[str]) -> None:
     bm25, _ = tune(material.data.documents, material.data.queries["dev"])
     rows = {document.id: row for row, document in enumerate(material.data.documents)}
     negatives = np.zeros(len(material.prepared.examples), np.int64)
-    wrong = _ranked(bm25, texts, rows)
-    random = np.random.default_rng(0)
+    results = bm25.search(texts, [SearchOptions(k=NEGATIVE_DEPTH)] * len(texts))
+    rng = np.random.default_rng(0)
     for example, (query, own) in enumerate(material.prepared.examples.tolist()):
-        others = [row for row in wrong[query] if row != own]
-        negatives[example] = others[0] if others else random.integers(len(rows))
+        others = [rows[hit.doc_id] for hit in results[query].hits if rows[hit.doc_id] != own]
+        negatives[example] = others[0] if others else rng.integers(len(rows))
     np.save(path, negatives, allow_pickle=False)
-
-
-def _ranked(bm25: Bm25, texts: Sequence[str], rows: dict[str, int]) -> list[list[int]]:
-    options = SearchOptions(k=NEGATIVE_DEPTH)
-    results = bm25.search(texts, [options] * len(texts))
-    return [[rows[hit.doc_id] for hit in result.hits] for result in results]
