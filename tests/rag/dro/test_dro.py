@@ -127,7 +127,7 @@ def test_weights_decide_what_is_learned(tmp_path: Path, kind: str) -> None:
     data = tmp_path / "weights.jsonl"
 
     def gradient(weights: list[float]) -> torch.Tensor:
-        write_jsonl(data, [{"query": q, "orders": [3, 7], "weights": weights} for q in range(4)])
+        write_jsonl(data, [{"query": q, "permutations": [3, 7], "weights": weights} for q in range(4)])
         task = WeightedTask(kind, Shape(1, 16, 4), Split(4, 0), data, None, 0)
         model = task.build()
         task.loss(model, task.batch(torch.arange(4), torch.Generator()))[0].backward()
@@ -144,7 +144,7 @@ def test_weights_decide_what_is_learned(tmp_path: Path, kind: str) -> None:
 def test_a_gradient_does_not_depend_on_micro_batches(tmp_path: Path, kind: str, parts: list[list[int]]) -> None:
     data = tmp_path / "weights.jsonl"
     weights = [[0.5, 0.3, 0.2], [1.0, 0.0, 0.0], [0.1, 0.1, 0.8], [0.0, 0.6, 0.4]]
-    write_jsonl(data, [{"query": q, "orders": [3, 7, q], "weights": w} for q, w in enumerate(weights)])
+    write_jsonl(data, [{"query": q, "permutations": [3, 7, q], "weights": w} for q, w in enumerate(weights)])
     task = WeightedTask(kind, Shape(1, 16, 4), Split(4, 0), data, None, 0)
 
     def gradient(parts: list[list[int]]) -> torch.Tensor:
@@ -283,7 +283,7 @@ def test_questions_that_all_samples_fail_are_counted_and_those_alone_are_skipped
     assert facts["all_fail"] == pytest.approx(1 - len(kept) / len(best))
 
 
-FACTS_OF = {"unique": 1.0, "ess": 1.0}
+FACTS_OF = {"distinct_fraction": 1.0, "ess": 1.0}
 
 
 def setting_of(directory: Path, rule: str = "lik_softmax", samples: int = 2) -> Setting:
@@ -293,7 +293,7 @@ def setting_of(directory: Path, rule: str = "lik_softmax", samples: int = 2) -> 
 
 
 def test_weights_that_prefer_nothing_are_refused(directory: Path) -> None:
-    equal = [{"query": 0, "orders": [1, 2], "weights": [0.5, 0.5]}]
+    equal = [{"query": 0, "permutations": [1, 2], "weights": [0.5, 0.5]}]
     with pytest.raises(EqualWeights, match="lik_softmax gave all samples"):
         _check(setting_of(directory), equal, equal, FACTS_OF)
     _check(setting_of(directory, "uniform"), equal, equal, FACTS_OF)
@@ -301,7 +301,7 @@ def test_weights_that_prefer_nothing_are_refused(directory: Path) -> None:
 
 def test_questions_that_kept_one_sample_are_refused(directory: Path) -> None:
     """Then every weight is 1, whatever the likelihoods say."""
-    one = [{"query": q, "orders": [q], "weights": [1.0]} for q in range(5)]
+    one = [{"query": q, "permutations": [q], "weights": [1.0]} for q in range(5)]
     with pytest.raises(EqualWeights, match=r"em\.samples=4 orders were drawn of every question, 1 are left"):
         _check(setting_of(directory, samples=4), one, one, FACTS_OF)
     _check(setting_of(directory, samples=1), one, one, FACTS_OF)
@@ -313,8 +313,8 @@ def test_a_sampler_that_is_nearly_collapsed_is_warned_of(
     directory: Path, caplog: pytest.LogCaptureFixture, different: int, warned: bool
 ) -> None:
     orders = [[4, 4, 4]] * (20 - different) + [[4, 4, 5]] * different
-    rows = [{"query": q, "orders": found, "weights": [0.3, 0.3, 0.4]} for q, found in enumerate(orders)]
-    facts = {"unique": float(np.mean([len(set(found)) / 3 for found in orders])), "ess": 2.95}
+    rows = [{"query": q, "permutations": found, "weights": [0.3, 0.3, 0.4]} for q, found in enumerate(orders)]
+    facts = {"distinct_fraction": float(np.mean([len(set(found)) / 3 for found in orders])), "ess": 2.95}
     _check(setting_of(directory, samples=3), rows, rows, facts)
     assert ("the sampler has collapsed: nearly all 3 samples" in caplog.text) == warned
 

@@ -71,20 +71,20 @@ def comparison(data: Path, runs: dict[str, Path], kind: str) -> Comparison:
 def test_a_run_leaves_its_report(runs: dict[str, Path], kind: str) -> None:
     report = json.loads((runs[kind] / "report.json").read_text())
     named = {name.split("/")[0] for name in report["measures"]}
-    assert {COLD, "retriever_order", "shown_first", "oracle", "no_gold", "dro"} <= named
+    assert {COLD, "cold_start, passages retriever", "cold_start, passages first", "oracle", "no_gold", "dro"} <= named
     found = {name.split("/")[1] for name in report["measures"] if name.startswith("dro/")}
     # Exact match, F1 and accuracy are never told apart from one another.
     assert {"exact", "f1", "acc", "hit@1", "hit@2", "tau"} <= found
     claims = {claim["name"] for claim in report["claims"]}
-    assert {"dro - cold_start, hit@1", "dro - retriever_order, hit@2"} <= claims
+    assert {"dro - cold_start, hit@1", "dro - cold_start, passages retriever, hit@2"} <= claims
     iterations = runs[kind] / "seed-0" / "dro" / "iterations.jsonl"
     assert "NaN" not in iterations.read_text()
     rows = read_jsonl(iterations)
-    likelihoods = {"passages": {"train_log_p", "dev_log_p"}}.get(kind, {"dev_bound"})
+    likelihoods = {"passages": {"train_log_p", "dev_log_p"}}.get(kind, {"dev_iwae_bound"})
     assert all(likelihoods <= set(row) for row in rows)
-    assert {"bound", "ess", "all_fail", "unique"} <= set(rows[-1])
+    assert {"iwae_bound", "ess", "all_fail", "distinct_fraction"} <= set(rows[-1])
     assert ({"malformed", "repaired"} <= set(rows[-1])) == (kind == "free")
-    assert report["measures"]["retriever_order/tau"]["value"] == 1
+    assert report["measures"]["cold_start, passages retriever/tau"]["value"] == 1
 
 
 def test_an_artifact_answers(runs: dict[str, Path], kind: str) -> None:
@@ -104,7 +104,7 @@ def test_samples_name_passages_once_and_see_no_answer(data: Path, runs: dict[str
     setting, history = whole.setting("dro", 0), whole.outcome("dro", 0).history
     items = [{"query": q} for q in range(6)]
     drawn = SampleWorker(setting, history, 4, 1).process(items, 0)
-    assert all(len(set(order)) == 2 and max(order) < 6 for row in drawn for order in row["orders"])
+    assert all(len(set(order)) == 2 and max(order) < 6 for row in drawn for order in row["permutations"])
     assert SampleWorker(setting, history, 4, 1).process([{"query": 4}], 3) == [drawn[4]]
     assert not any(city in json.dumps(drawn) for city in small.CITIES)
     scored = ScoreWorker(setting, history).process(drawn, 0)
@@ -120,8 +120,10 @@ def rows_for(kind: str) -> list[Row]:
     """One to three orders of four questions; free ones named two, one and no passages by themselves."""
     orders = [[0, 3], [5, 1], [2, 4]]
     weights = {1: [1.0], 2: [0.75, 0.25], 3: [0.5, 0.3, 0.2]}
-    rows: list[Row] = [{"query": q, "orders": orders[:m], "weights": weights[m]} for q, m in enumerate((1, 2, 3, 1))]
-    return [{**row, "valid": [2, 1, 0][: len(row["orders"])]} for row in rows] if kind == "free" else rows
+    rows: list[Row] = [
+        {"query": q, "permutations": orders[:m], "weights": weights[m]} for q, m in enumerate((1, 2, 3, 1))
+    ]
+    return [{**row, "valid": [2, 1, 0][: len(row["permutations"])]} for row in rows] if kind == "free" else rows
 
 
 @pytest.fixture
@@ -178,7 +180,7 @@ def test_what_is_trained_is_what_was_drawn_and_scored(
         asked = networks.candidates.splits["train"][2]  # type: ignore[attr-defined]
         order, said, _ = networks.selector.greedy(asked.text, networks._shown(asked))  # type: ignore[attr-defined]
         wanted = sum(said)
-    write_jsonl(file, [{"query": 2, "orders": [order], "weights": [1.0]}])
+    write_jsonl(file, [{"query": 2, "permutations": [order], "weights": [1.0]}])
     task = source.task(network, "train", file, getattr(pair, network), 0)
     assert objective(task, task.build(), 4) == pytest.approx(wanted, abs=1e-3)
 
@@ -197,7 +199,7 @@ def test_the_pointer_draws_orders_as_often_as_it_says(data: Path, runs: dict[str
     whole = comparison(data, runs, "passages")
     networks, orders = whole.source.open(whole.standing("dro", 0)), whole.source.orders()
     (drawn,) = networks.sample("dev", [0], 4000, [0])
-    found = torch.bincount(torch.tensor([orders.index(order) for order in drawn["orders"]]), minlength=30) / 4000
+    found = torch.bincount(torch.tensor([orders.index(order) for order in drawn["permutations"]]), minlength=30) / 4000
     assert float((found - networks.exact("dev", [0])[0][0].exp()).abs().sum()) / 2 < 0.05
 
 
@@ -223,7 +225,7 @@ def test_free_lists_are_read_filled_and_counted(data: Path, runs: dict[str, Path
     selector = whole.source.open(whole.standing("dro", 0)).selector  # type: ignore[attr-defined]
     read = [selector._read(selector.model.encode(text), 6) for text in ("[3]", "the baker", "[3] > [1] > [2]")]
     assert read == [([2, 0], 1), ([0, 1], 0), ([2, 0], 2)]
-    told = _told([{"orders": [order for order, _ in read], "valid": [valid for _, valid in read]}])
+    told = _told([{"permutations": [order for order, _ in read], "valid": [valid for _, valid in read]}])
     assert told == {"malformed": pytest.approx(1 / 3), "repaired": pytest.approx(1 / 3)}
 
 
@@ -234,9 +236,9 @@ def test_equal_orders_count_as_one_with_their_weights(
     for kind in ("passages", "language"):
         source = comparison(data, runs, kind).source
         orders = [[0, 3], [5, 1], [2, 4]]  # one of them has the answer
-        twice = [{"query": 0, "orders": [*orders, *orders], "weights": [0.1, 0.2, 0.3, 0.1, 0.2, 0.1]}]
-        counted = [{"query": 0, "orders": orders, "weights": [0.2, 0.4, 0.4]}]
-        without = [{"query": 0, "orders": orders, "weights": [0.1, 0.2, 0.3]}]
+        twice = [{"query": 0, "permutations": [*orders, *orders], "weights": [0.1, 0.2, 0.3, 0.1, 0.2, 0.1]}]
+        counted = [{"query": 0, "permutations": orders, "weights": [0.2, 0.4, 0.4]}]
+        without = [{"query": 0, "permutations": orders, "weights": [0.1, 0.2, 0.3]}]
         path, cases = tmp_path / "rows.jsonl", (twice, counted, without)
         found = [gradients(source, network, path, rows, [[0]]) for rows in cases]
         torch.testing.assert_close(found[0], found[1], atol=1e-6, rtol=1e-4)
@@ -245,7 +247,7 @@ def test_equal_orders_count_as_one_with_their_weights(
 
 def test_what_filled_a_list_is_not_learned(data: Path, runs: dict[str, Path]) -> None:
     source = comparison(data, runs, "free").source
-    row = {"query": 0, "orders": [[4, 0], [1, 0], [2, 3]], "valid": [1, 0, 2], "weights": [0.2, 0.3, 0.5]}
+    row = {"query": 0, "permutations": [[4, 0], [1, 0], [2, 3]], "valid": [1, 0, 2], "weights": [0.2, 0.3, 0.5]}
     learned = source.targets("selector", "train", row)  # type: ignore[attr-defined]
     model = _tokens(str(data / "base"))
     assert [(model.decode(t.tokens), t.weight) for t in learned] == [("[5]", 0.2), ("[3] > [4]", 0.5)]
@@ -258,7 +260,7 @@ def test_lists_contexts_and_prompts_mean_the_same_passages(data: Path, runs: dic
     candidates = source.candidates  # type: ignore[attr-defined]
     asked = candidates.splits["train"][0]
     names = [candidates.document(id).title for id in asked.candidates]
-    row = {"query": 0, "orders": [[4, 2]], "weights": [1.0]}
+    row = {"query": 0, "permutations": [[4, 2]], "weights": [1.0]}
     model = _tokens(str(data / "base"))
     (chosen,) = source.targets("selector", "train", row)  # type: ignore[attr-defined]
     (answered,) = source.targets("generator", "train", row)  # type: ignore[attr-defined]
@@ -341,15 +343,15 @@ def test_arms_train_what_they_say(runs: dict[str, Path]) -> None:
         rows = [row for file in sorted(sample.glob("shard-*.jsonl")) for row in read_jsonl(file)]
         assert len(rows) == 10
         if arm == "closed_book":
-            assert all(row["orders"] == [[]] for row in rows)
+            assert all(row["permutations"] == [[]] for row in rows)
         if arm == "supervised":
-            assert all(len(row["orders"]) == 1 for row in rows)
+            assert all(len(row["permutations"]) == 1 for row in rows)
 
 
 def test_a_policy_gradients_generator_learns_from_greedy_orders(runs: dict[str, Path]) -> None:
     (weigh,) = (runs["passages"] / "seed-0" / "reinforce").glob("*/*-weigh")
     greedy = read_jsonl(weigh / "greedy.jsonl")
-    assert len(greedy) == 10 and all(row["weights"] == [1.0] and len(row["orders"]) == 1 for row in greedy)
+    assert len(greedy) == 10 and all(row["weights"] == [1.0] and len(row["permutations"]) == 1 for row in greedy)
 
 
 @pytest.mark.parametrize("kind", ["passages", "language"])
@@ -358,7 +360,7 @@ def test_distillation_weighs_every_passage_by_itself(runs: dict[str, Path], kind
     (score,) = (runs[kind] / "seed-0" / "distillation").glob("*/*-score")
     scores = {row["query"]: row for file in score.glob("shard-*.jsonl") for row in read_jsonl(file)}
     for row in read_jsonl(weigh / "weights.jsonl"):
-        assert row["orders"] == [[place] for place in range(6)]
+        assert row["permutations"] == [[place] for place in range(6)]
         log_lik = torch.tensor(scores[row["query"]]["log_lik"], dtype=torch.float64)
         assert row["weights"] == pytest.approx(torch.softmax(log_lik, 0).tolist())
 
@@ -367,7 +369,7 @@ def test_distillation_is_a_divergence_from_the_first_choice(data: Path, runs: di
     """Up to a constant; a question with fewer passages is filled with weight 0."""
     whole = comparison(data, runs, "passages")
     file, wanted = tmp_path / "weights.jsonl", [[0.1, 0.2, 0.3, 0.0, 0.25, 0.15], [0.5, 0.5]]
-    rows = [{"query": q, "orders": [[z] for z in range(len(w))], "weights": w} for q, w in enumerate(wanted)]
+    rows = [{"query": q, "permutations": [[z] for z in range(len(w))], "weights": w} for q, w in enumerate(wanted)]
     write_jsonl(file, rows)
     task = whole.source.task("selector", "train", file, whole.start(0).selector, 0)
     model = task.build()

@@ -14,7 +14,7 @@ from mobula.errors import DataError
 from mobula.rag.candidates import (
     RETRIEVER_ERROR,
     TOO_FEW,
-    Asked,
+    Request,
     Candidates,
     RetrieveConfig,
     divided,
@@ -29,11 +29,11 @@ TEXTS = ["Oslo is in Norway", "Lima is in Peru", "the capital Oslo", "Cairo", "Q
 DOCUMENTS = [Document(f"d{i}", f"t{i}", text) for i, text in enumerate(TEXTS)]
 CANDIDATES = Candidates({}, DOCUMENTS, np.zeros((6, 2), dtype=np.float32))
 # Shown in another order than the retriever's: ranks 3, 1, 2, 4.
-ASKED = Asked("q", "where", ("Oslo",), (), ("d0", "d1", "d2", "d3"), (3, 1, 2, 4))
+ASKED = Request("q", "where", ("Oslo",), (), ("d0", "d1", "d2", "d3"), (3, 1, 2, 4))
 
 
-def with_support(*support: str) -> Asked:
-    return Asked("q", "where", ("Oslo",), support, ASKED.candidates, ASKED.ranks)
+def with_support(*support: str) -> Request:
+    return Request("q", "where", ("Oslo",), support, ASKED.candidates, ASKED.ranks)
 
 
 @pytest.mark.parametrize(
@@ -57,7 +57,7 @@ def test_gold_is_what_the_set_says_or_what_holds_the_answer() -> None:
     assert chosen(CANDIDATES, with_support("d3"), "gold", 3) == [3, 1, 2]  # filled as the retriever ranks
 
 
-def one(asked: Asked, order: list[int], said: str, k: int = 3) -> dict[str, float]:
+def one(asked: Request, order: list[int], said: str, k: int = 3) -> dict[str, float]:
     found = measured(CANDIDATES, [asked], [order], [said], k)
     return {name: float(values[0]) for name, values in found.items()}
 
@@ -78,22 +78,22 @@ def test_the_retrievers_order_is_measured_by_the_same_function() -> None:
 
 
 def test_no_passage_is_expected_to_hold_yes_or_no() -> None:
-    closed = Asked("q", "is it", ("yes",), (), ASKED.candidates, ASKED.ranks)
+    closed = Request("q", "is it", ("yes",), (), ASKED.candidates, ASKED.ranks)
     found = one(closed, [0, 1, 2], "yes")
     assert found["exact"] == 1 and np.isnan([found["hit@1"], found["hit@3"], found["chance"]]).all()
 
 
 def test_a_question_without_candidates_counts_as_wrong() -> None:
-    lost = Asked("q", "where", ("Oslo",), ("d0",), (), (), RETRIEVER_ERROR)
+    lost = Request("q", "where", ("Oslo",), ("d0",), (), (), RETRIEVER_ERROR)
     found = one(lost, [], "")
     assert [found[name] for name in ("exact", "f1", "acc", "hit@1", "hit@3", "recall", "all_gold")] == [0] * 7
 
 
 def test_cold_starts_learn_supporting_passages_first_and_skip_what_has_none() -> None:
-    nothing = Asked("p", "who", ("nobody",), (), ASKED.candidates, ASKED.ranks)
+    nothing = Request("p", "who", ("nobody",), (), ASKED.candidates, ASKED.ranks)
     rows = labelled(CANDIDATES, [nothing, ASKED], "selector", 3, 0)
-    assert rows == [{"query": 1, "orders": [[2, 0, 1]], "weights": [1.0]}]
-    orders = [labelled(CANDIDATES, [ASKED], "generator", 3, seed)[0]["orders"][0] for seed in range(40)]
+    assert rows == [{"query": 1, "permutations": [[2, 0, 1]], "weights": [1.0]}]
+    orders = [labelled(CANDIDATES, [ASKED], "generator", 3, seed)[0]["permutations"][0] for seed in range(40)]
     assert all({0, 2} < set(order) for order in orders)
     # Where the supporting passages stand says nothing, and the third one differs.
     assert {order.index(2) for order in orders} == {0, 1, 2}
@@ -117,7 +117,7 @@ class Fixed:
         return DOCUMENTS[int(id[1:])]
 
 
-def gather(texts: dict[str, int], monkeypatch: pytest.MonkeyPatch, **keys: Any) -> list[Asked]:
+def gather(texts: dict[str, int], monkeypatch: pytest.MonkeyPatch, **keys: Any) -> list[Request]:
     monkeypatch.setattr("mobula.rag.candidates.BATCH", 1)
     questions = [Question(str(i), text, ("a",), (), passages=("d1", "d3")) for i, text in enumerate([*texts, "lost"])]
     config = RetrieveConfig(candidates=5, choose=2, **keys)

@@ -1,0 +1,1 @@
+"""Synthetic worlds: generated data of which it is known what can be learned."""
