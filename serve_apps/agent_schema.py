@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from pydantic import BaseModel, Field, model_validator
 
-from pydantic import BaseModel, Field, StringConstraints, field_validator, model_validator
-
-from mobula.serving.app import AppArgs, Strict
-from mobula.serving.paths import LocalPath
+from mobula.serving.app import ModelArgs, Strict, Text
 
 MOST_STEPS = 8
 
 
-class AgentArgs(AppArgs):
-    """Arguments of the application in cluster.yaml."""
+class AgentArgs(ModelArgs):
+    """Arguments of the application in cluster.yaml; its artifact is that of a finished moat run."""
 
-    artifact: LocalPath = Field(description="artifact of a finished moat run")
-    reports: LocalPath | None = Field(None, description="directory whose runs the console shows")
-    max_batch_size: int = Field(16, ge=1, le=1024, description="plans or programs written together")
     tool_seconds: float = Field(2.0, gt=0, le=60, description="time of one tool call")
     tool_memory_mb: int = Field(256, ge=16, le=65_536, description="memory that the tools of a conversation may take")
 
@@ -25,7 +19,7 @@ class AgentArgs(AppArgs):
 class SolveRequest(Strict):
     """A task for the agents. The task is all that they see of the request, beside the tools."""
 
-    task: Annotated[str, StringConstraints(min_length=1, max_length=2000)]
+    task: Text
     family: str = Field(max_length=64, description="whose tools the agents have, see /agents")
     max_steps: int = Field(MOST_STEPS, ge=1, le=MOST_STEPS, description="tool calls of a conversation at most")
     max_tokens: int | None = Field(None, ge=1, le=1024, description="tokens of a plan and of a program; null: trained")
@@ -33,13 +27,6 @@ class SolveRequest(Strict):
     n: int = Field(1, ge=1, le=8, description="conversations; the answer that most of them reach is the answer")
     seed: int = Field(0, ge=0, le=2**31 - 1)
     stream: bool = Field(True, description="server-sent events as things happen; false: one JSON at the end")
-
-    @field_validator("task")
-    @classmethod
-    def _not_blank(cls, task: str) -> str:
-        if not task.strip():
-            raise ValueError("the task is blank")
-        return task
 
     @model_validator(mode="after")
     def _different(self) -> SolveRequest:

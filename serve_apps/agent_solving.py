@@ -16,16 +16,15 @@ from mobula.agents.sandbox import Limits, Workshop
 from mobula.agents.worlds import Task, read_plan
 from mobula.alternation import seed_of
 from mobula.models.causal import Sampling
-from mobula.serving.app import time_limit
+from mobula.serving.application import Event
 from mobula.serving.batching import Batcher
 from mobula.serving.errors import RequestRefused
 from mobula.serving.metrics import Metrics
 from mobula.threads import one_thread
-from serve_apps.agent_schema import AgentArgs, SolveRequest
+from serve_apps.agent_schema import MOST_STEPS, AgentArgs, SolveRequest
 
 TOOLS = "mobula.agents.worlds:tools"
 TOP_P = 0.95
-Event = tuple[str, dict[str, Any]]
 
 
 class State:
@@ -65,6 +64,23 @@ class Solving:
         self.state, self.args, self.metrics = state, args, metrics
         self.batcher = Batcher(self._write, args.max_batch_size, metrics.batch)
 
+    def facts(self) -> dict[str, Any]:
+        """Their tools and example tasks by family, and their limits."""
+        predictor = self.state.predictor
+        families = {
+            name: {
+                "tools": [{"signature": tool.signature, "purpose": tool.purpose} for tool in world.tools().values()],
+                "examples": predictor.examples.get(name, []),
+            }
+            for name, world in predictor.agents.worlds.items()
+        }
+        limits = {"max_steps": MOST_STEPS, "max_tokens": max(predictor.most.plan, predictor.most.program)}
+        return {"version": self.state.version, "families": families, "limits": limits}
+
+    def close(self) -> None:
+        """End the batches."""
+        self.batcher.close()
+
     def check(self, request: SolveRequest) -> None:
         """Refuse what these agents cannot do.
 
@@ -75,21 +91,8 @@ class Solving:
             known = ", ".join(self.state.workshops)
             raise RequestRefused(422, "unknown_family", f"no tools for {request.family!r}; there are {known}")
 
-    async def solve(self, request: SolveRequest) -> dict[str, Any]:
-        """The final event's value."""
-        async with time_limit(self.args.time_limit_s):
-            async for name, value in self._conversations(request):
-                if name == "done":
-                    return value
-        raise AssertionError("a solution ends with `done`")
-
     async def events(self, request: SolveRequest) -> AsyncIterator[Event]:
         """`plan`, then `call` and `result` in turn, `answer` or `error`, for each conversation; `done` at the end."""
-        async with asyncio.timeout(self.args.time_limit_s):
-            async for event in self._conversations(request):
-                yield event
-
-    async def _conversations(self, request: SolveRequest) -> AsyncIterator[Event]:
         began, tokens = time.perf_counter(), 0
         found: list[Conversation] = []
         for number in range(request.n):

@@ -12,14 +12,13 @@ from typing import Any
 from mobula import artifacts, methods
 from mobula.rag.candidates import Asked
 from mobula.rag.dro.answering import KIND, Pick, Predictor
-from mobula.serving.app import time_limit
+from mobula.serving.application import Event
 from mobula.serving.batching import Batcher
 from mobula.serving.metrics import Metrics
 from mobula.threads import one_thread
 from serve_apps.rag_schema import AnswerRequest, RagArgs
 
 logger = logging.getLogger("mobula.serving")
-Event = tuple[str, dict[str, Any]]
 
 
 @dataclass
@@ -47,23 +46,24 @@ class Answering:
         self.state, self.args, self.metrics = state, args, metrics
         self.batcher = Batcher(_each, args.max_batch_size, metrics.batch)
 
-    async def answer(self, request: AnswerRequest) -> dict[str, Any]:
-        """The final event's value."""
-        async with time_limit(self.args.time_limit_s):
-            async for name, value in self._stages(request.question):
-                if name == "done":
-                    return value
-        raise AssertionError("an answer ends with `done`")
+    def facts(self) -> dict[str, Any]:
+        """How many passages are found and chosen, and questions to try."""
+        config = self.state.predictor.config
+        counts = {"candidates": config.candidates, "choose": config.choose}
+        examples = self.state.predictor.examples
+        return {"version": self.state.version, "retriever": config.kind, **counts, "examples": examples}
+
+    def check(self, request: AnswerRequest) -> None:
+        """Any question can be asked."""
+
+    def close(self) -> None:
+        """End the batches."""
+        self.batcher.close()
 
     async def events(self, request: AnswerRequest) -> AsyncIterator[Event]:
         """`found`, `selected`, `answer`, and `done` with everything."""
-        async with asyncio.timeout(self.args.time_limit_s):
-            async for event in self._stages(request.question):
-                yield event
-
-    async def _stages(self, question: str) -> AsyncIterator[Event]:
         began, predictor = time.perf_counter(), self.state.predictor
-        asked, silent = await self._run(predictor.find, question)
+        asked, silent = await self._run(predictor.find, request.question)
         candidates = [self._candidate(asked, place) for place in _ranked(asked)]
         yield "found", {"candidates": candidates}
         picks, failed = await self._select(asked) if asked.candidates else ([], False)

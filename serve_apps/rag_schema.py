@@ -2,35 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from pydantic import BaseModel, Field
 
-from pydantic import BaseModel, Field, StringConstraints, field_validator
-
-from mobula.serving.app import AppArgs, Strict
-from mobula.serving.paths import LocalPath
+from mobula.serving.app import ModelArgs, Strict, Text
 
 
-class RagArgs(AppArgs):
-    """Arguments of the application in cluster.yaml."""
+class RagArgs(ModelArgs):
+    """Arguments of the application in cluster.yaml; its artifact is that of a finished dro run over real questions."""
 
-    artifact: LocalPath = Field(description="artifact of a finished dro run over real questions")
-    reports: LocalPath | None = Field(None, description="directory whose runs the console shows")
-    max_batch_size: int = Field(16, ge=1, le=1024, description="questions of one stage that are taken up together")
     select_s: float = Field(10.0, gt=0, le=600, description="time for choosing passages; after it, the retriever's")
 
 
 class AnswerRequest(Strict):
     """A question."""
 
-    question: Annotated[str, StringConstraints(min_length=1, max_length=2000)]
+    question: Text
     stream: bool = Field(False, description="server-sent events as things happen; false: one JSON at the end")
-
-    @field_validator("question")
-    @classmethod
-    def _not_blank(cls, question: str) -> str:
-        if not question.strip():
-            raise ValueError("the question is blank")
-        return question
 
 
 class Candidate(BaseModel):

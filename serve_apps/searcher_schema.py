@@ -2,36 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from pydantic import BaseModel, Field
 
-from pydantic import BaseModel, Field, StringConstraints, field_validator
-
-from mobula.serving.app import AppArgs, Strict
-from mobula.serving.paths import LocalPath
+from mobula.serving.app import ModelArgs, Strict, Text
 
 
-class SearcherArgs(AppArgs):
-    """Arguments of the application in cluster.yaml."""
-
-    artifact: LocalPath = Field(description="artifact of a finished exsearch run")
-    reports: LocalPath | None = Field(None, description="directory whose runs the console shows")
-    max_batch_size: int = Field(16, ge=1, le=1024, description="questions whose turns are written together")
+class SearcherArgs(ModelArgs):
+    """Arguments of the application in cluster.yaml; its artifact is that of a finished exsearch run."""
 
 
 class SolveRequest(Strict):
     """A question for the agent."""
 
-    question: Annotated[str, StringConstraints(min_length=1, max_length=2000)]
+    question: Text
     max_searches: int | None = Field(None, ge=1, le=63, description="searches at most; null: as trained")
     max_tokens: int | None = Field(None, ge=1, le=1024, description="tokens of a turn at most; null: as trained")
     stream: bool = Field(True, description="server-sent events as things happen; false: one JSON at the end")
-
-    @field_validator("question")
-    @classmethod
-    def _not_blank(cls, question: str) -> str:
-        if not question.strip():
-            raise ValueError("the question is blank")
-        return question
 
 
 class Passage(BaseModel):

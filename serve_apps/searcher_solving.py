@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import copy
 import time
 from collections.abc import AsyncIterator, Sequence
@@ -13,13 +12,12 @@ from typing import Any
 from mobula import artifacts, methods
 from mobula.rag.exsearch.library import KIND, Predictor
 from mobula.rag.exsearch.rollout import Episode, Rollouts
-from mobula.serving.app import time_limit
+from mobula.serving.application import Event
 from mobula.serving.batching import Batcher
 from mobula.serving.metrics import Metrics
 from mobula.threads import one_thread
 from serve_apps.searcher_schema import SearcherArgs, SolveRequest
 
-Event = tuple[str, dict[str, Any]]
 Limits = tuple[int, int]  # turns, tokens of a turn
 
 
@@ -41,21 +39,27 @@ class Solving:
         self.batcher = Batcher(self._compute, args.max_batch_size, metrics.batch)
         self._limited = lru_cache(maxsize=64)(self._with_limits)
 
-    async def solve(self, request: SolveRequest) -> dict[str, Any]:
-        """The final event's value."""
-        async with time_limit(self.args.time_limit_s):
-            async for name, value in self._events(request):
-                if name == "done":
-                    return value
-        raise AssertionError("a solution ends with `done`")
+    def facts(self) -> dict[str, Any]:
+        """What the agent searches, example questions by kind, and its limits."""
+        config = self.state.rollouts.config
+        limits = {"max_searches": config.max_turns - 1, "max_tokens": config.max_action_tokens}
+        return {
+            "version": self.state.version,
+            "retriever": self.state.predictor.retrieve.kind,
+            "passages_shown": config.k_show,
+            "examples": self.state.predictor.examples,
+            "limits": limits,
+        }
+
+    def check(self, request: SolveRequest) -> None:
+        """Any question can be asked."""
+
+    def close(self) -> None:
+        """End the batches."""
+        self.batcher.close()
 
     async def events(self, request: SolveRequest) -> AsyncIterator[Event]:
         """`search`, `evidence` and `fact` in turn, then `answer`, and `done` with everything."""
-        async with asyncio.timeout(self.args.time_limit_s):
-            async for event in self._events(request):
-                yield event
-
-    async def _events(self, request: SolveRequest) -> AsyncIterator[Event]:
         began, limits = time.perf_counter(), self._limits(request)
         episode: Episode = await self.batcher.submit(("begin", limits), Episode(request.question, 0))
         for _ in range(limits[0]):

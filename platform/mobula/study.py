@@ -110,8 +110,8 @@ class Study:
     systems: Sequence[System]
     train: Train
     evaluate: Evaluate
-    curve: Callable[[str, int], list[Row]]
-    alternating: Sequence[str]
+    curve: Callable[[str, int], list[Row]] = lambda arm, seed: []
+    alternating: Sequence[str] = ()
 
     def execute(self) -> Results:
         """Train every arm of every seed, and only then look at the test examples, once."""

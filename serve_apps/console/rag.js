@@ -1,29 +1,11 @@
 // Questions: passages found, passages chosen, and the answer, as they come.
 
-import { $, call, element, events, options, shown, table } from "./page.js";
+import { examples, outcome, run, tell } from "./ask.js";
+import { $, element, shown, table } from "./page.js";
 
-let running = null;
-
-async function start() {
-  try {
-    const { retriever, candidates, choose, examples } = await call("about");
-    $("about").textContent = `${choose} of ${candidates} passages are chosen; retriever: ${retriever}.`;
-    options($("example"), ["", ...examples], "");
-  } catch (error) {
-    tell(error.message);
-  }
-}
-
-function tell(message) {
-  $("notice").textContent = message;
-  $("notice").hidden = !message;
-}
-
-function clear() {
-  tell("");
-  for (const id of ["outcome-title", "passages-title", "found"]) $(id).hidden = true;
-  $("outcome").textContent = "";
-  $("passages").replaceChildren();
+function known({ retriever, candidates, choose, examples: texts }) {
+  $("about").textContent = `${choose} of ${candidates} passages are chosen; retriever: ${retriever}.`;
+  examples(texts);
 }
 
 function found({ candidates }) {
@@ -34,42 +16,30 @@ function found({ candidates }) {
 function selected({ passages, flags }) {
   if (flags.retriever_failed) tell("The retriever did not answer: there are no passages.");
   if (flags.selection_failed) tell("The selector failed: these are the passages that the retriever ranks first.");
-  $("passages-title").hidden = !passages.length;
-  $("passages").replaceChildren(...passages.map(({ title, text, rank, probability }) => {
+  const items = passages.map(({ title, text, rank, probability }) => {
     const sure = probability === null ? "" : `, probability ${probability.toFixed(2)}`;
     const head = element("h3", {}, title, " ", element("small", {}, `rank ${rank} of the retriever${sure}`));
     return element("li", {}, head, element("p", {}, text));
-  }));
+  });
+  if (items.length) $("happened").append(element("h2", {}, "Chosen passages"), element("ol", { id: "passages" }, ...items));
 }
 
-function done({ ms, version }) {
-  $("cost").textContent = `${shown(ms)} ms, networks ${version.slice(0, 8)}`;
+function begin() {
+  $("found").hidden = true;
+  let text = "";
+  return {
+    found,
+    selected,
+    answer: ({ answer }) => outcome(text = answer || "none", ""),
+    done: ({ ms, version }) => outcome(text, `${shown(ms)} ms, networks ${version.slice(0, 8)}`),
+  };
 }
 
-function answer({ answer: text }) {
-  $("outcome-title").hidden = false;
-  $("outcome").textContent = text || "none";
-}
-
-const SHOW = { found, selected, answer, done };
-
-async function ask(event) {
-  event.preventDefault();
-  running?.abort();
-  const mine = running = new AbortController();
-  clear();
-  $("passages").setAttribute("aria-busy", "true");
-  try {
-    for await (const [name, value] of events("answer", { question: $("question").value, stream: true }, mine.signal)) {
-      if (name === "error") throw new Error(value.error.message);
-      SHOW[name](value);
-    }
-  } catch (error) {
-    if (error.name !== "AbortError") tell(error.message);
-  }
-  if (running === mine) $("passages").removeAttribute("aria-busy");
-}
-
-$("form").addEventListener("submit", ask);
-$("example").addEventListener("change", () => { if ($("example").value) $("question").value = $("example").value; });
-start().then(() => { document.body.dataset.ready = "yes"; });
+run({
+  title: "Mobula question answering", verb: "Answer", ask: "answer", about: "about", known, begin,
+  request: () => ({ question: $("question").value }),
+  fields: [["Question", "question", "What do you want to know?"], ["Example", "example"]],
+  before: [element("p", { id: "about" })],
+  after: [element("details", { id: "found", hidden: true }, element("summary", {}, "Passages that were found, as the retriever ranks them"),
+    element("div", { id: "candidates", class: "scroll" }))],
+});

@@ -1,33 +1,7 @@
 // A question for an agent that searches: its sub-queries, what they found, and the facts it records, as they happen.
 
-import { $, call, element, events, options, shown, table } from "./page.js";
-
-let known = { examples: {} };
-let running = null;
-
-async function start() {
-  try {
-    known = await call("agent");
-  } catch (error) {
-    tell(error.message);
-    return;
-  }
-  options($("kind"), Object.keys(known.examples), Object.keys(known.examples)[0]);
-  for (const [id, most] of Object.entries(known.limits)) {
-    $(id).max = most;
-    $(id).value = most;
-  }
-  kind();
-}
-
-function kind() {
-  options($("example"), ["", ...(known.examples[$("kind").value] || [])], "");
-}
-
-function tell(message) {
-  $("notice").textContent = message;
-  $("notice").hidden = !message;
-}
+import { examples, outcome, run } from "./ask.js";
+import { $, element, options, shown, table } from "./page.js";
 
 // One search: the sub-query, the passages that were shown, and the fact that was recorded.
 class Search {
@@ -49,42 +23,42 @@ class Search {
   }
 }
 
-async function solve(event) {
-  event.preventDefault();
-  running?.abort();
-  const mine = running = new AbortController();
-  const request = { question: $("question").value };
-  for (const id of ["max_searches", "max_tokens"]) request[id] = Number($(id).value);
+const LIMITS = ["max_searches", "max_tokens"];
+let byKind = {};
+
+function known(facts) {
+  byKind = facts.examples;
+  options($("kind"), Object.keys(byKind), Object.keys(byKind)[0]);
+  for (const id of LIMITS) $(id).max = $(id).value = facts.limits[id];
+  $("kind").addEventListener("change", () => examples(byKind[$("kind").value]));
+  examples(byKind[$("kind").value]);
+}
+
+function request() {
+  return { question: $("question").value, ...Object.fromEntries(LIMITS.map((id) => [id, Number($(id).value)])) };
+}
+
+function begin() {
   const searches = [];
-  tell("");
-  $("outcome-title").hidden = true;
-  $("outcome").textContent = "";
-  $("searches").replaceChildren();
-  $("searches").setAttribute("aria-busy", "true");
-  try {
-    for await (const [name, value] of events("solve", request, mine.signal)) {
-      if (name === "search") {
-        searches.push(new Search(value.query, searches.length + 1));
-        $("searches").append(searches.at(-1).box);
-      } else if (name === "evidence") searches.at(-1).found(value.passages);
-      else if (name === "fact") searches.at(-1).recorded(value.fact);
-      else if (name === "done") done(value, searches);
-      else if (name === "error") throw new Error(value.error.message);
-    }
-  } catch (error) {
-    if (error.name !== "AbortError") tell(error.message);
-  }
-  if (running === mine) $("searches").removeAttribute("aria-busy");
+  return {
+    search: ({ query }) => {
+      searches.push(new Search(query, searches.length + 1));
+      $("happened").append(searches.at(-1).box);
+    },
+    evidence: ({ passages }) => searches.at(-1).found(passages),
+    fact: ({ fact }) => searches.at(-1).recorded(fact),
+    done: (whole) => done(whole, searches),
+  };
 }
 
 function done({ answer, status, searches, tokens, ms, version }, boxes) {
   boxes.forEach((box, i) => { if (searches[i].fact === null) box.recorded(""); });
-  $("outcome-title").hidden = false;
-  $("outcome").textContent = status === "ok" ? answer : `${answer} (${status})`;
-  $("cost").textContent = `${tokens} tokens, ${shown(ms)} ms, agent ${version.slice(0, 8)}`;
+  outcome(status === "ok" ? answer : `${answer} (${status})`, `${tokens} tokens, ${shown(ms)} ms, agent ${version.slice(0, 8)}`);
 }
 
-$("form").addEventListener("submit", solve);
-$("kind").addEventListener("change", kind);
-$("example").addEventListener("change", () => { if ($("example").value) $("question").value = $("example").value; });
-start().then(() => { document.body.dataset.ready = "yes"; });
+run({
+  title: "Mobula searcher", verb: "Ask", ask: "solve", about: "agent", known, request, begin,
+  fields: [["Question", "question", "What do you want to know?"], ["Kind", "kind"], ["Example", "example"],
+    ["Searches at most", "max_searches", { type: "number", min: 1, value: 1 }],
+    ["Tokens of a turn", "max_tokens", { type: "number", min: 1, value: 1 }]],
+});

@@ -9,7 +9,7 @@ import pytest
 
 from mobula.errors import ArtifactError
 from serve_apps.retriever import Corpus, RetrieverArgs
-from serve_apps.retriever_schema import CHANGED_AT_ONCE, TEXT_BYTES
+from serve_apps.retriever.schema import CHANGED_AT_ONCE, TEXT_BYTES
 from tests.serving.asgi import ask, client, make
 from tests.serving.toy import TEXTS, Toy, planned_changes
 

@@ -1,17 +1,14 @@
 """The retriever application with the toy method, for tests that drive a real Serve."""
 
-from ray import serve
-from ray.serve import Application
-
-from serve_apps.retriever import Retriever, RetrieverArgs
+from mobula.serving.application import deployment
+from serve_apps.retriever import RetrieverArgs, State, create_app
+from serve_apps.retriever.app import Retriever, load
 from tests.serving import toy
 
 
-class ToyRetriever(Retriever):
-    def __init__(self, args: RetrieverArgs) -> None:
-        toy.register()
-        super().__init__(args)
+def opened(args: RetrieverArgs) -> State:
+    toy.register()
+    return load(args)
 
 
-def build(args: RetrieverArgs) -> Application:
-    return serve.deployment(serve.ingress()(ToyRetriever), name="Retriever").bind(RetrieverArgs.model_validate(args))
+build = deployment("Retriever", RetrieverArgs, opened, create_app, Retriever)

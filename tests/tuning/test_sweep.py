@@ -136,7 +136,13 @@ def test_r8_asha_finds_the_best_of_the_full_grid_in_half_the_steps(write, tmp_pa
     assert best[0].metrics == best[1].metrics
     assert {o.status for o in halved.outcomes} == {"completed", "stopped"}
     assert steps(halved) <= 0.5 * steps(full)
-    assert json.loads((tmp_path / "asha" / "report.json").read_text())["cost"]["step"] == steps(halved)
+    report = json.loads((tmp_path / "asha" / "report.json").read_text())
+    assert report["cost"]["step"] == steps(halved)
+    # What every trial reported on its way is kept: the last of it is its result.
+    progress = report["tables"]["r2 by step"]
+    assert progress[0][:2] == ["trial", 10]
+    for row, outcome in zip(progress[1:], halved.outcomes, strict=True):
+        assert [value for value in row[1:] if value != ""][-1] == outcome.metrics["r2"]
 
 
 @pytest.mark.end_to_end

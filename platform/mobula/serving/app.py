@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Annotated, Any
 
 from fastapi import FastAPI
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints
 from starlette.middleware import Middleware
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -38,6 +38,23 @@ class AppArgs(BaseModel):
     burst: int = Field(400, ge=1, description="requests of one client at once")
     time_limit_s: float = Field(20.0, gt=0, le=600, description="time limit of one request")
     threads: int = Field(1, ge=1, le=256, description="threads a replica computes with")
+
+
+class ModelArgs(AppArgs):
+    """Arguments of an application with a model; it describes its own ``artifact``."""
+
+    artifact: LocalPath = Field(description="artifact of a finished run")
+    reports: LocalPath | None = Field(None, description="directory whose runs the console shows")
+    max_batch_size: int = Field(16, ge=1, le=1024, description="requests that are computed together")
+
+
+def _not_blank(text: str) -> str:
+    if not text.strip():
+        raise ValueError("the text is blank")
+    return text
+
+
+Text = Annotated[str, StringConstraints(min_length=1, max_length=2000), AfterValidator(_not_blank)]
 
 
 def guarded(

@@ -5,15 +5,41 @@ A run is named by its directory directly under the reports' root. Names never re
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 from pathlib import Path
 from typing import Any
 
+from fastapi import FastAPI
+from starlette.responses import FileResponse, Response
+
+from mobula.serving import pages
+from mobula.serving.app import to_json
 from mobula.serving.errors import RequestRefused
 
 NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}")
 PLOTS = {".png": "image/png", ".svg": "image/svg+xml"}
+
+
+def report_routes(app: FastAPI, directory: Path | None) -> None:
+    """Serve the runs in a directory; none without one."""
+
+    @app.get("/reports", response_model=list[dict[str, Any]], responses=pages.REFUSALS)
+    async def report_list() -> Response:
+        """Finished runs, newest first."""
+        return to_json(await asyncio.to_thread(listed, directory))
+
+    @app.get("/reports/{name}", response_model=dict[str, Any], responses=pages.REFUSALS)
+    async def report(name: str) -> Response:
+        """The report of a run."""
+        return to_json(await asyncio.to_thread(read, directory, name))
+
+    @app.get("/reports/{name}/plots/{file}", responses=pages.REFUSALS, response_class=FileResponse)
+    async def report_plot(name: str, file: str) -> Response:
+        """A plot of a run."""
+        path = await asyncio.to_thread(plot, directory, name, file)
+        return FileResponse(path, media_type=PLOTS[path.suffix], headers=pages.HEADERS)
 
 
 def listed(root: Path | None) -> list[dict[str, Any]]:

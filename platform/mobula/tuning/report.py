@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from mobula import artifacts
@@ -19,7 +19,7 @@ class Outcome:
     """How a trial ended: ``completed``, ``stopped`` early by the scheduler, or ``failed``.
 
     ``metrics`` are those of its last report, ``seconds`` what it took without the start of its process,
-    ``folder`` where it wrote, relative to the sweep.
+    ``folder`` where it wrote, relative to the sweep, ``history`` all reports of a trial that trained.
     """
 
     point: Point
@@ -28,6 +28,7 @@ class Outcome:
     seconds: float
     folder: str
     error: str | None = None
+    history: list[dict[str, Any]] = field(default_factory=list)
 
 
 def write(run: Run, space: Space, outcomes: list[Outcome]) -> list[int]:
@@ -90,6 +91,8 @@ class Table:
         if self.config.per:
             tables[f"Best trial per {self.config.per}"] = self._rows(self._best_per_group())
         tables["Trials"] = self._rows(range(len(self.outcomes)))
+        if self.config.scheduler == "asha":
+            tables[f"{self.metrics[0]} by {self.config.asha.unit}"] = self._progress(self.config.asha.unit)
         return tables
 
     def notes(self, left_out: dict[str, int]) -> list[str]:
@@ -127,6 +130,12 @@ class Table:
         point = [outcome.point[name] for name in self.config.parameters]
         values = [outcome.metrics.get(name) for name in self.metrics]
         return [index, *point, *values, round(outcome.seconds, 2), outcome.status]
+
+    def _progress(self, unit: str) -> list[list[Any]]:
+        """The first objective of every trial at each report."""
+        values = [{row[unit]: row[self.metrics[0]] for row in outcome.history} for outcome in self.outcomes]
+        units = sorted({at for row in values for at in row})
+        return [["trial", *units], *([i, *(row.get(at, "") for at in units)] for i, row in enumerate(values))]
 
     def _within(self) -> list[list[Any]]:
         [header] = self._rows([])

@@ -191,10 +191,11 @@ def _outcome(result: Any, trials: Trials) -> Outcome:
     reported = result.metrics or {}
     folder = trials.at(point).relative_to(trials.folder.parent)
     metrics, seconds = reported.get("metrics", {}), reported.get("seconds", 0.0)
+    history = trials.history(point)
     if result.error is not None:
         why = trials.error(point) or "the trial's process died"
-        return Outcome(point, "failed", metrics, seconds, str(folder), why)
+        return Outcome(point, "failed", metrics, seconds, str(folder), why, history)
     # ASHA stops a trial that has reached the limit before it can keep its result.
     ended = trials.kept(point) or (trials.limit is not None and metrics[trials.required[-1]] >= trials.limit)
     status = "completed" if ended else "stopped"
-    return Outcome(point, status, metrics, seconds, str(folder))
+    return Outcome(point, status, metrics, seconds, str(folder), None, history)

@@ -1,8 +1,8 @@
 """What one trial does, in a process of its own, and what it leaves in its folder.
 
-A point has one folder whatever trial runs it: ``result.json`` once it is complete, ``error.json`` if it
-failed. A trial whose result is there gives it back without computing it again, so a sweep that was killed
-between the end of a trial and Tune's next snapshot repeats nothing.
+A point has one folder whatever trial runs it: ``reports.jsonl`` while it trains, ``result.json`` once it is complete,
+``error.json`` if it failed. A trial whose result is there gives it back without computing it again, so a sweep that was
+killed between the end of a trial and Tune's next snapshot repeats nothing.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ from mobula import config as configs
 from mobula.errors import ConfigError, TrainingError
 from mobula.experiment import ExperimentConfig
 from mobula.tuning.space import Point, with_keys
+
+REPORTS = "reports.jsonl"
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,15 @@ class Trials:
         """Why a point failed, in one line; None also where its process was killed."""
         found = _read(self.at(point) / "error.json")
         return found["error"] if found else None
+
+    def history(self, point: Point) -> list[dict[str, Any]]:
+        """Every report of a training trial so far, earlier interrupted attempts included."""
+        path = self.at(point) / REPORTS
+        return artifacts.read_jsonl(path) if path.is_file() else []
+
+    def note(self, point: Point, metrics: dict[str, Any]) -> None:
+        """Add a report to the history."""
+        artifacts.write_jsonl(self.at(point) / REPORTS, [*self.history(point), metrics])
 
     def keep(self, point: Point, result: dict[str, Any]) -> None:
         """Record a point as complete."""
@@ -132,6 +143,7 @@ def train(config: dict[str, Any], trials: Trials) -> None:
 
     def report(metrics: dict[str, Any]) -> None:
         last.update(metrics=trials.check(dict(metrics)), seconds=time.perf_counter() - started)
+        trials.note(point, last["metrics"])
         tune.report(dict(last))
 
     with trials.failures(point):

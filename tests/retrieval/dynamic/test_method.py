@@ -45,8 +45,8 @@ from mobula.retrieval.dynamic.systems import System, systems
 from mobula.retrieval.search import Hit, SearchOptions
 from mobula.running import run_experiment
 from mobula.serving.calibration import Calibration
-from serve_apps.retriever_budget import plan
-from serve_apps.retriever_schema import SearchRequest
+from serve_apps.retriever.budget import plan
+from serve_apps.retriever.schema import SearchRequest
 
 CONFIG: dict[str, Any] = {
     "method": "dynamic_retrieval",

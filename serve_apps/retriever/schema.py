@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, BaseModel, Field, StringConstraints, field_validator, model_validator
 
 from mobula.retrieval.search import ALL_DECODERS, CONSTRAINTS, ORDERS, REMASK
-from mobula.serving.app import AppArgs, Strict
+from mobula.serving.app import ModelArgs, Strict
 from mobula.serving.paths import LocalPath
 
 TEXT_BYTES = 100_000
@@ -15,11 +15,9 @@ CHANGED_AT_ONCE = 256
 VERSIONS = 2**53  # what JavaScript's numbers hold exactly
 
 
-class RetrieverArgs(AppArgs):
-    """Arguments of the application in cluster.yaml."""
+class RetrieverArgs(ModelArgs):
+    """Arguments of the application in cluster.yaml; its artifact is that of a finished retrieval run."""
 
-    artifact: LocalPath = Field(description="artifact of a finished retrieval run")
-    reports: LocalPath | None = Field(None, description="directory whose runs the console shows")
     added: LocalPath | None = Field(
         None,
         description="directory that keeps added and removed documents, shared by all replicas; null: nothing changes",
@@ -27,7 +25,6 @@ class RetrieverArgs(AppArgs):
     max_documents_bytes: int = Field(
         32 * 2**20, ge=1024, le=256 * 2**20, description="largest request body that adds documents"
     )
-    max_batch_size: int = Field(16, ge=1, le=1024, description="requests computed together")
     calibration_s: float = Field(20.0, ge=0, le=600, description="time for measuring budgets at start; 0: no max_ms")
 
 

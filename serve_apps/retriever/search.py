@@ -16,9 +16,9 @@ from mobula.serving.batching import Batcher
 from mobula.serving.errors import RequestRefused
 from mobula.serving.metrics import Metrics
 from mobula.serving.streaming import stream
-from serve_apps.retriever_budget import plan
-from serve_apps.retriever_corpus import Corpus, Snapshot
-from serve_apps.retriever_schema import RetrieverArgs, SearchRequest
+from serve_apps.retriever.budget import plan
+from serve_apps.retriever.corpus import Corpus, Snapshot
+from serve_apps.retriever.schema import RetrieverArgs, SearchRequest
 
 
 @dataclass

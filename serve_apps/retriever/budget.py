@@ -9,7 +9,7 @@ from mobula.retrieval.search import Searchable, SearchOptions
 from mobula.serving import calibration
 from mobula.serving.calibration import Calibration
 from mobula.serving.errors import RequestRefused
-from serve_apps.retriever_schema import Budget, SearchRequest
+from serve_apps.retriever.schema import Budget, SearchRequest
 
 # Decoders whose cost grows with the steps; the others make a number of calls of their own.
 STEPWISE = ("match", "match_rerank", "best_of_n")

@@ -9,24 +9,22 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import asdict
-from pathlib import Path
 from typing import Annotated, Any
 
 from fastapi import FastAPI, Query
-from ray import serve
-from ray.serve import Application
-from starlette.responses import RedirectResponse, Response
+from starlette.responses import Response
 
 from mobula.retrieval.inputs import EmptyQuery
 from mobula.retrieval.search import CONSTRAINTS, ORDERS, REMASK, BadSearch, Unsupported
 from mobula.serving import pages
 from mobula.serving.app import guarded, time_limit, to_json
+from mobula.serving.application import Replica, deployment, frame
 from mobula.serving.errors import RequestRefused
-from mobula.serving.metrics import Metrics, ServeMetrics
-from serve_apps.report_routes import report_routes
-from serve_apps.retriever_budget import STEPWISE
-from serve_apps.retriever_corpus import Corpus
-from serve_apps.retriever_schema import (
+from mobula.serving.metrics import Metrics
+from serve_apps import CONSOLE
+from serve_apps.retriever.budget import STEPWISE
+from serve_apps.retriever.corpus import Corpus
+from serve_apps.retriever.schema import (
     VERSIONS,
     Added,
     NewDocuments,
@@ -37,9 +35,8 @@ from serve_apps.retriever_schema import (
     SearchResponse,
     Versions,
 )
-from serve_apps.retriever_search import Searching, State
+from serve_apps.retriever.search import Searching, State
 
-CONSOLE = Path(__file__).parent / "console"
 STATUSES = {BadSearch: (422, "bad_search"), EmptyQuery: (422, "empty_query"), Unsupported: (409, "unsupported")}
 ADDING = "/documents"
 NOT_KEPT: dict[int | str, dict[str, Any]] = {507: {"model": pages.Error, "description": "the disk does not take it"}}
@@ -59,25 +56,13 @@ def create_app(state: State, args: RetrieverArgs, metrics: Metrics | None = None
         searching.batcher.close()
 
     app = guarded("Mobula retriever", args, STATUSES, searching.metrics, lifespan, {ADDING: args.max_documents_bytes})
-    pages.mount(app, CONSOLE)
+    frame(app, CONSOLE, "", args.reports, lambda: check_health(state))
     _search_routes(app, searching)
     _corpus_routes(app, searching)
-    report_routes(app, args.reports)
-
-    @app.get("/", include_in_schema=False)
-    async def root() -> Response:
-        return RedirectResponse("console/")
-
     return app
 
 
 def _search_routes(app: FastAPI, searching: Searching) -> None:
-    @app.get("/healthz", response_model=dict[str, str])
-    async def healthz() -> Response:
-        """Whether this replica can serve. Needs no key."""
-        check_health(searching.state)
-        return to_json({"status": "ok"})
-
     @app.post("/search", response_model=SearchResponse, responses=pages.REFUSALS)
     async def search(request: SearchRequest) -> Response:
         """Documents for a query, within the request's budget."""
@@ -153,16 +138,8 @@ def _facts(corpus: Corpus) -> dict[str, Any]:
     }
 
 
-class Retriever:
-    """A replica: the loaded artifact and the HTTP application around it."""
-
-    def __init__(self, args: RetrieverArgs) -> None:
-        pages.use_threads(args.threads)
-        self.args = args
-        self.state = State(Corpus.load(args))
-
-    def __serve_build_asgi_app__(self) -> FastAPI:
-        return create_app(self.state, self.args, ServeMetrics())
+class Retriever(Replica):
+    """A replica whose artifact can be swapped while it serves."""
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
         """Swap in the artifact that ``user_config`` names, without losing a request.
@@ -182,9 +159,9 @@ class Retriever:
         check_health(self.state)
 
 
-def build(args: RetrieverArgs) -> Application:
-    """The Serve application, from its arguments in cluster.yaml.
+def load(args: RetrieverArgs) -> State:
+    """Open the artifact with the changes to its documents."""
+    return State(Corpus.load(args))
 
-    Where annotations are strings, as in this module, Serve (Ray 2.60) does not see the type and hands over a dict.
-    """
-    return serve.deployment(serve.ingress()(Retriever)).bind(RetrieverArgs.model_validate(args))  # type: ignore[attr-defined]
+
+build = deployment("Retriever", RetrieverArgs, load, create_app, Retriever)

@@ -25,8 +25,8 @@ from mobula.errors import ArtifactError
 from mobula.retrieval.search import Admission, Searchable, SearchOptions, SearchResult
 from mobula.serving.errors import RequestRefused
 from mobula.serving.journal import Journal, Record
-from serve_apps.retriever_budget import calibrate
-from serve_apps.retriever_schema import NewDocument, RetrieverArgs
+from serve_apps.retriever.budget import calibrate
+from serve_apps.retriever.schema import NewDocument, RetrieverArgs
 
 logger = logging.getLogger("mobula.serving")
 SNIPPET_CHARACTERS = 240

@@ -1,0 +1,176 @@
+"""An application from its engine: the routes around it, its console page, and the Serve deployment that holds it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from fastapi import FastAPI
+from pydantic import BaseModel
+from ray import serve
+from ray.serve import Application
+from starlette.responses import RedirectResponse, Response
+
+from mobula.errors import MobulaError
+from mobula.serving import pages
+from mobula.serving.app import AppArgs, ModelArgs, guarded, time_limit, to_json
+from mobula.serving.metrics import Metrics, ServeMetrics
+from mobula.serving.reports import report_routes
+from mobula.serving.streaming import stream
+
+Event = tuple[str, dict[str, Any]]
+DONE = "done"
+
+
+class Engine(Protocol):
+    """What answers an application's requests, in events: the last one is ``done``, with everything."""
+
+    def facts(self) -> dict[str, Any]:
+        """Which models these are, their limits, and examples to try."""
+        ...
+
+    def check(self, request: Any) -> None:
+        """Refuse what these models cannot do, before anything is streamed.
+
+        Raises:
+            RequestRefused: saying why.
+        """
+        ...
+
+    def events(self, request: Any) -> AsyncIterator[Event]:
+        """What happens, as it happens."""
+        ...
+
+    def close(self) -> None:
+        """No request comes any more."""
+        ...
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What an application is called, where it is asked and what it says of itself.
+
+    ``ask`` is the route that takes ``request`` and gives ``response`` (as events where ``request.stream``), ``about``
+    the one with the engine's facts; each with its description. ``page`` is its page of ``console``.
+    """
+
+    title: str
+    console: Path
+    page: str
+    ask: tuple[str, str]
+    request: type[BaseModel]
+    response: type[BaseModel]
+    about: tuple[str, str]
+    statuses: Mapping[type[MobulaError], tuple[int, str]] = field(default_factory=dict)
+
+
+def application(spec: Spec, engine: Engine, args: ModelArgs, metrics: Metrics) -> FastAPI:
+    """The HTTP application of an engine, the same under Serve and under plain uvicorn.
+
+    Raises:
+        ConfigError: if an API key is required and there is none.
+    """
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        yield
+        engine.close()
+
+    app = guarded(spec.title, args, spec.statuses, metrics, lifespan)
+    frame(app, spec.console, spec.page, args.reports)
+    ask, about = spec.ask, spec.about
+
+    @app.get(about[0], response_model=dict[str, Any], responses=pages.REFUSALS, description=about[1])
+    async def facts() -> Response:
+        return to_json(engine.facts())
+
+    async def answer(request: BaseModel) -> Response:
+        engine.check(request)
+        if request.stream:  # type: ignore[attr-defined]
+            return stream(_within(engine.events(request), args.time_limit_s))
+        async with time_limit(args.time_limit_s):
+            return to_json(await _whole(engine.events(request)))
+
+    # FastAPI reads the body's model from the annotation, which is a value here.
+    answer.__annotations__["request"] = spec.request
+    responses = {**pages.REFUSALS, 200: {**pages.EVENT_STREAM, "model": spec.response}}
+    app.post(ask[0], response_model=spec.response, responses=responses, description=ask[1])(answer)
+    return app
+
+
+def frame(
+    app: FastAPI, console: Path, page: str, reports: Path | None, healthy: Callable[[], None] | None = None
+) -> None:
+    """Console, reports, health and the way to the console's page: what every application has.
+
+    ``healthy`` raises where the replica can no longer serve.
+    """
+    pages.mount(app, console)
+    report_routes(app, reports)
+
+    @app.get("/healthz", response_model=dict[str, str])
+    async def healthz() -> Response:
+        """Whether this replica can serve. Needs no key."""
+        if healthy:
+            healthy()
+        return to_json({"status": "ok"})
+
+    @app.get("/", include_in_schema=False)
+    async def root() -> Response:
+        return RedirectResponse(f"console/{page}")
+
+
+class Replica:
+    """A Serve replica: what ``open`` makes of the arguments, and the HTTP application that ``create`` makes."""
+
+    model: type[AppArgs]
+    open: Callable[[Any], Any]
+    create: Callable[[Any, Any, Metrics], FastAPI]
+
+    def __init__(self, args: Any) -> None:
+        pages.use_threads(args.threads)
+        self.args = args
+        self.state = type(self).open(args)
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        return type(self).create(self.state, self.args, ServeMetrics())
+
+
+def deployment(
+    name: str,
+    model: type[AppArgs],
+    open: Callable[[Any], Any],
+    create: Callable[[Any, Any, Metrics], FastAPI],
+    replica: type[Replica] = Replica,
+) -> Callable[..., Application]:
+    """The builder of a Serve application: what ``import_path`` in cluster.yaml names.
+
+    ``model`` types its arguments, ``open`` loads what a replica holds, ``create`` makes its HTTP application.
+    """
+    members = {"model": model, "open": staticmethod(open), "create": staticmethod(create)}
+    held = type(name, (replica,), {**members, "__module__": replica.__module__, "__doc__": replica.__doc__})
+
+    def build(args: Any) -> Application:
+        return serve.deployment(serve.ingress()(held)).bind(model.model_validate(args))  # type: ignore[attr-defined]
+
+    # The arguments in cluster.yaml are checked against this annotation before anything starts.
+    build.__annotations__["args"] = model
+    return build
+
+
+async def _within(events: AsyncIterator[Event], seconds: float) -> AsyncIterator[Event]:
+    async with asyncio.timeout(seconds):
+        async for event in events:
+            yield event
+
+
+async def _whole(events: AsyncIterator[Event]) -> dict[str, Any]:
+    """The last event's value."""
+    async for name, value in events:
+        if name == DONE:
+            return value
+    raise AssertionError(f"events end with `{DONE}`")
