@@ -27,7 +27,7 @@ def variances(
 
     ``likelihood``: of (1/m) sum_k p(y|x,z_k). ``gradient``: of sum_k w_k grad log p(z_k|x), the M-step's gradient, as
     the trace of its covariance. ``priors`` f64[Q, Z]: p(z|x). ``scores``, by question: ``log_lik``, ``reward`` and
-    ``right`` f64[Z], and the answer's number of ``tokens``. ``products``: as :func:`gradient_products`.
+    ``em`` f64[Z], and the number of ``answer_tokens``. ``products``: as :func:`gradient_products`.
     """
     rng = np.random.default_rng(0)
     values: dict[str, dict[int, list[float]]] = {what: {m: [] for m in samples} for what in (LIKELIHOOD, GRADIENT)}
@@ -44,8 +44,8 @@ def _weights(scores: Mapping[str, np.ndarray], draws: np.ndarray, config: Weight
     """The weight f64[R, Z] that every latent has in each of R draws i64[R, m]."""
     weights = np.zeros((len(draws), len(scores["log_lik"])))
     for row, z in zip(weights, draws, strict=True):
-        columns = (scores[name][z] for name in ("reward", "right"))
-        sampled = Sampled(scores["log_lik"][z], int(scores["tokens"]), np.zeros(len(z)), *columns)
+        columns = (scores[name][z] for name in ("reward", "em"))
+        sampled = Sampled(scores["log_lik"][z], int(scores["answer_tokens"]), np.zeros(len(z)), *columns)
         np.add.at(row, z, weigh(sampled, config).values)
     return weights
 

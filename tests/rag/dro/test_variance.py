@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -13,9 +11,10 @@ from mobula.alternation import Row
 from mobula.config import build
 from mobula.rag.dro.config import KINDS, Config
 from mobula.rag.dro.data import FactWorld
-from mobula.rag.dro.dro import Pair, entropy, objective
+from mobula.rag.dro.dro import entropy, objective
 from mobula.rag.dro.networks import Networks, network_of
 from mobula.rag.dro.study import redrawn
+from mobula.rag.em import Checkpoint
 from mobula.rag.variance import GRADIENT, LIKELIHOOD, gradient_products, trace
 from mobula.rag.weights import WeightConfig
 
@@ -31,16 +30,16 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> FactWorld:
 
 
 @pytest.fixture(scope="module")
-def pair(world: FactWorld, tmp_path_factory: pytest.TempPathFactory) -> Pair:
-    folder = tmp_path_factory.mktemp("pair")
+def checkpoint(world: FactWorld, tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    folder = tmp_path_factory.mktemp("checkpoint")
     for kind in KINDS:
         save_model(network_of(kind, world).build(3), str(folder / f"{kind}.safetensors"))
-    return Pair(*(folder / f"{kind}.safetensors" for kind in KINDS))
+    return {kind: folder / f"{kind}.safetensors" for kind in KINDS}
 
 
 @pytest.fixture
-def networks(world: FactWorld, pair: Pair) -> Networks:
-    return Networks.of(world, pair.selector, pair.generator)
+def networks(world: FactWorld, checkpoint: Checkpoint) -> Networks:
+    return Networks.of(world, **checkpoint)
 
 
 def weighted(world: FactWorld) -> list[Row]:
@@ -52,7 +51,7 @@ def weighted(world: FactWorld) -> list[Row]:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_objective_is_the_weighted_log_likelihood_of_a_question(
-    world: FactWorld, pair: Pair, networks: Networks, kind: str
+    world: FactWorld, checkpoint: Checkpoint, networks: Networks, kind: str
 ) -> None:
     rows, every = weighted(world), world.permutations()
     exact = networks.exact(world.take("train", list(range(10))))[KINDS.index(kind)]
@@ -60,7 +59,7 @@ def test_the_objective_is_the_weighted_log_likelihood_of_a_question(
         sum(w * float(exact[r["query"], every.index(z)]) for z, w in zip(r["permutations"], r["weights"], strict=True))
         for r in rows
     ]
-    network = network_of(kind, world, getattr(pair, kind))
+    network = network_of(kind, world, checkpoint[kind])
     assert objective(network, rows, 4) == pytest.approx(np.mean(wanted), rel=1e-5)
     assert objective(network, rows, 10) == pytest.approx(objective(network, rows, 3), rel=1e-5)
 

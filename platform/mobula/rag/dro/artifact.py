@@ -21,8 +21,8 @@ from mobula.experiment import Run
 from mobula.rag.candidates import DOCUMENTS, VECTORS, Request, as_shown, searcher_of
 from mobula.rag.dro.config import FACTS, KINDS, Config
 from mobula.rag.dro.data import FactWorld, Questions, RetrievedQuestions
-from mobula.rag.dro.dro import Pair
 from mobula.rag.dro.networks import Networks
+from mobula.rag.em import Checkpoint
 from mobula.rag.search import Retrying
 
 RETRIEVED, TOY = "rag", "rag_toy"  # kinds of artifact
@@ -31,13 +31,13 @@ EXAMPLES = 8  # questions for people who want to try an artifact
 SECTIONS = ("model", "retrieve", "select")
 
 
-def write(run: Run, questions: Questions, pair: Pair) -> None:
-    """The networks of a pair, and the passages that they choose from."""
+def write(run: Run, questions: Questions, checkpoint: Checkpoint) -> None:
+    """The networks of a checkpoint, and the passages that they choose from."""
     config = questions.config
 
     def fill(folder: Path) -> None:
         for kind in KINDS:
-            shutil.copyfile(getattr(pair, kind), folder / f"{kind}.safetensors")
+            shutil.copyfile(checkpoint[kind], folder / f"{kind}.safetensors")
         if isinstance(questions, RetrievedQuestions):
             for name in (DOCUMENTS, VECTORS):
                 shutil.copyfile(questions.directory / name, folder / name)
@@ -59,16 +59,16 @@ def load(artifact: Artifact) -> Predictor | ToyPredictor:
     source = FACTS if artifact.kind == TOY else "nq"
     values = {name: artifact.meta[name] for name in SECTIONS}
     config = build(Config, {"method": "dro", "data": {"source": source}, **values}, source=str(artifact.directory))
-    weights = [artifact.path(f"{kind}.safetensors") for kind in KINDS]
+    weights = {kind: artifact.path(f"{kind}.safetensors") for kind in KINDS}
     if artifact.kind == TOY:
-        return ToyPredictor(Networks.of(FactWorld(config, artifact.directory), *weights))
+        return ToyPredictor(Networks.of(FactWorld(config, artifact.directory), **weights))
     questions = RetrievedQuestions(config, artifact.directory)
     if questions.base_hash != artifact.meta["hash"]:
         under = config.model.base or config.retrieve.encoder
         raise ArtifactError(f"{artifact.directory}: was trained on other files of {under!r} than those that are here")
     passages = questions.candidates
     searcher = searcher_of(passages.documents, config.retrieve, passages.vectors)
-    networks = Networks.of(questions, *weights)
+    networks = Networks.of(questions, **weights)
     examples = artifact.read_json(EXAMPLE_FILE)
     return Predictor(networks, Retrying(searcher, config.retrieve.timeout_s), examples)
 

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import ClassVar
 
 from mobula.alternation import AlternationConfig
 from mobula.config import key, section
+from mobula.rag import em
 from mobula.rag.candidates import SETS, RetrieveConfig
 from mobula.rag.permutations import LABELS
-from mobula.rag.weights import WeightConfig
 from mobula.study import StudyConfig, StudyEvaluation, System
 from mobula.training import TrainingConfig
 
@@ -49,15 +48,15 @@ ARMS = {
     "uniform": Arm(rule="uniform"),
     "best": Arm(rule="best"),
     "binary": Arm(rule="binary"),
-    "unnormalised": Arm(rule="lik_raw"),
+    "unnormalised": Arm(rule="unnormalised"),
     **{f"m_{m}": Arm(samples=m) for m in (1, 2, 4, 14)},
-    **{f"unnormalised_m_{m}": Arm(rule="lik_raw", samples=m) for m in (1, 2, 4, 14)},
+    **{f"unnormalised_m_{m}": Arm(rule="unnormalised", samples=m) for m in (1, 2, 4, 14)},
     "reward": Arm(rule="reward"),
     "reinforce": Arm(rule="reinforce", greedy=True),
     # What the selector could learn if relevant passages were labelled.
     "supervised": Arm(rule="uniform", samples=1, train=("selector",), sampler="gold"),
     # The selector's first choice imitates how likely each passage alone makes the answer (Izacard et al. 2022, Atlas).
-    "distillation": Arm(rule="lik_softmax", sampler="each", greedy=True),
+    "distillation": Arm(rule="snis", sampler="each", greedy=True),
     "rag_sft": Arm(rule="uniform", samples=1, train=("generator",), select="retriever"),
     "closed_book": Arm(rule="uniform", samples=1, train=("generator",), select="none"),
 }
@@ -128,15 +127,11 @@ class ColdConfig:
 
 
 @dataclass
-class EmConfig:
-    """The E-step, and what an M-step must gain."""
-
-    RENAMED: ClassVar = {"min_gap": "min_q_gain"}
+class EmConfig(em.EmConfig):
+    """The E-step, and what is asked of an M-step."""
 
     samples: int = key(8, "permutations sampled a question (m)", ge=1, le=1000)
     shard: int = key(500, "questions sampled and scored together; an interrupted phase goes on at a shard", ge=1)
-    min_q_gain: float = key(-0.5, "an M-step that raises its own objective Q by less, in nats a question, is an error")
-    weights: WeightConfig = section(WeightConfig)
 
 
 @dataclass

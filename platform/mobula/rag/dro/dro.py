@@ -4,307 +4,216 @@ Z. Shi et al., "Direct Retrieval-augmented Optimization: Synergizing Knowledge S
 2505.03075. x is a question with n candidate passages, z a permutation of K of them, d_z these passages, y the answer:
 
     log p(y|x) = log sum_z p(z|x; theta_s) p(y|x, d_z; theta_g)    what is maximised
-    z_1, ..., z_m ~ p(z|x; theta_s)                                :class:`Sample`
-    l_k = log p(y|x, d_zk; theta_g)                                :class:`Score`
-    w_k = p(z_k|x,y) / p(z_k|x) = exp l_k / sum_j exp l_j          :func:`weigh`
-    L_S = -sum_k w_k log p(z_k|x; theta_s)                         :func:`fit_both`
+    z_1, ..., z_m ~ p(z|x; theta_s)                                :meth:`Permutations.sample`
+    l_k = log p(y|x, d_zk; theta_g)                                :meth:`Permutations.score`
+    w_k = p(z_k|x,y) / p(z_k|x) = exp l_k / sum_j exp l_j          :mod:`mobula.rag.weights`, rule ``snis``
+    L_S = -sum_k w_k log p(z_k|x; theta_s)                         :meth:`DRO.fit`
     L_G = -sum_k w_k log p(y|x, d_zk; theta_g)
-    Q(theta_t+1) - Q(theta_t), Q = -L                              :func:`q_gain`
+    Q(theta_t+1) - Q(theta_t), Q = -(L_S + L_G)                    :meth:`DRO.q_gain`
 
-The networks are in :mod:`.networks`, other rules for w_k in :mod:`mobula.rag.weights`.
+The order of phases, their files and checks are those of :mod:`mobula.rag.em`, the networks are in :mod:`.networks`.
 """
 
 from __future__ import annotations
 
-import json
 import logging
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
-from mobula.alternation import Context, History, Loop, Row, Sharded, Step, seed_of
-from mobula.artifacts import sha256, write_json, write_jsonl
+from mobula.alternation import Context, History, Phase, Row, Step, seed_of
+from mobula.artifacts import sha256, write_jsonl
 from mobula.cluster.spec import ClusterSpec
 from mobula.config import digest
-from mobula.errors import MobulaError
 from mobula.experiment import identity
 from mobula.portable import Portable
-from mobula.rag import weights as e_step
-from mobula.rag.dro.config import KINDS, Arm, Config
+from mobula.rag.dro.config import KINDS, Arm, Config, EmConfig
 from mobula.rag.dro.data import Questions
 from mobula.rag.dro.networks import MStep, Network, Networks, Reading, network_of, weighted_loss
+from mobula.rag.em import EM, Q_GAIN, STATE, WEIGH, Checkpoint, Weighted, read_state, write_state
 from mobula.rag.exact import log_marginal, posterior, total_variation
-from mobula.rag.objective import check_gap
-from mobula.rag.weights import Sampled
 from mobula.training import fit
 
 log = logging.getLogger(__name__)
 WATCHED = 1000  # training questions on which Q, its gain and the exact likelihood are followed
-CHECKPOINT, WEIGHTS, GREEDY = "state.json", "weights.jsonl", "greedy.jsonl"
-ALIKE = 0.05  # from which share of one another samples and weights count as all alike
+ROWS, GREEDY = "permutations.jsonl", "greedy.jsonl"  # what networks learn from
 
 
-class SnapshotMismatch(MobulaError):
-    """Samples of other networks than those that score them."""
+@dataclass
+class Permutations(Portable):
+    """The latent variable: permutations of a split's candidates under a checkpoint, an arm's m samples a question."""
 
-
-class EqualWeights(MobulaError):
-    """Weights that prefer nothing."""
-
-
-@dataclass(frozen=True)
-class Pair(Portable):
-    """theta = (theta_s, theta_g): the files of both networks' weights."""
-
-    selector: Path
-    generator: Path
+    data: Questions
+    arm: Arm
+    m: int
+    split: str
+    checkpoint: Checkpoint
 
     @cached_property
     def snapshot(self) -> str:
-        """Identity of the weights of both."""
-        return digest([sha256(self.selector), sha256(self.generator)])[:16]
-
-    def write(self, directory: Path) -> None:
-        """Name the weights in a phase's directory, with relative paths, so a run can be moved."""
-        paths = {name: getattr(self, name).resolve() for name in KINDS}
-        write_json(directory / CHECKPOINT, {n: os.path.relpath(p, directory.resolve()) for n, p in paths.items()})
-
-    @classmethod
-    def read(cls, directory: Path) -> Pair:
-        """What :meth:`write` wrote."""
-        row = json.loads((directory / CHECKPOINT).read_text())
-        return cls(*((directory / row[name]).resolve() for name in KINDS))
-
-
-@dataclass(frozen=True)
-class ArmContext:
-    """What the phases of one arm and seed share: the questions, and the networks of the cold start."""
-
-    config: Config
-    arm: Arm
-    questions: Questions
-    cold: Pair
-    seed: int
-
-    def current_checkpoint(self, history: History) -> Pair:
-        """The networks that the last fit left."""
-        directory = next((d for _, _, d in reversed(history.finished) if (d / CHECKPOINT).is_file()), None)
-        return self.cold if directory is None else Pair.read(directory)
-
-    def networks(self, pair: Pair) -> Networks:
-        """Both networks of a pair."""
-        return Networks.of(self.questions, pair.selector, pair.generator)
-
-
-def cold_start(
-    config: Config, questions: Questions, directory: Path, seed: int, cluster: ClusterSpec | None = None
-) -> Pair:
-    """The pair in ``directory``: each network learns a little from questions whose gold passages are known."""
-    if not (directory / CHECKPOINT).is_file():
-        directory.mkdir(parents=True, exist_ok=True)
-        Pair(*(_cold(config, questions, directory / kind, seed, kind, cluster) for kind in KINDS)).write(directory)
-    return Pair.read(directory)
-
-
-def _cold(
-    config: Config, questions: Questions, directory: Path, seed: int, kind: str, cluster: ClusterSpec | None
-) -> Path:
-    steps = {"selector": config.cold.selector_steps, "generator": config.cold.generator_steps}[kind]
-    drawn = seed_of(seed, kind) % 2**31
-    network = network_of(kind, questions)
-
-    def train(task: MStep, steps: int, name: str, where: str) -> Path:
-        return fit(
-            task, replace(config.fit, steps=steps), directory / where, seed=drawn, name=name, cluster=cluster
-        ).weights
-
-    if network.reads_first and config.cold.reading_steps:
-        course = train(Reading(network, "", None, drawn), config.cold.reading_steps, "reading", "reading")
-        network = network_of(kind, questions, course)
-    write_jsonl(directory / WEIGHTS, questions.labels(kind, drawn))
-    return train(MStep(network, "labelled", directory / WEIGHTS, drawn), steps, kind, "fit")
-
-
-@dataclass
-class _Worker(Portable):
-    """Works with the networks as they are."""
-
-    context: ArmContext
-    history: History
-
-    @cached_property
-    def pair(self) -> Pair:
-        return self.context.current_checkpoint(self.history)
+        """Identity of the weights of both networks."""
+        return digest([sha256(self.checkpoint[kind]) for kind in KINDS])[:16]
 
     @cached_property
     def networks(self) -> Networks:
-        return self.context.networks(self.pair)
+        """Both, opened."""
+        return Networks.of(self.data, **self.checkpoint)
+
+    def sample(self, questions: Sequence[Row], seed: int) -> list[Row]:
+        """z_k ~ p(z|x): rows ``{query, permutations}``, by a seed of the question's own.
+
+        An arm without a selector has one permutation, the same each time, or one of every passage alone; one whose
+        generator learns from greedy contexts has a ``greedy`` permutation beside the samples. Answers and gold passages
+        take no part, unless the arm is given them.
+        """
+        queries, how = [question["query"] for question in questions], self.arm.samples_from
+        taken = self.data.take(self.split, queries)
+        if how == "selector":
+            rows = self.networks.selector.sample(taken, self.m, [seed_of(seed, query) for query in queries])
+        else:
+            chosen = self.data.select(taken, how)
+            rows = [{"permutations": [[i] for i in z] if how == "each" else [z]} for z in chosen]
+        if self.arm.greedy:
+            best = self.networks.select(taken, self.arm.select)
+            rows = [{**row, "greedy": one.permutation} for row, one in zip(rows, best, strict=True)]
+        return [{"query": query, **row} for query, row in zip(queries, rows, strict=True)]
+
+    def score(self, samples: Sequence[Row]) -> list[Row]:
+        """l_k = log p(y|x,d_zk), and what the generator itself answers."""
+        listed = [row["permutations"] for row in samples]
+        scores = self.networks.generator.score(self.data.take(self.split, [row["query"] for row in samples]), listed)
+        return [
+            {**row, **asdict(one), "log_ratio": [0.0] * len(z), "distinct": len(set(map(str, z)))}
+            for row, z, one in zip(samples, listed, scores, strict=True)
+        ]
 
 
 @dataclass
-class Sample(_Worker):
-    """z_k ~ p(z|x): items ``{query}`` to rows ``{query, permutations, snapshot}``.
+class DRO(EM):
+    """One arm and seed: both networks, or the one that the arm trains, from the cold start on."""
 
-    An arm without a selector has one permutation, the same each time, or one of every passage alone; one whose
-    generator learns from greedy contexts has a ``greedy`` permutation beside the samples. Answers and gold passages
-    take no part, unless the arm is given them. A question's seed is that of the phase and the question: how questions
-    are divided into shards does not matter.
-    """
-
-    m: int
+    config: Config
+    arm: Arm
+    data: Questions
+    cold: Checkpoint
     seed: int
 
-    def process(self, items: Sequence[Row], seed: int) -> Sequence[Row]:
-        """As :class:`mobula.cluster.pool.Worker`."""
-        queries, arm = [item["query"] for item in items], self.context.arm
-        questions, how = self.context.questions.take("train", queries), arm.samples_from
-        if how == "selector":
-            seeds = [seed_of(self.seed, query) for query in queries]
-            samples = self.networks.selector.sample(questions, self.m, seeds)
-        else:
-            chosen = self.context.questions.select(questions, how)
-            samples = [{"permutations": [[i] for i in z] if how == "each" else [z]} for z in chosen]
-        if arm.greedy:
-            best = self.networks.select(questions, arm.select)
-            samples = [{**row, "greedy": one.permutation} for row, one in zip(samples, best, strict=True)]
-        snapshot = self.pair.snapshot
-        return [{"query": query, **row, "snapshot": snapshot} for query, row in zip(queries, samples, strict=True)]
+    def __post_init__(self) -> None:
+        self.shard, self.drawn = self.config.em.shard, self.arm.samples_from == "selector"
 
+    @property
+    def em(self) -> EmConfig:
+        """The E-step of the arm."""
+        return self.config.em_of(self.arm)
 
-class Score(_Worker):
-    """l_k = log p(y|x,d_zk): rows of samples to rows ``{query, permutations, log_lik, right, reward, tokens}``."""
+    @property
+    def start(self) -> Checkpoint:
+        """The cold start."""
+        return self.cold
 
-    def process(self, items: Sequence[Row], seed: int) -> Sequence[Row]:
-        """As :class:`mobula.cluster.pool.Worker`; nothing is random.
+    def identity(self) -> str:
+        """Config, arm, cold start and seed."""
+        return digest([identity(self.config), asdict(self.arm), self.latent(self.cold, "").snapshot, self.seed])
 
-        Raises:
-            SnapshotMismatch: for samples of other networks.
-        """
-        others = {item["snapshot"] for item in items} - {self.pair.snapshot}
-        if others:
-            raise SnapshotMismatch(f"samples of {', '.join(sorted(others))} cannot be scored by {self.pair.snapshot}")
-        questions = self.context.questions.take("train", [item["query"] for item in items])
-        scores = self.networks.generator.score(questions, [item["permutations"] for item in items])
-        kept = [{name: value for name, value in item.items() if name != "snapshot"} for item in items]
-        return [{**item, **asdict(one)} for item, one in zip(kept, scores, strict=True)]
+    def latent(self, checkpoint: Checkpoint, split: str) -> Permutations:
+        """As :class:`Permutations`."""
+        return Permutations(self.data, self.arm, self.em.samples, split, checkpoint)
 
+    def questions(self, split: str) -> list[Row]:
+        """By number."""
+        return [{"query": query} for query in self.data.queries(split)]
 
-def weigh(context: ArmContext, phase: Context) -> Row:
-    """w_k by the arm's rule, of every question that has any, and what they are like."""
-    config = context.config.em_of(context.arm).weights
-    rows, weights = [], []
-    scores = phase.history.rows("score")
-    for row in scores:
-        columns = (np.array(row[name]) for name in ("log_lik", "reward", "right"))
-        log_lik, reward, right = columns
-        one = e_step.weigh(Sampled(log_lik, row["tokens"], np.zeros(len(log_lik)), reward, right), config)
-        weights.append(one)
-        if not one.skipped:
-            kept: Row = {name: row[name] for name in ("query", "permutations", "valid") if name in row}
-            rows.append({**kept, "weights": one.values.tolist()})
-    write_jsonl(phase.directory / WEIGHTS, rows)
-    if context.arm.greedy:
-        greedy = [{"query": row["query"], "permutations": [row["greedy"]], "weights": [1.0]} for row in scores]
-        write_jsonl(phase.directory / GREEDY, greedy)
-    used = [one for one in weights if not one.skipped]
-    facts = {
-        "queries": len(rows),
-        "skipped": len(weights) - len(used),
-        "ess": float(np.mean([one.ess for one in used])) if used else 0.0,
-        "iwae_bound": float(np.mean([one.log_mean_lik for one in weights])),
-        "all_fail": float(np.mean([one.all_fail for one in weights])),
-        "distinct_fraction": float(
-            np.mean([_distinct(row["permutations"]) / len(row["permutations"]) for row in scores])
-        ),
-        "sample_em": float(np.mean([row["right"] for row in scores])),
-        "variance": float(np.mean([np.var(np.exp(row["log_lik"])) for row in scores])),
-        **parsed_shares(scores),
-    }
-    check_weights(context, rows, scores, facts)
-    return facts
+    def facts(self, scores: Sequence[Row]) -> Row:
+        """Of permutations parsed from free text: the share that named no passage, and that had to be filled."""
+        rows = [row for row in scores if "valid" in row]
+        pairs = [(n, len(z)) for row in rows for n, z in zip(row["valid"], row["permutations"], strict=True)]
+        if not pairs:
+            return {}
+        malformed, filled = [n == 0 for n, _ in pairs], [0 < n < length for n, length in pairs]
+        return {"malformed": float(np.mean(malformed)), "repaired": float(np.mean(filled))}
 
+    def rows(self, weighted: Sequence[Weighted], checkpoint: Checkpoint, directory: Path) -> None:
+        """Both networks learn from the same rows ``{query, permutations, weights}``, but for greedy contexts."""
+        rows: list[Row] = []
+        for one in weighted:
+            if not one.weights.skipped:
+                kept = {name: one.sample[name] for name in ("query", "permutations", "valid") if name in one.sample}
+                rows.append({**kept, "weights": one.weights.values.tolist()})
+        write_jsonl(directory / ROWS, rows)
+        if self.arm.greedy:
+            samples = [one.sample for one in weighted]
+            greedy = [{"query": z["query"], "permutations": [z["greedy"]], "weights": [1.0]} for z in samples]
+            write_jsonl(directory / GREEDY, greedy)
 
-def parsed_shares(scores: Sequence[Row]) -> Row:
-    """Of permutations parsed from free text: the share that named no passage, and that had to be filled."""
-    rows = [row for row in scores if "valid" in row]
-    pairs = [(n, len(z)) for row in rows for n, z in zip(row["valid"], row["permutations"], strict=True)]
-    if not pairs:
-        return {}
-    malformed, filled = [n == 0 for n, _ in pairs], [0 < n < length for n, length in pairs]
-    return {"malformed": float(np.mean(malformed)), "repaired": float(np.mean(filled))}
+    def fit(self, data: Path, checkpoint: Checkpoint, context: Context) -> tuple[Checkpoint, Row]:
+        """L_S and L_G are decoupled: each network on its own, from where it is."""
+        learned = dict(checkpoint)
+        for kind in self.arm.train:
+            task = MStep(network_of(kind, self.data, checkpoint[kind]), "train", self._file(data, kind), 0)
+            if task.examples == 0:
+                log.warning("no question has weights that the %s could learn from; it stays as it is", kind)
+                continue
+            seed, directory = seed_of(context.seed, kind) % 2**31, context.directory / kind
+            result = fit(task, self.config.fit, directory, seed=seed, name=kind, cluster=context.cluster)
+            learned[kind] = result.weights
+        return learned, {}
 
+    def q_gain(self) -> Phase:
+        """By how much each M-step has raised its Q, in nats a question, and H(z|x) before it."""
+        return Step(Q_GAIN, self._q_gain)
 
-def check_weights(context: ArmContext, rows: Sequence[Row], scores: Sequence[Row], facts: Row) -> None:
-    """Refuse weights that say nothing, and warn of samples that do.
+    def _q_gain(self, context: Context) -> Row:
+        history, size = context.history, self.config.fit.micro
+        weighed = history.latest(WEIGH)
+        assert weighed is not None
+        before = self.current_checkpoint(history.until(context.iteration - 1))
+        after, gains = self.current_checkpoint(history), {}
+        for kind in KINDS:
+            if after[kind] != before[kind]:
+                old, new = (network_of(kind, self.data, checkpoint[kind]) for checkpoint in (before, after))
+                rows = MStep(old, "train", self._file(weighed, kind), 0).rows
+                gains[f"{Q_GAIN}_{kind}"] = objective(new, rows, size) - objective(old, rows, size)
+        if self.drawn:
+            selector = network_of("selector", self.data, before["selector"])
+            gains["entropy"] = entropy(selector, history.rows("sample"), size)
+        return gains
 
-    Raises:
-        EqualWeights: no question prefers one of its different samples to another, though the rule is not uniform, or
-            samples are missing.
-    """
-    em, sampled = context.config.em_of(context.arm), context.arm.samples_from == "selector"
-    fewest = min(len(row["permutations"]) for row in scores)
-    if sampled and fewest < em.samples:
-        raise EqualWeights(f"em.samples={em.samples} permutations were sampled a question, {fewest} are left of one")
-    varied = [row for row in rows if _distinct(row["permutations"]) > 1]
-    if em.weights.rule != "uniform" and varied and all(len(set(row["weights"])) == 1 for row in varied):
-        raise EqualWeights(f"rule {em.weights.rule} gave all samples of every query the same weight; were scores lost?")
-    alike = facts["distinct_fraction"] <= 1 / em.samples + ALIKE and facts["ess"] >= (1 - ALIKE) * em.samples
-    if em.samples > 1 and alike:
-        log.warning("the sampler has collapsed: nearly all %d samples of a query are alike", em.samples)
+    def _file(self, weighed: Path, kind: str) -> Path:
+        """What a network learns from."""
+        return weighed / (GREEDY if kind == "generator" and self.arm.greedy else ROWS)
 
+    def evaluation(self) -> list[Phase]:
+        """Dev questions, greedily, and the likelihood that EM raises."""
+        return [Step("measure", self._measure)]
 
-def _distinct(permutations: Sequence[Any]) -> int:
-    return len({json.dumps(permutation) for permutation in permutations})
+    def measures(self, history: History) -> Row:
+        """As :meth:`evaluation` found."""
+        return history.facts("measure")
 
-
-def fit_both(context: ArmContext, phase: Context) -> Row:
-    """L_S and L_G, decoupled: both networks, or the one that the arm trains, on the same weights from where it is."""
-    now = context.current_checkpoint(phase.history)
-    learned = {kind: getattr(now, kind) for kind in KINDS}
-    for kind in context.arm.train:
-        task = MStep(network_of(kind, context.questions, learned[kind]), "train", _learned(context, phase, kind), 0)
-        if task.examples == 0:
-            log.warning("no question has weights that the %s could learn from; it stays as it is", kind)
-            continue
-        seed = seed_of(phase.seed, kind) % 2**31
-        directory, config = phase.directory / kind, context.config.fit
-        learned[kind] = fit(task, config, directory, seed=seed, name=kind, cluster=phase.cluster).weights
-    Pair(**learned).write(phase.directory)
-    return {"trained": [kind for kind in context.arm.train if learned[kind] != getattr(now, kind)]}
-
-
-def _learned(context: ArmContext, phase: Context, kind: str) -> Path:
-    """The file that a network learns from."""
-    weights = phase.history.latest("weigh")
-    assert weights is not None
-    return weights / (GREEDY if kind == "generator" and context.arm.greedy else WEIGHTS)
-
-
-def q_gain(context: ArmContext, phase: Context) -> Row:
-    """By how much each network's training has raised the objective Q that it was given, and H(z|x) before it.
-
-    Raises:
-        MStepFailed: if a training lowered it by more than ``em.min_q_gain``.
-    """
-    history, config = phase.history, context.config
-    before, after = context.current_checkpoint(history.until(phase.iteration - 1)), context.current_checkpoint(history)
-    gains = {}
-    for kind in history.facts("fit")["trained"]:
-        networks = [network_of(kind, context.questions, getattr(pair, kind)) for pair in (before, after)]
-        rows = MStep(networks[0], "train", _learned(context, phase, kind), 0).rows
-        old, new = (objective(network, rows, config.fit.micro) for network in networks)
-        gains[f"q_gain_{kind}"] = new - old
-        check_gap(new - old, config.em.min_q_gain, f"iteration {phase.iteration}, {kind}", "fit.steps")
-    if context.arm.samples_from == "selector":
-        selector = network_of("selector", context.questions, before.selector)
-        gains["entropy"] = entropy(selector, history.rows("sample"), config.fit.micro)
-    return gains
+    def _measure(self, context: Context) -> Row:
+        """Exact log p(y|x) where permutations are enumerated, else its estimate from m samples, which grows with m."""
+        networks = Networks.of(self.data, **self.current_checkpoint(context.history))
+        queries = self.data.queries("dev")
+        dev = self.data.take("dev", queries)
+        rows = networks.evaluate(dev, self.arm.select)
+        columns = {name: [row[name] for row in rows if row[name] is not None] for name in rows[0]}
+        # A metric that applies to no question has no place in the row.
+        row = {f"dev_{name}": float(np.mean(values)) for name, values in columns.items() if values}
+        row["dev_em"] = row.pop("dev_exact")
+        if self.data.enumerable:
+            watched = self.data.take("train", self.data.queries("train")[:WATCHED])
+            return {**row, "train_log_p": float(log_marginal(*networks.exact(watched)).mean())}
+        if self.arm.select != "selector":
+            return row
+        m = self.em.samples
+        samples = networks.selector.sample(dev, m, [seed_of(self.seed, "dev", query) for query in queries])
+        scores = networks.generator.score(dev, [sample["permutations"] for sample in samples])
+        bounds = [float(np.logaddexp.reduce(one.log_lik) - np.log(m)) for one in scores]
+        return {**row, "dev_iwae_bound": float(np.mean(bounds))}
 
 
 def objective(network: Network, rows: Sequence[Row], size: int) -> float:
@@ -330,63 +239,37 @@ def entropy(selector: Network, samples: Sequence[Row], size: int) -> float:
     return -objective(selector, kept, size) if kept else 0.0
 
 
-def measure(context: ArmContext, phase: Context) -> Row:
-    """What the networks do with dev questions as they are, and the likelihood that EM raises.
-
-    Where permutations are not enumerated, that is its estimate from m samples (the IWAE bound), which grows with m.
-    """
-    questions, networks = context.questions, context.networks(context.current_checkpoint(phase.history))
-    queries = questions.queries("dev")
-    dev = questions.take("dev", queries)
-    rows = networks.evaluate(dev, context.arm.select)
-    columns = {name: [row[name] for row in rows if row[name] is not None] for name in rows[0]}
-    # A metric that applies to no question has no place in the row.
-    row = {f"dev_{name}": float(np.mean(values)) for name, values in columns.items() if values}
-    row["dev_em"] = row.pop("dev_exact")
-    if questions.enumerable:
-        watched = questions.take("train", questions.queries("train")[:WATCHED])
-        return {**row, "train_log_p": float(log_marginal(*networks.exact(watched)).mean())}
-    if context.arm.select != "selector":
-        return row
-    m = context.config.em_of(context.arm).samples
-    samples = networks.selector.sample(dev, m, [seed_of(context.seed, "dev", query) for query in queries])
-    scores = networks.generator.score(dev, [sample["permutations"] for sample in samples])
-    bounds = [float(np.logaddexp.reduce(one.log_lik) - np.log(m)) for one in scores]
-    return {**row, "dev_iwae_bound": float(np.mean(bounds))}
-
-
-def dro_loop(context: ArmContext) -> Loop:
-    """The phases of an arm."""
-    em, size, queries = context.config.em_of(context.arm), context.config.em.shard, context.questions.queries("train")
-    measured = Step("measure", lambda phase: measure(context, phase))
-    phases = [
-        Sharded(
-            "sample",
-            lambda _: [{"query": query} for query in queries],
-            lambda phase: Sample(context, phase.history, em.samples, phase.seed),
-            size,
-        ),
-        Sharded("score", lambda phase: phase.history.rows("sample"), lambda phase: Score(context, phase.history), size),
-        Step("weigh", lambda phase: weigh(context, phase)),
-        Step("fit", lambda phase: fit_both(context, phase)),
-        Step("q_gain", lambda phase: q_gain(context, phase)),
-        measured,
-    ]
-    decides = [identity(context.config), asdict(context.arm), context.cold.snapshot, context.seed]
-    return Loop(digest(decides), [measured], phases, _row)
-
-
-def _row(history: History, iteration: int) -> Row:
-    facts = history.facts("measure")
-    return {**facts, **history.facts("weigh"), **history.facts("q_gain")} if iteration else facts
-
-
 def posterior_distance(networks: Networks, rows: Sequence[Row]) -> float:
     """Total variation between weighted samples and the exact posterior, mean over rows ``{query, ..., weights}``."""
-    questions = networks.questions
-    log_prior, log_lik = networks.exact(questions.take("train", [row["query"] for row in rows]))
+    data = networks.questions
+    log_prior, log_lik = networks.exact(data.take("train", [row["query"] for row in rows]))
     weights = torch.zeros_like(log_prior)
-    number = {str(z): i for i, z in enumerate(questions.permutations())}
+    number = {str(z): i for i, z in enumerate(data.permutations())}
     index = torch.tensor([[number[str(z)] for z in row["permutations"]] for row in rows])
     weights.scatter_add_(1, index, torch.tensor([row["weights"] for row in rows]).double())
     return float(total_variation(weights, posterior(log_prior, log_lik)).mean())
+
+
+def cold_start(config: Config, data: Questions, directory: Path, seed: int, cluster: ClusterSpec | None) -> Checkpoint:
+    """The weights in ``directory``: each network learns a little from questions whose gold passages are known."""
+    if not (directory / STATE).is_file():
+        directory.mkdir(parents=True, exist_ok=True)
+        start = {
+            kind: _cold(config, data, directory / kind, seed_of(seed, kind) % 2**31, kind, cluster) for kind in KINDS
+        }
+        write_state(directory, start)
+    return read_state(directory)
+
+
+def _cold(config: Config, data: Questions, directory: Path, seed: int, kind: str, cluster: ClusterSpec | None) -> Path:
+    steps = {"selector": config.cold.selector_steps, "generator": config.cold.generator_steps}[kind]
+    network: Network = network_of(kind, data)
+
+    def train(task: MStep, steps: int, name: str, where: Path) -> Path:
+        return fit(task, replace(config.fit, steps=steps), where, seed=seed, name=name, cluster=cluster).weights
+
+    if network.reads_first and config.cold.reading_steps:
+        course = Reading(network, "", None, seed)
+        network = replace(network, weights=train(course, config.cold.reading_steps, "reading", directory / "reading"))
+    write_jsonl(directory / ROWS, data.labels(kind, seed))
+    return train(MStep(network, "labelled", directory / ROWS, seed), steps, kind, directory / "fit")

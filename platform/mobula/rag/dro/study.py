@@ -25,8 +25,9 @@ from mobula.rag.dro import artifact
 from mobula.rag.dro.artifact import load
 from mobula.rag.dro.config import ARMS, COLD, FACTS, KINDS, Config
 from mobula.rag.dro.data import Questions, questions_of, subset
-from mobula.rag.dro.dro import WEIGHTS, ArmContext, Pair, cold_start, dro_loop, posterior_distance
+from mobula.rag.dro.dro import DRO, ROWS, cold_start, posterior_distance
 from mobula.rag.dro.networks import Networks
+from mobula.rag.em import WEIGH, Checkpoint
 from mobula.rag.selections import RANDOM_HIT, cuts
 from mobula.rag.variance import GRADIENT, LIKELIHOOD, Variances, gradient_products, variances
 from mobula.rag.weights import WeightConfig
@@ -82,7 +83,7 @@ def run(run: Run) -> Report:
     report.data.append(facts)
     first = config.arms[0]
     fill(report, results, arms.distances(first), arms.variances(first))
-    artifact.write(run, arms.questions, arms.pair(first, config.seed))
+    artifact.write(run, arms.questions, arms.checkpoint(first, config.seed))
     return report
 
 
@@ -102,7 +103,7 @@ class Arms:
     def train(self, arm: str, seed: int, directory: Path) -> None:
         """Train an arm, or the cold start of a seed."""
         with one_thread():
-            self.pair(arm, seed)
+            self.checkpoint(arm, seed)
 
     def evaluate(self, system: System, seed: int, directory: Path) -> list[Row]:
         """A row a test question, null where a measure does not apply to it."""
@@ -110,7 +111,7 @@ class Arms:
         queries = questions.queries("test")
         how = dict(system.options).get("passages") or (ARMS[system.arm].select if system.arm in ARMS else "selector")
         with one_thread():
-            networks = self.context(self.config.arms[0], seed).networks(self.pair(system.arm, seed))
+            networks = Networks.of(questions, **self.checkpoint(system.arm, seed))
             rows = networks.evaluate(questions.take("test", queries), how)
         return [{"query": query, **row} for query, row in zip(queries, rows, strict=True)]
 
@@ -118,11 +119,11 @@ class Arms:
         """Metrics by iteration."""
         return self.outcome(arm, seed).rows
 
-    def context(self, arm: str, seed: int) -> ArmContext:
+    def em(self, arm: str, seed: int) -> DRO:
         """An arm from its seed's cold start."""
-        return ArmContext(self.config, ARMS[arm], self.questions, self.start(seed), seed)
+        return DRO(self.config, ARMS[arm], self.questions, self.start(seed), seed)
 
-    def start(self, seed: int) -> Pair:
+    def start(self, seed: int) -> Checkpoint:
         """The cold start of a seed."""
         directory = arm_directory(self.directory, COLD, seed)
         return cold_start(self.config, self.questions, directory, seed, self.cluster)
@@ -133,16 +134,16 @@ class Arms:
         def progress(row: Row) -> None:
             log.info("%s, seed %d, iteration %d: dev EM %.3f", arm, seed, row["iteration"], row["dev_em"])
 
-        loop, config = dro_loop(self.context(arm, seed)), self.config.alternation_of(ARMS[arm])
+        loop, config = self.em(arm, seed).loop(), self.config.alternation_of(ARMS[arm])
         directory = arm_directory(self.directory, arm, seed)
         return alternation.run(loop, config, directory, seed=seed, cluster=self.cluster, progress=progress)
 
-    def pair(self, arm: str, seed: int) -> Pair:
-        """The networks of an arm's best iteration by its monitored metric, of the last one without it."""
+    def checkpoint(self, arm: str, seed: int) -> Checkpoint:
+        """The weights of an arm's best iteration by its monitored metric, of the last one without it."""
         if arm == COLD:
             return self.start(seed)
         outcome = self.outcome(arm, seed)
-        return self.context(arm, seed).current_checkpoint(outcome.history.until(outcome.best))
+        return self.em(arm, seed).current_checkpoint(outcome.history.until(outcome.best))
 
     def distances(self, arm: str) -> list[list[float]]:
         """By seed and iteration, how far weighted samples are from the exact posterior (total variation).
@@ -154,11 +155,15 @@ class Arms:
         return [self._distances(arm, seed) for seed in self.config.seeds]
 
     def _distances(self, arm: str, seed: int) -> list[float]:
-        history, context = self.outcome(arm, seed).history, self.context(arm, seed)
-        weighed = [(iteration, path) for iteration, phase, path in history.finished if phase == "weigh"]
-        before = [context.current_checkpoint(history.until(iteration - 1)) for iteration, _ in weighed]
-        rows = [read_jsonl(path / WEIGHTS)[:WATCHED] for _, path in weighed]
-        return [posterior_distance(context.networks(pair), part) for pair, part in zip(before, rows, strict=True)]
+        history, em = self.outcome(arm, seed).history, self.em(arm, seed)
+        weighed = [(iteration, path) for iteration, phase, path in history.finished if phase == WEIGH]
+        return [
+            posterior_distance(
+                Networks.of(self.questions, **em.current_checkpoint(history.until(iteration - 1))),
+                read_jsonl(path / ROWS)[:WATCHED],
+            )
+            for iteration, path in weighed
+        ]
 
     def variances(self, arm: str) -> list[Variances]:
         """By iteration of the first seed, how much estimates from m samples vary.
@@ -167,11 +172,11 @@ class Arms:
         """
         if not self.questions.enumerable:
             return []
-        context, outcome = self.context(arm, self.config.seed), self.outcome(arm, self.config.seed)
-        weights, redraws = self.config.em_of(ARMS[arm]).weights, self.config.evaluation.redraws
+        em, outcome = self.em(arm, self.config.seed), self.outcome(arm, self.config.seed)
+        redraws = self.config.evaluation.redraws
         with one_thread():
-            pairs = [context.current_checkpoint(outcome.history.until(row["iteration"])) for row in outcome.rows]
-            return [redrawn(context.networks(pair), weights, redraws) for pair in pairs]
+            past = [em.current_checkpoint(outcome.history.until(row["iteration"])) for row in outcome.rows]
+            return [redrawn(Networks.of(self.questions, **weights), em.em.weights, redraws) for weights in past]
 
 
 def redrawn(networks: Networks, weights: WeightConfig, redraws: int) -> Variances:
@@ -208,8 +213,8 @@ def train_trial(config: Config, directory: Path, report: Callable[[dict[str, Any
     with one_thread():
         with alone(shared):
             questions.prepare()
-            start = cold_start(config, questions, shared / COLD, config.seed)
-        loop = dro_loop(ArmContext(config, arm, questions, start, config.seed))
+            start = cold_start(config, questions, shared / COLD, config.seed, None)
+        loop = DRO(config, arm, questions, start, config.seed).loop()
         alternated = config.alternation_of(arm)
         alternation.report_iterations(loop, alternated, directory / "loop", config.seed, of_dev, report)
 
@@ -278,7 +283,7 @@ def warnings(results: Results) -> Iterator[str]:
     config: Config = results.config  # type: ignore[assignment]
     for arm in config.arms:
         em, monitor = config.em_of(ARMS[arm]), config.alternation_of(ARMS[arm]).monitor
-        if em.samples == 1 and em.weights.rule == "lik_softmax":
+        if em.samples == 1 and em.weights.rule == "snis":
             yield f"{arm}: no signal, one sample has weight 1 whatever its likelihood"
         if monitor != config.alternation.monitor:
             yield f"{arm}: its best iteration is chosen by {monitor}, since it trains no selector"

@@ -42,14 +42,14 @@ class Selection:
 class Scores:
     """The generator after each of m permutations of a question's passages.
 
-    ``log_lik``: log p(y|x,d_z) of the gold answer, summed over its ``tokens`` tokens. ``right`` and ``reward``: exact
-    match and F1 of the generator's own greedy answer.
+    ``log_lik``: log p(y|x,d_z) of the gold answer, summed over its ``answer_tokens`` tokens. ``em`` and ``reward``:
+    exact match and F1 of the generator's own greedy answer.
     """
 
     log_lik: list[float]
-    right: list[float]
+    em: list[float]
     reward: list[float]
-    tokens: int = 1
+    answer_tokens: int = 1
 
 
 @dataclass

@@ -125,12 +125,12 @@ class LanguageNetwork(Network):
 
     def tokens(self, questions: Sequence[Request], rows: Sequence[Row]) -> float:
         """Counted in the targets."""
-        targets = self._targets(questions, rows)
+        targets = self.targets(questions, rows)
         return sum(len(target.tokens) for target in targets) / len(targets)
 
     def batch(self, questions: Sequence[Request], rows: Sequence[Row]) -> dict[str, Tensor]:
         """As :func:`collate`."""
-        return collate(self._targets(questions, rows))
+        return collate(self.targets(questions, rows))
 
     def log_probs(self, module: Any, batch: dict[str, Tensor]) -> Tensor:
         """As :func:`target_log_probs`."""
@@ -146,7 +146,8 @@ class LanguageNetwork(Network):
             total[tuple(permutation)] += weight
         return {"query": row["query"], "permutations": [list(one) for one in total], "weights": list(total.values())}
 
-    def _targets(self, questions: Sequence[Request], rows: Sequence[Row]) -> list[Target]:
+    def targets(self, questions: Sequence[Request], rows: Sequence[Row]) -> list[Target]:
+        """Those of all permutations of some rows."""
         return [
             self.target(request, permutation, weight)
             for request, row in zip(questions, rows, strict=True)
