@@ -24,10 +24,11 @@ from mobula.rag.dro.config import COLD, Config
 from mobula.rag.dro.data import RetrievedQuestions
 from mobula.rag.dro.dro import objective
 from mobula.rag.dro.networks import MStep, Networks, network_of
-from mobula.rag.dro.networks.language import Prompts, RowTooLong, line, tokenizer_of
+from mobula.rag.dro.networks.language import tokenizer_of
 from mobula.rag.dro.study import Arms
 from mobula.rag.em import SampleWorker, ScoreWorker, SnapshotMismatch
 from mobula.rag.objective import ANSWER, LATENT, em_loss
+from mobula.rag.prompts import Prompts, RowTooLong, line
 from tests.rag.dro import small
 
 KINDS = ["passages", "language", "free"]

@@ -6,7 +6,6 @@ import math
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from mobula.data.records import Document
 from mobula.data.worlds.two_hop import FactQuestions
 from mobula.errors import ArtifactError
 from mobula.experiment import Run
-from mobula.rag.candidates import DOCUMENTS, VECTORS, Request, as_shown, searcher_of
+from mobula.rag.candidates import DOCUMENTS, VECTORS, Request, RetrieveConfig, as_shown, searcher_of
 from mobula.rag.dro.config import FACTS, KINDS, Config
 from mobula.rag.dro.data import FactWorld, Questions, RetrievedQuestions
 from mobula.rag.dro.networks import Networks
@@ -66,11 +65,9 @@ def load(artifact: Artifact) -> Predictor | ToyPredictor:
     if questions.base_hash != artifact.meta["hash"]:
         under = config.model.base or config.retrieve.encoder
         raise ArtifactError(f"{artifact.directory}: was trained on other files of {under!r} than those that are here")
-    passages = questions.candidates
-    searcher = searcher_of(passages.documents, config.retrieve, passages.vectors)
-    networks = Networks.of(questions, **weights)
-    examples = artifact.read_json(EXAMPLE_FILE)
-    return Predictor(networks, Retrying(searcher, config.retrieve.timeout_s), examples)
+    searcher = searcher_of(questions.candidates.documents, config.retrieve, questions.candidates.vectors)
+    searching = Retrying(searcher, config.retrieve.timeout_s)
+    return Predictor(Networks.of(questions, **weights), searching, artifact.read_json(EXAMPLE_FILE))
 
 
 @dataclass(frozen=True)
@@ -90,8 +87,8 @@ class Predictor:
     searcher: Retrying
     examples: Sequence[str]
 
-    @cached_property
-    def config(self) -> Any:
+    @property
+    def config(self) -> RetrieveConfig:
         """How passages are found."""
         return self.networks.questions.config.retrieve
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 
 from mobula.alternation import AlternationConfig
 from mobula.config import key, section
@@ -141,10 +142,6 @@ class EvaluationConfig(StudyEvaluation):
     redraws: int = key(32, "re-draws that the variance of estimates from samples is measured with", ge=2)
 
 
-def _fit() -> TrainingConfig:
-    return TrainingConfig(steps=80, batch=64, lr=2e-3, warmup=0.0, decay=0.0)
-
-
 @dataclass
 class Config(StudyConfig):
     """A DRO experiment: one cold start for all arms of a seed, then every arm alternates by itself."""
@@ -157,7 +154,7 @@ class Config(StudyConfig):
     cold: ColdConfig = section(ColdConfig)
     em: EmConfig = section(EmConfig)
     alternation: AlternationConfig = section(AlternationConfig)
-    fit: TrainingConfig = section(_fit)  # type: ignore[arg-type]
+    fit: TrainingConfig = section(partial(TrainingConfig, steps=80, batch=64, lr=2e-3, warmup=0.0, decay=0.0))  # type: ignore[arg-type]
     evaluation: EvaluationConfig = section(EvaluationConfig)
 
     def em_of(self, arm: Arm) -> EmConfig:

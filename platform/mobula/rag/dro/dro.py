@@ -141,8 +141,8 @@ class DRO(EM):
         rows: list[Row] = []
         for one in weighted:
             if not one.weights.skipped:
-                kept = {name: one.sample[name] for name in ("query", "permutations", "valid") if name in one.sample}
-                rows.append({**kept, "weights": one.weights.values.tolist()})
+                sample: Row = {name: v for name, v in one.sample.items() if name in ("query", "permutations", "valid")}
+                rows.append({**sample, "weights": one.weights.values.tolist()})
         write_jsonl(directory / ROWS, rows)
         if self.arm.greedy:
             samples = [one.sample for one in weighted]

@@ -18,7 +18,6 @@ from mobula.cluster.spec import ClusterSpec
 from mobula.config import digest
 from mobula.evaluation import tables
 from mobula.evaluation.claims import always
-from mobula.evaluation.tables import Table
 from mobula.experiment import Claim, Report, Run
 from mobula.locks import alone
 from mobula.rag.dro import artifact
@@ -41,18 +40,9 @@ REDRAWN = 40  # dev questions for which it is
 WATCHED = 500  # training questions of which samples are compared with the posterior
 LEAK = 0.1  # share of questions by which the passages shown first may hold answers more often than others
 FALL = 0.02  # nats by which the likelihood of training questions may fall in an iteration
-# Of every iteration's samples, weights and trainings.
-WEIGHED = ("sample_em", "ess", "iwae_bound", "all_fail", "distinct_fraction", "skipped", "entropy",
-           "q_gain_selector", "q_gain_generator")  # fmt: skip
-SMALL = "not the paper's 8B models and benchmarks, whose figures are quoted, not reproduced"
-FACT_NOTE = f"selector and generator of about 0.05 M parameters in a world of generated facts; {SMALL}"
-PASSAGE_NOTE = (
-    "a pointer over frozen sentence vectors and a reader that scores spans, both far below 1 M parameters and the "
-    f"reader weak; {SMALL}"
-)
-LANGUAGE_NOTE = (
-    "selector and generator are {base} under adapters; the paper's 8B models and its figures are not reproduced"
-)
+NOT_REPRODUCED = "the paper's 8B models and its figures are not reproduced"
+FACT_NOTE = "selector and generator of about 0.05 M parameters in a world of generated facts"
+PASSAGE_NOTE = "a pointer over sentence vectors and a weak reader of spans, both far below 1 M parameters"
 # Title of the table of what varies with the samples, and how a claim calls it.
 VARIED = {
     LIKELIHOOD: ("Variance of the likelihood's estimate by samples", "the estimate of the likelihood"),
@@ -81,8 +71,9 @@ def run(run: Run) -> Report:
     results = Study(run, [[COLD], config.arms], systems, arms.train, arms.evaluate, arms.curve, config.arms).execute()
     report = run.report()
     report.data.append(facts)
-    first = config.arms[0]
-    fill(report, results, arms.distances(first), arms.variances(first))
+    first, exact = config.arms[0], arms.questions.enumerable
+    distances = [arms.distances(first, seed) for seed in config.seeds] if exact else []
+    fill(report, results, distances, arms.variances(first, config.seed) if exact else [])
     artifact.write(run, arms.questions, arms.checkpoint(first, config.seed))
     return report
 
@@ -145,38 +136,24 @@ class Arms:
         outcome = self.outcome(arm, seed)
         return self.em(arm, seed).current_checkpoint(outcome.history.until(outcome.best))
 
-    def distances(self, arm: str) -> list[list[float]]:
-        """By seed and iteration, how far weighted samples are from the exact posterior (total variation).
+    def past(self, arm: str, seed: int) -> list[Networks]:
+        """The networks of an arm by iteration."""
+        em, outcome = self.em(arm, seed), self.outcome(arm, seed)
+        past = [em.current_checkpoint(outcome.history.until(row["iteration"])) for row in outcome.rows]
+        return [Networks.of(self.questions, **checkpoint) for checkpoint in past]
 
-        Empty where permutations cannot be enumerated.
-        """
-        if not self.questions.enumerable:
-            return []
-        return [self._distances(arm, seed) for seed in self.config.seeds]
+    def distances(self, arm: str, seed: int) -> list[float]:
+        """By iteration, how far weighted samples are from the exact posterior of the networks that they are from."""
+        history = self.outcome(arm, seed).history
+        weighed = [path for _, phase, path in history.finished if phase == WEIGH]
+        pairs = zip(self.past(arm, seed), weighed, strict=False)  # the last networks have sampled nothing
+        return [posterior_distance(networks, read_jsonl(path / ROWS)[:WATCHED]) for networks, path in pairs]
 
-    def _distances(self, arm: str, seed: int) -> list[float]:
-        history, em = self.outcome(arm, seed).history, self.em(arm, seed)
-        weighed = [(iteration, path) for iteration, phase, path in history.finished if phase == WEIGH]
-        return [
-            posterior_distance(
-                Networks.of(self.questions, **em.current_checkpoint(history.until(iteration - 1))),
-                read_jsonl(path / ROWS)[:WATCHED],
-            )
-            for iteration, path in weighed
-        ]
-
-    def variances(self, arm: str) -> list[Variances]:
-        """By iteration of the first seed, how much estimates from m samples vary.
-
-        Empty where permutations cannot be enumerated.
-        """
-        if not self.questions.enumerable:
-            return []
-        em, outcome = self.em(arm, self.config.seed), self.outcome(arm, self.config.seed)
-        redraws = self.config.evaluation.redraws
+    def variances(self, arm: str, seed: int) -> list[Variances]:
+        """By iteration, how much estimates from m samples vary."""
+        weights, redraws = self.config.em_of(ARMS[arm]).weights, self.config.evaluation.redraws
         with one_thread():
-            past = [em.current_checkpoint(outcome.history.until(row["iteration"])) for row in outcome.rows]
-            return [redrawn(Networks.of(self.questions, **weights), em.em.weights, redraws) for weights in past]
+            return [redrawn(networks, weights, redraws) for networks in self.past(arm, seed)]
 
 
 def redrawn(networks: Networks, weights: WeightConfig, redraws: int) -> Variances:
@@ -223,32 +200,39 @@ def fill(report: Report, results: Results, distances: Sequence[Sequence[float]],
     """Measures, tables, plots and claims; ``distances`` and ``varied`` are those of the first arm."""
     config: Config = results.config  # type: ignore[assignment]
     facts, shown = config.data.source == FACTS, metrics(config)
-    note = FACT_NOTE if facts else LANGUAGE_NOTE.format(base=config.model.base) if config.model.base else PASSAGE_NOTE
-    report.notes += [note, f"test questions: {config.data.test}", *warnings(results)]
+    note = FACT_NOTE if facts else PASSAGE_NOTE
+    if config.model.base:
+        note = f"selector and generator are {config.model.base} under adapters"
+    report.notes += [f"{note}; {NOT_REPRODUCED}", f"test questions: {config.data.test}", *warnings(results)]
     labels = {f"dev_{'em' if name == 'exact' else name}": f"{title}, dev" for name, title in shown.items()}
     followed = {"train_log_p": "log p(y|x), train", "dev_log_p": "log p(y|x), dev"}
     plotted = {**labels, **followed, "dev_iwae_bound": "estimate of log p(y|x), dev (IWAE bound)"}
     results.report(report, shown, plotted, examples="Test questions")
-    others = {name: title for name, title in OTHERS.items() if _measured(results, name)}
-    for system in results.rows:
-        for name in others:
-            measure = results.measure(system, name)
-            if measure is not None:
-                report.measures[f"{system.label}/{name}"] = measure
-    table = tables.measures(
-        map(str, results.rows), others, lambda arm, name: report.measures.get(f"{arm}/{name}"), scale=1.0
-    )
+    report.measures |= {
+        f"{system}/{name}": measure
+        for system in results.rows
+        for name in OTHERS
+        if name in results.runs(system)[0][0] and (measure := results.measure(system, name)) is not None
+    }
+    others = {name: title for name, title in OTHERS.items() if any(key.endswith(f"/{name}") for key in report.measures)}
     if others:
-        report.tables["Test questions, not in per cent"] = table
-    report.tables["Iterations, mean of seeds"] = tables.iterations(results.curves, [*plotted, *WEIGHED], digits=4)
+        report.tables["Test questions, not in per cent"] = tables.measures(
+            map(str, results.rows), others, lambda arm, name: report.measures.get(f"{arm}/{name}"), scale=1.0
+        )
+    every = dict.fromkeys(name for runs in results.curves.values() for run in runs for row in run for name in row)
+    columns = [name for name in every if name not in ("iteration", "seconds")]
+    report.tables["Iterations, mean of seeds"] = tables.iterations(results.curves, columns, digits=4)
     sized = {arm: runs for arm, runs in results.curves.items() if arm == config.arms[0] or "m_" in arm}
     if len(sized) > 1:
         main = next(iter(plotted))
         report.plots["samples"] = tables.curves_plot(sized, main, plotted[main])
     if distances:
-        report.tables["Weighted samples and the exact posterior"] = _distance_table(distances)
-    if varied:
-        report.tables |= {title: _variance_table(varied, what) for what, (title, _) in VARIED.items()}
+        means = [[i, round(float(np.mean(seeds)), 4)] for i, seeds in enumerate(zip(*distances, strict=False), 1)]
+        title = "Weighted samples and the exact posterior"
+        report.tables[title] = [["iteration", "total variation, mean of seeds"], *means]
+    for what, (title, _) in VARIED.items() if varied else ():
+        head = ["samples", *(f"iteration {i}" for i in range(len(varied)))]
+        report.tables[title] = [head, *([m, *(f"{one[what][m].mean():.2e}" for one in varied)] for m in SAMPLES)]
     report.claims += claims(results, varied)
 
 
@@ -268,16 +252,6 @@ def metrics(config: Config) -> dict[str, str]:
     return shown
 
 
-def compared(config: Config) -> list[str]:
-    """The metrics that claims are about."""
-    hits = [f"hit@{cut}" for cut in cuts(config.retrieve.choose)]
-    return ["exact"] if config.data.source == FACTS else list(dict.fromkeys([hits[0], hits[-1]]))
-
-
-def _measured(results: Results, metric: str) -> bool:
-    return any(metric in row for runs in results.rows.values() for row in runs[0])
-
-
 def warnings(results: Results) -> Iterator[str]:
     """What a reader must know before the numbers."""
     config: Config = results.config  # type: ignore[assignment]
@@ -289,7 +263,7 @@ def warnings(results: Results) -> Iterator[str]:
             yield f"{arm}: its best iteration is chosen by {monitor}, since it trains no selector"
     yield from _overfitted(results.curves)
     first = config.views().get("first")
-    if first in results.rows:
+    if first is not None and results.has(first):
         shown, random = (results.values(first, name).mean() for name in ("hit@1", RANDOM_HIT))
         if shown - random > LEAK:
             yield (
@@ -313,17 +287,6 @@ def _overfitted(curves: Mapping[str, Sequence[Sequence[Row]]]) -> Iterator[str]:
                     yield f"{name}: over-fitted, {train} rose by {learned:.3f} nats and {dev} fell by {-held_out:.3f}"
 
 
-def _distance_table(distances: Sequence[Sequence[float]]) -> Table:
-    rows = enumerate(zip(*distances, strict=False), 1)
-    means = [[iteration, round(float(np.mean(values)), 4)] for iteration, values in rows]
-    return [["iteration", "total variation, mean of seeds"], *means]
-
-
-def _variance_table(varied: Sequence[Variances], what: str) -> Table:
-    head = ["samples", *(f"iteration {i}" for i in range(len(varied)))]
-    return [head, *([m, *(f"{one[what][m].mean():.2e}" for one in varied)] for m in varied[0][what])]
-
-
 def claims(results: Results, varied: Sequence[Variances]) -> Iterator[Claim]:
     """Those of the paper that can be checked at this scale."""
     config: Config = results.config  # type: ignore[assignment]
@@ -333,7 +296,8 @@ def claims(results: Results, varied: Sequence[Variances]) -> Iterator[Claim]:
         few, many = (np.mean([one[what][m] for one in varied], 0) for m in (min(SAMPLES), max(SAMPLES)))
         statement = f"{called} varies less with {max(SAMPLES)} samples than with {min(SAMPLES)} (fall of its variance)"
         yield results.compare(f"variance, {what}", statement, few, many)
-    names = compared(config)
+    hits = [f"hit@{cut}" for cut in cuts(config.retrieve.choose)]
+    names = ["exact"] if config.data.source == FACTS else list(dict.fromkeys([hits[0], hits[-1]]))
     for metric in names:
         for one, other, statement in _pairs(config):
             if results.has(one) and results.has(other):

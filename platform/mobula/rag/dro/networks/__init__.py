@@ -40,9 +40,8 @@ class Networks:
     @classmethod
     def of(cls, questions: Questions, selector: Path, generator: Path) -> Networks:
         """With the weights of two files."""
-        return cls(
-            questions, network_of("selector", questions, selector), network_of("generator", questions, generator)
-        )
+        one, other = network_of("selector", questions, selector), network_of("generator", questions, generator)
+        return cls(questions, one, other)
 
     def select(self, questions: Any, how: str) -> list[Selection]:
         """One permutation a question, greedily by the selector or by another of the selections."""
@@ -51,11 +50,7 @@ class Networks:
         return [Selection(z, [], len(z)) for z in self.questions.select(questions, how)]
 
     def exact(self, questions: Any) -> tuple[Tensor, Tensor]:
-        """log p(z|x) and log p(y|x,d_z) f64[N, Z] of all permutations.
-
-        Raises:
-            NotEnumerable: if they are only sampled.
-        """
+        """log p(z|x) and log p(y|x,d_z) f64[N, Z] of all permutations, where they are enumerated."""
         every = [self.questions.permutations()] * len(questions)
         return self.selector.log_prob(questions, every), self.generator.log_likelihood(questions, every)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -22,27 +21,18 @@ PAIRS = torch.tensor(list(itertools.permutations(range(FACTS), CHOSEN)))
 INITIAL = 0.3  # deviation of fresh embeddings; from 1, links between facts are learned half as fast
 
 
-@dataclass(frozen=True)
-class Shape:
-    """A transformer encoder's size."""
-
-    layers: int = 2
-    width: int = 48
-    heads: int = 4
-
-
 class Encoder(nn.Module):
     """States of symbols that stand in groups of three: a question, then facts."""
 
-    def __init__(self, shape: Shape, groups: int) -> None:
+    def __init__(self, layers: int, width: int, heads: int, groups: int) -> None:
         super().__init__()
-        self.symbols = nn.Embedding(ENTITIES + RELATIONS, shape.width)
-        self.groups = nn.Embedding(groups, shape.width)
-        self.slots = nn.Embedding(SLOTS, shape.width)
+        self.symbols = nn.Embedding(ENTITIES + RELATIONS, width)
+        self.groups = nn.Embedding(groups, width)
+        self.slots = nn.Embedding(SLOTS, width)
         for table in (self.symbols, self.groups, self.slots):
             nn.init.normal_(table.weight, std=INITIAL)
-        layer = nn.TransformerEncoderLayer(shape.width, shape.heads, 2 * shape.width, dropout=0.0, batch_first=True)
-        self.layers = nn.TransformerEncoder(layer, shape.layers, enable_nested_tensor=False)
+        layer = nn.TransformerEncoderLayer(width, heads, 2 * width, dropout=0.0, batch_first=True)
+        self.layers = nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
 
     def forward(self, symbols: Tensor) -> Tensor:
         """States f[B, g, d], one a group: the mean over its symbols i64[B, g, 3]."""
@@ -54,10 +44,9 @@ class Encoder(nn.Module):
 class PairPointer(nn.Module):
     """p(z|x) = p(z1|x) p(z2|z1,x) over ordered pairs of the six facts, without repeats."""
 
-    def __init__(self, shape: Shape) -> None:
+    def __init__(self, layers: int, width: int, heads: int) -> None:
         super().__init__()
-        width = shape.width
-        self.encoder = Encoder(shape, 1 + FACTS)
+        self.encoder = Encoder(layers, width, heads, 1 + FACTS)
         self.keys = nn.Linear(width, width, bias=False)
         self.first = nn.Linear(width, width, bias=False)
         self.second = nn.Linear(2 * width, width, bias=False)
@@ -79,10 +68,10 @@ class PairPointer(nn.Module):
 class PairReader(nn.Module):
     """p(y|x,d): which entity answers the question, given two facts in their order."""
 
-    def __init__(self, shape: Shape) -> None:
+    def __init__(self, layers: int, width: int, heads: int) -> None:
         super().__init__()
-        self.encoder = Encoder(shape, 1 + CHOSEN)
-        self.answer = nn.Linear(shape.width, ENTITIES)
+        self.encoder = Encoder(layers, width, heads, 1 + CHOSEN)
+        self.answer = nn.Linear(width, ENTITIES)
 
     def forward(self, question: Tensor, context: Tensor) -> Tensor:
         """log p [B, m, 80] of every answer after each of m contexts i64[B, m, 2, 3]."""
@@ -99,7 +88,7 @@ class FactSelector(Selector):
 
     def fresh(self) -> PairPointer:
         model = self.questions.config.model
-        return PairPointer(Shape(model.layers, model.selector_width, model.heads))
+        return PairPointer(model.layers, model.selector_width, model.heads)
 
     def batch(self, questions: FactQuestions, rows: Sequence[Row]) -> dict[str, Tensor]:
         permutations, weights = aligned(rows)
@@ -115,7 +104,7 @@ class FactSelector(Selector):
         """From all pairs' probabilities."""
         every = self.questions.permutations()
         rows: list[Row] = []
-        for prior, seed in zip(self._log_prior(questions).exp().numpy(), seeds, strict=True):
+        for prior, seed in zip(self.log_prob(questions, [every] * len(questions)).exp().numpy(), seeds, strict=True):
             samples = np.random.default_rng(seed).choice(len(prior), size=m, p=prior / prior.sum())
             rows.append({"permutations": [every[z] for z in samples]})
         return rows
@@ -123,10 +112,8 @@ class FactSelector(Selector):
     def select(self, questions: FactQuestions) -> list[Selection]:
         """The likeliest of all pairs."""
         every = self.questions.permutations()
-        return [Selection(every[z], [], CHOSEN) for z in self._log_prior(questions).argmax(-1).tolist()]
-
-    def _log_prior(self, questions: FactQuestions) -> Tensor:
-        return self.log_prob(questions, [self.questions.permutations()] * len(questions))
+        best = self.log_prob(questions, [every] * len(questions)).argmax(-1)
+        return [Selection(every[z], [], CHOSEN) for z in best.tolist()]
 
 
 class FactGenerator(Generator):
@@ -134,7 +121,7 @@ class FactGenerator(Generator):
 
     def fresh(self) -> PairReader:
         model = self.questions.config.model
-        return PairReader(Shape(model.layers, model.generator_width, model.heads))
+        return PairReader(model.layers, model.generator_width, model.heads)
 
     def batch(self, questions: FactQuestions, rows: Sequence[Row]) -> dict[str, Tensor]:
         permutations, weights = aligned(rows)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
-from pathlib import Path
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,103 +14,33 @@ from torch import Tensor
 
 from mobula.alternation import Row
 from mobula.data.questions import squad
-from mobula.data.views import body
 from mobula.evaluation.answers import exact_match, f1
 from mobula.models import span_reader
 from mobula.models.listwise import Pointer
 from mobula.models.span_reader import CLOSED, FLOOR, OTHERS, SPAN, Example, Reader, log_likelihood, log_partition
-from mobula.rag.candidates import Candidates, Request, open_candidates
-from mobula.rag.dro.data import Questions, RetrievedQuestions
+from mobula.rag.candidates import Request
 from mobula.rag.dro.networks.base import Generator, MStep, Scores, Selection, Selector, aligned
+from mobula.rag.encoded_passages import PassageEncoder, open_passages
 from mobula.rag.search import encoder_of
 from mobula.rag.selections import Permutation
 
 
-class PassageEncoder:
-    """Texts through one frozen encoder: vectors for a pointer, tokens and a table of token vectors for a reader."""
-
-    def __init__(self, candidates: Candidates, encoder: str, most: int) -> None:
-        """A passage has at most ``most`` tokens."""
-        self.encoder, self.most = encoder_of(encoder), most
-        self.candidates = candidates
-        self.vectors = torch.from_numpy(candidates.vectors)
-        self.texts = span_reader.tokenized(self.encoder, [body(document) for document in candidates.documents], most)
-        self._examples: dict[Request, list[Example]] = {}
-
-    @cached_property
-    def table(self) -> Tensor:
-        """The frozen vectors of tokens f32[V, dim]."""
-        module = self.encoder.module
-        embedding = module if isinstance(module, torch.nn.Embedding) else module.get_input_embeddings()  # type: ignore[operator]
-        return embedding.weight.detach().float().clone()  # type: ignore[union-attr]
-
-    @cached_property
-    def _questions(self) -> dict[str, Tensor]:
-        """The vectors of the run's questions, by text: a split is embedded together, once."""
-        vectors = {}
-        for requests in self.candidates.splits.values():
-            texts = [request.text for request in requests]
-            vectors.update(zip(texts, torch.from_numpy(self.encoder.embed(texts)), strict=True))
-        return vectors
-
-    def features(self, requests: Sequence[Request]) -> dict[str, Tensor]:
-        """Vectors of questions f[B, D] and passages f[B, n, D], ranks i64[B, n], 0 where there is no passage."""
-        texts = [request.text for request in requests]
-        new = [text for text in dict.fromkeys(texts) if text not in self._questions]
-        known = dict(zip(new, torch.from_numpy(self.encoder.embed(new)), strict=True)) if new else {}
-        n = max(len(request.candidates) for request in requests)
-        ranks = torch.zeros(len(requests), n, dtype=torch.long)
-        rows = torch.zeros(len(requests), n, dtype=torch.long)
-        for number, request in enumerate(requests):
-            count = len(request.candidates)
-            ranks[number, :count] = torch.tensor(request.ranks, dtype=torch.long)
-            rows[number, :count] = torch.tensor(
-                [self.candidates.rows[id] for id in request.candidates], dtype=torch.long
-            )
-        question = torch.stack([known[text] if text in known else self._questions[text] for text in texts])
-        return {"question": question, "passages": self.vectors[rows], "ranks": ranks}
-
-    def example(self, request: Request, position: int) -> Example:
-        """A question beside one of its candidates; those of the run's own questions are kept."""
-        if request.text not in self._questions:
-            return self._beside(request, [position])[0]
-        if request not in self._examples:
-            self._examples[request] = self._beside(request, range(len(request.candidates)))
-        return self._examples[request][position]
-
-    def _beside(self, request: Request, positions: Sequence[int]) -> list[Example]:
-        texts = [self.texts[self.candidates.rows[request.candidates[i]]] for i in positions]
-        return span_reader.examples(self.encoder, request.text, texts, request.answers)
-
-
-def passage_encoder(questions: Questions) -> PassageEncoder:
-    """That of a run's questions, opened once a process."""
-    assert isinstance(questions, RetrievedQuestions)
+def passage_encoder(questions: Any) -> PassageEncoder:
+    """That of a run's questions."""
     config = questions.config
-    return _opened(questions.directory, config.retrieve.encoder, config.model.passage_tokens)
-
-
-@lru_cache(maxsize=2)
-def _opened(directory: Path, encoder: str, most: int) -> PassageEncoder:
-    return PassageEncoder(open_candidates(directory), encoder, most)
+    return open_passages(questions.directory, config.retrieve.encoder, config.model.passage_tokens)
 
 
 class PassageSelector(Selector):
     """A pointer over the passages' vectors."""
 
-    @property
-    def _encoder(self) -> PassageEncoder:
-        return passage_encoder(self.questions)
-
     def fresh(self) -> Pointer:
-        model = self.questions.config.model
-        return Pointer(
-            self._encoder.encoder.dim, model.layers, model.selector_width, model.heads, self.questions.sizes[1]
-        )
+        model, dim = self.questions.config.model, passage_encoder(self.questions).encoder.dim
+        return Pointer(dim, model.layers, model.selector_width, model.heads, self.questions.sizes[1])
 
     def batch(self, questions: Sequence[Request], rows: Sequence[Row]) -> dict[str, Tensor]:
         permutations, weights = aligned(rows)
-        return {**self._encoder.features(questions), "permutations": permutations, "weights": weights}
+        return {**passage_encoder(self.questions).features(questions), "permutations": permutations, "weights": weights}
 
     def log_probs(self, module: Pointer, batch: dict[str, Tensor]) -> Tensor:
         return module(batch["question"], batch["passages"], batch["ranks"], batch["permutations"]).flatten(0, 1)
@@ -119,14 +49,11 @@ class PassageSelector(Selector):
     def sample(self, questions: Sequence[Request], m: int, seeds: Sequence[int]) -> list[Row]:
         """Each question has its own numbers."""
         rows: list[Row] = []
+        encoder, size = passage_encoder(self.questions), (m, self.questions.sizes[1])
         for at in range(0, len(questions), self.part):
             part = slice(at, at + self.part)
-            numbers = np.stack(
-                [np.random.default_rng(seed).random((m, self.questions.sizes[1])) for seed in seeds[part]]
-            )
-            permutations, _ = self.module.sample(
-                **self._encoder.features(questions[part]), uniform=torch.from_numpy(numbers)
-            )
+            uniform = torch.from_numpy(np.stack([np.random.default_rng(seed).random(size) for seed in seeds[part]]))
+            permutations, _ = self.module.sample(**encoder.features(questions[part]), uniform=uniform)
             rows += [{"permutations": one} for one in permutations.tolist()]
         return rows
 
@@ -137,7 +64,7 @@ class PassageSelector(Selector):
         there = self.questions.answerable(questions)
         for at in range(0, len(there), self.part):
             part = there[at : at + self.part]
-            features = self._encoder.features([questions[i] for i in part])
+            features = passage_encoder(self.questions).features([questions[i] for i in part])
             permutations, log_probs = self.module.sample(**features, uniform=None)
             for i, one, scores in zip(part, permutations[:, 0].tolist(), log_probs[:, 0].tolist(), strict=True):
                 selections[i] = Selection(one, scores, len(one))
@@ -166,17 +93,18 @@ class PassageGenerator(Generator):
         return Reader(table, *sizes, self.questions.sizes[1])
 
     def batch(self, questions: Sequence[Request], rows: Sequence[Row]) -> dict[str, Tensor]:
-        """Each passage that is named, once, and which of them ``at`` i64[R, K] make the permutations."""
-        named, at = self._named(questions, [row["permutations"] for row in rows])
-        weights = torch.tensor([weight for row in rows for weight in row["weights"]])
-        indices = torch.tensor([at[i, z] for i, row in enumerate(rows) for p in row["permutations"] for z in p])
-        return {**span_reader.collate(named), "at": indices.view(len(weights), -1), "weights": weights}
+        """Each passage that is named, once, and which of them ``at`` i64[N, m, K] make the permutations."""
+        permutations, weights = aligned(rows)
+        listed: list[list[Permutation]] = permutations.tolist()
+        named, number = self._named(questions, listed)
+        at = torch.tensor([[[number[i, z] for z in one] for one in some] for i, some in enumerate(listed)])
+        return {**span_reader.collate(named), "at": at, "weights": weights}
 
     def log_probs(self, module: Reader, batch: dict[str, Tensor]) -> Tensor:
         spans, closed = module(batch["question"], batch["passage"])
         gold, whole = log_partition(spans, closed, batch["gold"], batch["gold_closed"])
         at = batch["at"]
-        return log_likelihood(gold[at], whole[at], module.rank[: at.shape[-1]]).unsqueeze(-1)
+        return log_likelihood(gold[at], whole[at], module.rank[: at.shape[-1]]).view(-1, 1)
 
     @torch.inference_mode()
     def score(self, questions: Sequence[Request], permutations: Sequence[Sequence[Permutation]]) -> list[Scores]:
@@ -256,4 +184,5 @@ class Reading(MStep):
     def batch(self, indices: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
         """One text a question."""
         rows, at = [self.rows[i] for i in indices.tolist()], torch.arange(len(indices))
-        return {**span_reader.collate(rows), "at": at.unsqueeze(1), "weights": torch.ones(len(indices)), "queries": at}
+        batch = {**span_reader.collate(rows), "at": at.view(-1, 1, 1)}
+        return {**batch, "weights": torch.ones(len(rows)), "queries": at}
