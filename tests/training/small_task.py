@@ -15,6 +15,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional
 
+from mobula.errors import TrainingError
+from mobula.training import Task
+
 LENGTH = 16
 
 
@@ -44,7 +47,7 @@ class Network(nn.Module):
 
 
 @dataclass
-class ByteTask:
+class ByteTask(Task):
     """Predict the next byte; some input bytes are masked at random."""
 
     examples: int = 50
@@ -71,9 +74,6 @@ class ByteTask:
         logits = model(windows[:, :-1])
         loss = functional.cross_entropy(logits.flatten(0, 1).float(), windows[:, 1:].flatten())
         return {"loss": float(loss)}
-
-    def check(self, metrics: dict[str, float], step: int, steps: int) -> None:
-        """No metric of this task is a reason to stop."""
 
     def identity(self) -> str:
         return f"bytes-{self.examples}-{self.width}-{self.dropout}"
@@ -121,3 +121,25 @@ class Diverging(ByteTask):
         loss, extras = super().loss(model, batch)
         self.drawn += 1
         return (loss * float("nan") if self.drawn == 3 else loss), extras
+
+
+@dataclass
+class Begun(ByteTask):
+    """The same task, which leaves the time at which its training began in the file ``begun``."""
+
+    begun: str = ""
+
+    def build(self) -> nn.Module:
+        if dist.get_rank() == 0:
+            Path(self.begun).write_text(str(time.time()))
+        return super().build()
+
+
+@dataclass
+class Broken(ByteTask):
+    """The same task; one rank gives up while the other one waits for it."""
+
+    def batch(self, indices: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+        if dist.get_rank() == 1:
+            raise TrainingError("rank 1 gives up")
+        return super().batch(indices, generator)

@@ -6,7 +6,7 @@ Shapes: B queries, G hypotheses a query, R = B * G, n prompt positions, L levels
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from torch import Tensor
 from mobula.errors import ModelError
 from mobula.models.pretrained import Pretrained
 from mobula.retrieval.language_model import LanguageModel, PretrainedShape
-from mobula.retrieval.network import Memory, required
+from mobula.retrieval.network import Memory, NetworkKind, required
 
 LOADER = "AutoModelForSeq2SeqLM"
 
@@ -47,6 +47,9 @@ class Seq2SeqCache:
 
 class Seq2SeqLM(LanguageModel):
     """Logits over docid tokens, left to right, from a pretrained encoder-decoder."""
+
+    learned: ClassVar[NetworkKind] = "autoregressive"
+    continued: ClassVar[bool] = False
 
     def __init__(self, shape: PretrainedShape, base: Pretrained) -> None:
         """Load ``base`` and give it docid tokens.
@@ -95,9 +98,11 @@ class Seq2SeqLM(LanguageModel):
             x = self._start_row().expand(memory.size * cache.width, 1, -1)
         else:
             x = self.rows(previous.reshape(-1, 1), self.index[level - 1 : level])
-        found = self._decode(memory, cache.width, x, past_key_values=cache.past(), use_cache=True)
-        scores = self.head(found.last_hidden_state * self.scale, here).masked_fill(self.impossible[here], float("-inf"))
-        past = found.past_key_values
+        decoded = self._decode(memory, cache.width, x, past_key_values=cache.past(), use_cache=True)
+        scores = self.head(decoded.last_hidden_state * self.scale, here).masked_fill(
+            self.impossible[here], float("-inf")
+        )
+        past = decoded.past_key_values
         pairs = zip(past.self_attention_cache.layers, past.cross_attention_cache.layers, strict=True)
         layers = [(own.keys, own.values, prompt.keys, prompt.values) for own, prompt in pairs]
         return scores.squeeze(1).unflatten(0, (memory.size, cache.width)), Seq2SeqCache(layers, level + 1, cache.width)

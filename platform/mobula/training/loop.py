@@ -21,11 +21,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file
 from torch import Tensor
 
 from mobula.artifacts import write_json, write_text
 from mobula.errors import ArtifactError, RunConflict, TrainingError
 from mobula.training import checkpoints
+from mobula.training.combine import scale_of
 from mobula.training.config import TrainingConfig
 from mobula.training.engine import Engine, join_process_group
 from mobula.training.task import Task
@@ -33,6 +35,7 @@ from mobula.training.task import Task
 METRICS = "metrics.jsonl"
 WEIGHTS = "model.safetensors"
 LAST = "last.safetensors"
+REFERENCE = "reference.safetensors"
 RESULT = "result.json"
 # After its driver was killed, a worker of an earlier attempt may live on for some seconds.
 LOCK_WAIT_S = 60.0
@@ -115,6 +118,7 @@ class _Loop:
     def run(self) -> None:
         """All steps that are left, then the final weights and the result."""
         self._resume()
+        self._refer()
         self.engine.train()
         if self.config.monitor and self.state.step == 0:
             # The weights it starts from may be better than any that training finds.
@@ -136,15 +140,17 @@ class _Loop:
         step = self.state.step
         lr = learning_rate(self.config, step)
         indices = batch_indices(self.task.examples, self.config.batch, step, self.seed)
+        weights = self.task.weights(indices)
         last = self.config.accumulation - 1
         for micro in range(self.config.accumulation):
             part = dist.get_rank() * self.config.accumulation + micro
             generator = seed_slice(self.seed, step, part)
-            mine = indices[part * self.config.micro : (part + 1) * self.config.micro]
-            loss, extras = self.engine.backward(self.task.batch(mine, generator))
-            norm = self.engine.step(lr, boundary=micro == last)
+            mine = slice(part * self.config.micro, (part + 1) * self.config.micro)
+            batch = self.task.batch(indices[mine], generator)
+            loss, extras = self.engine.backward(batch, scale_of(weights, mine))
+            norm, combination = self.engine.step(lr, boundary=micro == last, seed=_mix("combine", self.seed, step))
             self.window.add(loss, extras, 1 / self.config.accumulation)
-        self.window.close(norm, lr)
+        self.window.close(norm, lr, combination)
         self.state.step = step + 1
 
     def _after_step(self) -> None:
@@ -231,6 +237,17 @@ class _Loop:
         self.reported = (time.perf_counter(), self.state.step * self.config.batch)
         self._together(self._cut_metrics)
 
+    def _refer(self) -> None:
+        """Reference values are those of the model before its first step: computed then, read from then on."""
+        path = self.directory / REFERENCE
+        if self.state.step == 0 and not _from_first(path.is_file()):
+            seed_slice(self.seed, 0, -1)
+            values = self.engine.reference()
+            if not values:
+                return
+            self._together(lambda: checkpoints.export_weights(path, values))
+        self.task.refer(_from_first(load_file(path) if self.first and path.is_file() else {}))
+
     def _newest(self) -> tuple[Path, dict[str, Any]] | None:
         """Rank 0 verifies the newest checkpoint for all."""
         found: Any = None
@@ -313,14 +330,18 @@ class _Window:
         """Add a micro-batch that makes up this share of a step."""
         part = loss * share
         self._sum = part if self._sum is None else self._sum + part
+        self._extend(extras, share, loss.device)
+
+    def _extend(self, extras: dict[str, Tensor | float], share: float, device: torch.device) -> None:
         for name, value in extras.items():
-            part = torch.as_tensor(value, dtype=torch.float32, device=loss.device).detach() * share
+            part = torch.as_tensor(value, dtype=torch.float32, device=device).detach() * share
             self._named[name] = self._named[name] + part if name in self._named else part
 
-    def close(self, norm: Tensor, lr: float) -> None:
-        """End a step."""
+    def close(self, norm: Tensor, lr: float, extras: dict[str, Tensor | float]) -> None:
+        """End a step; ``extras`` are values of the step as a whole."""
         assert self._sum is not None
         self._pending.append(self._sum)
+        self._extend(extras, 1.0, self._sum.device)
         self._sum, self._last, self.lr = None, norm, lr
 
     def settle(self, step: int) -> None:

@@ -11,7 +11,7 @@ import torch
 
 from mobula.agents.moat.preference import DpoTask, Preference, read_preferences, write_preferences
 from mobula.models.causal import CausalModel, SmallShape, word_tokenizer
-from mobula.models.sft import target_log_probs
+from mobula.models.finetune import row_log_probs
 from mobula.training import TrainingConfig, fit, load_weights
 
 PLANS = ["calc 3 - 2", "find the difference of 3 and 2", "work out 2 taken from 3", "calc 3 + 2"]
@@ -55,7 +55,7 @@ def test_at_the_start_the_loss_is_ln_2_and_the_gradient_that_of_half_beta(task: 
     loss.backward()
     found = [parameter.grad.clone() for parameter in network.parameters() if parameter.grad is not None]
     network.zero_grad()
-    chosen, rejected = target_log_probs(network, batch).chunk(2)
+    chosen, rejected = row_log_probs(network, batch).chunk(2)
     (-BETA / 2 * (chosen - rejected).mean()).backward()
     wanted = [parameter.grad for parameter in network.parameters() if parameter.grad is not None]
     for one, other in zip(found, wanted, strict=True):
@@ -79,9 +79,9 @@ def test_sums_count_every_plan_token_and_eos_and_no_prompt_token(
     model: CausalModel, task: DpoTask, preferences: list[Preference]
 ) -> None:
     batch = batch_of(task)
-    learned = (batch["labels"] >= 0).sum(1).tolist()
+    learned = (batch["mask"] > 0).sum(1).tolist()
     assert learned == [len(p.chosen) for p in preferences] + [len(p.rejected) for p in preferences]
-    sums = target_log_probs(model.network, batch).detach()
+    sums = row_log_probs(model.network, batch).detach()
     wanted = torch.tensor([p.ref_chosen for p in preferences] + [p.ref_rejected for p in preferences])
     torch.testing.assert_close(sums, wanted, atol=1e-3, rtol=1e-5)
 
@@ -111,7 +111,7 @@ def test_the_reference_never_moves(task: DpoTask, preferences: list[Preference],
 def test_the_planner_trains_without_dropout_as_its_reference_was_scored(task: DpoTask) -> None:
     network, batch = task.build(), batch_of(task)
     assert network.training
-    assert torch.equal(target_log_probs(network, batch), target_log_probs(network, batch))
+    assert torch.equal(row_log_probs(network, batch), row_log_probs(network, batch))
 
 
 def test_identity_names_what_decides(task: DpoTask) -> None:

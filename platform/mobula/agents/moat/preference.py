@@ -8,18 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mobula.artifacts import read_jsonl, sha256, write_jsonl
-from mobula.config import digest
-from mobula.models.causal import CausalModel
-from mobula.models.sft import collate, target_log_probs
-from mobula.training.task import Task
+from mobula.artifacts import read_jsonl, write_jsonl
+from mobula.models.finetune import FinetuneTask, TokenRow, collate, row_log_probs
 
 
 @dataclass(frozen=True)
@@ -40,58 +37,45 @@ def write_preferences(path: Path, preferences: Sequence[Preference]) -> None:
 
 def read_preferences(path: Path) -> list[Preference]:
     """What :func:`write_preferences` wrote."""
-    return [
-        Preference(tuple(r["prompt"]), tuple(r["chosen"]), tuple(r["rejected"]), r["ref_chosen"], r["ref_rejected"])
-        for r in read_jsonl(path)
-    ]
+    return [_preference(row) for row in read_jsonl(path)]
+
+
+def _preference(row: dict[str, Any]) -> Preference:
+    prompt, chosen, rejected = (tuple(row[name]) for name in ("prompt", "chosen", "rejected"))
+    return Preference(prompt, chosen, rejected, row["ref_chosen"], row["ref_rejected"])
 
 
 @dataclass
-class DpoTask(Task):
+class DpoTask(FinetuneTask):
     """Tune the model saved in ``start`` on the preferences in ``data``.
 
     ``beta`` is the weight of the pull towards the reference, ``chosen_nll`` (lambda; 0 in the paper) that of the mean
     negative log-likelihood of a chosen plan's token, which keeps chosen plans likely.
     """
 
-    start: Path
-    data: Path
     beta: float = 0.2
     chosen_nll: float = 0.0
 
-    @cached_property
-    def preferences(self) -> list[Preference]:
-        """The pairs."""
-        return read_preferences(self.data)
+    def read(self, line: Any) -> Preference:
+        """A pair of plans."""
+        return _preference(line)
 
-    @property
-    def examples(self) -> int:
-        """Number of pairs."""
-        return len(self.preferences)
-
-    @property
-    def target_tokens(self) -> int:
-        """Tokens of both sides that one pass over the data learns from, EOS included."""
-        return sum(len(p.chosen) + len(p.rejected) for p in self.preferences)
-
-    def identity(self) -> str:
-        """The start's files, the data and both weights."""
-        files = {path.name: sha256(path) for path in sorted(self.start.iterdir()) if path.is_file()}
-        return digest([files, sha256(self.data), self.beta, self.chosen_nll])
+    def rows(self, example: Preference) -> Sequence[TokenRow]:
+        """The chosen plan and the rejected one."""
+        return [TokenRow.of(example.prompt, plan) for plan in (example.chosen, example.rejected)]
 
     def build(self) -> nn.Module:
         """The planner to start with, without dropout: the reference has none either."""
-        network = CausalModel.open(str(self.start)).network.train()
+        network = super().build()
         for module in network.modules():
             if isinstance(module, nn.Dropout):
                 module.p = 0.0
         return network
 
     def batch(self, indices: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
-        """Chosen plans above their rejected ones: ids, mask, labels [2B, n]; the reference's sums f32[B] of both."""
-        pairs = [self.preferences[i] for i in indices.tolist()]
-        chosen = [(list(p.prompt), list(p.chosen)) for p in pairs]
-        rejected = [(list(p.prompt), list(p.rejected)) for p in pairs]
+        """Chosen plans above their rejected ones: ids, attention, mask [2B, n]; the reference's sums f32[B] of both."""
+        pairs = [self.items[i] for i in indices.tolist()]
+        chosen, rejected = zip(*map(self.rows, pairs), strict=True)
         return {
             **collate([*chosen, *rejected]),
             "ref_chosen": torch.tensor([p.ref_chosen for p in pairs]),
@@ -104,10 +88,10 @@ class DpoTask(Task):
         Logged: ``preferred``, the share of pairs with a positive margin; ``chosen_shift``, how much likelier the
         chosen plans have become since the reference (negative: likelihood displacement); ``margin``.
         """
-        chosen, rejected = target_log_probs(model, batch).chunk(2)
+        chosen, rejected = row_log_probs(model, batch).chunk(2)
         shift, fall = chosen - batch["ref_chosen"], rejected - batch["ref_rejected"]
         margin = shift - fall
-        tokens = (batch["labels"].chunk(2)[0] >= 0).sum(1)
+        tokens = (batch["mask"].chunk(2)[0] > 0).sum(1)
         loss = -F.logsigmoid(self.beta * margin) - self.chosen_nll * chosen / tokens
         facts: dict[str, Tensor | float] = {
             "preferred": (margin > 0).float().mean(),
@@ -115,7 +99,3 @@ class DpoTask(Task):
             "margin": margin.mean().detach(),
         }
         return loss.mean(), facts
-
-    def evaluate(self, model: nn.Module) -> dict[str, float]:
-        """Nothing: the gate measures the planner on tasks."""
-        return {}

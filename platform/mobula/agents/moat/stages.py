@@ -59,7 +59,7 @@ def steps_for(tokens: int, task: Trainable, batch: int) -> int:
 def chosen_shift(task: DpoTask, directory: Path) -> float:
     """How much likelier chosen plans are under what came of a training than under the reference, in nats."""
     model = CausalModel.open(str(directory / MODEL))
-    pairs = task.preferences
+    pairs = task.items
     now = [float(s.sum()) for s in model.log_probs([p.prompt for p in pairs], [p.chosen for p in pairs])]
     return float(np.mean([after - p.ref_chosen for after, p in zip(now, pairs, strict=True)]))
 
