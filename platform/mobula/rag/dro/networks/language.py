@@ -32,9 +32,8 @@ class LanguageNetwork(Network):
 
     def fresh(self) -> nn.Module:
         """Adapters of the seed that is set."""
-        shape = self.questions.config.model
-        seed = torch.initial_seed()
-        return CausalModel.adapted(shape.base, shape.lora_rank, shape.lora_alpha, seed).network.train()
+        model, seed = self.questions.config.model, torch.initial_seed()
+        return CausalModel.adapted(model.base, model.lora.rank, model.lora.alpha, seed).network.train()
 
     @cached_property
     def model(self) -> CausalModel:
