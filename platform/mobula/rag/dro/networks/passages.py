@@ -122,8 +122,8 @@ class PassageGenerator(Generator):
         gold = torch.tensor([[read[z].gold for z in p] for p in permutations]).double()
         whole = torch.tensor([[read[z].whole for z in p] for p in permutations]).double()
         answers = [self._likeliest(read, p) for p in permutations]
-        judged = {text: (exact_match(text, request.answers), f1(text, request.answers)) for text in set(answers)}
-        right, reward = zip(*(judged[text] for text in answers), strict=True)
+        scored = {text: (exact_match(text, request.answers), f1(text, request.answers)) for text in set(answers)}
+        right, reward = zip(*(scored[text] for text in answers), strict=True)
         return Scores(log_likelihood(gold, whole, rank).tolist(), list(right), list(reward))
 
     def _likeliest(self, read: Mapping[int, Read], permutation: Permutation) -> str:
