@@ -106,6 +106,9 @@ def test_a_retriever_that_ranks_golds_first_gives_them_away_unless_they_are_shuf
     candidates = Candidates({}, documents, np.zeros((4, 2), dtype=np.float32))
     ids = [document.id for document in documents]
     requests = [as_shown(Question(f"q{i}", f"where is it {i}", ("Oslo",), ()), ids, "", order, 0) for i in range(60)]
-    first = [measured(candidates, one, selected(candidates, one, "first", 2), "x", 2) for one in requests]
-    notes = list(warnings(results([[]], first)))
+    first = [
+        {"query": i, **measured(candidates, one, selected(candidates, one, "first", 2), "x", 2)}
+        for i, one in enumerate(requests)
+    ]
+    notes = list(warnings(Results(CONFIG, {VIEWS["first"]: [first]}, {"dro": [[]]})))
     assert any("where passages are shown gives the answer away" in note for note in notes) == named
