@@ -208,16 +208,12 @@ def fill(report: Report, results: Results, distances: Sequence[Sequence[float]],
     followed = {"train_log_p": "log p(y|x), train", "dev_log_p": "log p(y|x), dev"}
     plotted = {**labels, **followed, "dev_iwae_bound": "estimate of log p(y|x), dev (IWAE bound)"}
     results.report(report, shown, plotted, examples="Test questions")
-    report.measures |= {
-        f"{system}/{name}": measure
-        for system in results.rows
-        for name in OTHERS
-        if name in results.runs(system)[0][0] and (measure := results.measure(system, name)) is not None
-    }
-    others = {name: title for name, title in OTHERS.items() if any(key.endswith(f"/{name}") for key in report.measures)}
+    others = {name: title for name, title in OTHERS.items() if name in results.runs(results.first)[0][0]}
+    measured = {f"{arm}/{name}": results.measure(arm, name) for arm in results.rows for name in others}
+    report.measures |= {name: measure for name, measure in measured.items() if measure is not None}
     if others:
         report.tables["Test questions, not in per cent"] = tables.measures(
-            map(str, results.rows), others, lambda arm, name: report.measures.get(f"{arm}/{name}"), scale=1.0
+            map(str, results.rows), others, lambda arm, name: measured[f"{arm}/{name}"], scale=1.0
         )
     every = dict.fromkeys(name for runs in results.curves.values() for run in runs for row in run for name in row)
     columns = [name for name in every if name not in ("iteration", "seconds")]

@@ -96,8 +96,9 @@ class PassageGenerator(Generator):
         """Each passage that is named, once, and which of them ``at`` i64[N, m, K] make the permutations."""
         permutations, weights = aligned(rows)
         listed: list[list[Permutation]] = permutations.tolist()
-        named, number = self._named(questions, listed)
-        at = torch.tensor([[[number[i, z] for z in one] for one in some] for i, some in enumerate(listed)])
+        named, numbers = self._named(questions, listed)
+        index = {(questions[i], z): at for (i, z), at in numbers.items()}  # a batch may have a question twice
+        at = torch.tensor([[[index[questions[i], z] for z in one] for one in some] for i, some in enumerate(listed)])
         return {**span_reader.collate(named), "at": at, "weights": weights}
 
     def log_probs(self, module: Reader, batch: dict[str, Tensor]) -> Tensor:
