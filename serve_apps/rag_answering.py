@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from mobula import artifacts, methods
-from mobula.rag.candidates import Asked
-from mobula.rag.dro.answering import KIND, Pick, Predictor
+from mobula.rag.candidates import Request
+from mobula.rag.dro.artifact import RETRIEVED, Pick, Predictor
 from mobula.serving.application import Event
 from mobula.serving.batching import Batcher
 from mobula.serving.metrics import Metrics
@@ -35,7 +35,7 @@ class State:
         Raises:
             ArtifactError: if it is missing, damaged or of another kind.
         """
-        artifact = artifacts.open_artifact(args.artifact, kind=KIND)
+        artifact = artifacts.open_artifact(args.artifact, kind=RETRIEVED)
         return cls(methods.get(artifact.method).load(artifact), artifact.identity)
 
 
@@ -63,37 +63,37 @@ class Answering:
     async def events(self, request: AnswerRequest) -> AsyncGenerator[Event, None]:
         """`found`, `selected`, `answer`, and `done` with everything."""
         began, predictor = time.perf_counter(), self.state.predictor
-        asked, silent = await self._run(predictor.find, request.question)
-        candidates = [self._candidate(asked, place) for place in _ranked(asked)]
+        question, silent = await self._run(predictor.find, request.question)
+        candidates = [self._candidate(question, position) for position in _ranked(question)]
         yield "found", {"candidates": candidates}
-        picks, failed = await self._select(asked) if asked.candidates else ([], False)
+        picks, failed = await self._select(question) if question.candidates else ([], False)
         passages = [_chosen(pick) for pick in picks]
         flags = {"retriever_failed": silent, "selection_failed": failed}
         yield "selected", {"passages": passages, "flags": flags}
-        answer = await self._run(predictor.answer, asked, picks)
+        answer = await self._run(predictor.answer, question, picks)
         yield "answer", {"answer": answer}
         ms = round(1000 * (time.perf_counter() - began), 3)
         self.metrics.solved("fallback" if silent or failed else "ok", ms)
         whole = {"answer": answer, "passages": passages, "candidates": candidates, "flags": flags}
         yield "done", {**whole, "ms": ms, "version": self.state.version}
 
-    async def _select(self, asked: Asked) -> tuple[list[Pick], bool]:
+    async def _select(self, question: Request) -> tuple[list[Pick], bool]:
         """What the selector chooses; what the retriever ranks first, and True, if it fails or is late."""
         try:
             async with asyncio.timeout(self.args.select_s):
-                return await self._run(self.state.predictor.select, asked), False
+                return await self._run(self.state.predictor.select, question), False
         except TimeoutError:
             logger.warning(
                 "the selector was not finished within %g s; the retriever's order is taken", self.args.select_s
             )
         except Exception:
             logger.exception("the selector failed; the retriever's order is taken")
-        return self.state.predictor.first(asked), True
+        return self.state.predictor.first(question), True
 
-    def _candidate(self, asked: Asked, place: int) -> dict[str, Any]:
-        id = asked.candidates[place]
+    def _candidate(self, question: Request, position: int) -> dict[str, Any]:
+        id = question.candidates[position]
         title = self.state.predictor.searcher.searcher.document(id).title
-        return {"id": id, "title": title, "rank": asked.ranks[place]}
+        return {"id": id, "title": title, "rank": question.ranks[position]}
 
     async def _run(self, stage: Callable[..., Any], *arguments: Any) -> Any:
         return await self.batcher.submit(stage.__name__, (stage, arguments))
@@ -105,11 +105,11 @@ def _each(group: str, items: Sequence[tuple[Callable[..., Any], tuple[Any, ...]]
         return [stage(*arguments) for stage, arguments in items]
 
 
-def _ranked(asked: Asked) -> list[int]:
-    return sorted(range(len(asked.ranks)), key=asked.ranks.__getitem__)
+def _ranked(question: Request) -> list[int]:
+    return sorted(range(len(question.ranks)), key=question.ranks.__getitem__)
 
 
 def _chosen(pick: Pick) -> dict[str, Any]:
     document = pick.document
-    found = {"id": document.id, "title": document.title, "text": document.text}
-    return {**found, "rank": pick.rank, "probability": pick.probability}
+    texts = {"id": document.id, "title": document.title, "text": document.text}
+    return {**texts, "rank": pick.rank, "probability": pick.probability}

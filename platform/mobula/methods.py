@@ -46,7 +46,7 @@ METHODS = {
     ),
     "dro": Entry(
         "rag",
-        "mobula.rag.dro.method",
+        "mobula.rag.dro.study",
         "a selector of passages and a generator of answers learned together by EM over permutations",
     ),
 }

@@ -14,7 +14,6 @@ from fastapi import FastAPI
 from playwright.sync_api import expect
 
 from mobula.errors import ArtifactError
-from mobula.rag.dro.answering import Predictor
 from mobula.rag.search import Retrying, SearchFailed
 from serve_apps.rag import create_app
 from serve_apps.rag_answering import State
@@ -42,9 +41,7 @@ def app(state: State, args: RagArgs) -> FastAPI:
 
 def with_parts(state: State, **parts: Any) -> State:
     """The same networks with some of what they work with exchanged."""
-    own = state.predictor
-    kept = {name: getattr(own, name) for name in ("searcher", "config", "chooser", "examples")}
-    return replace(state, predictor=Predictor(**{**kept, **parts}))
+    return replace(state, predictor=replace(state.predictor, **parts))
 
 
 def streamed(app: FastAPI, **options: Any) -> list[tuple[str, dict[str, Any]]]:
@@ -80,24 +77,22 @@ def test_a_stream_tells_each_stage_and_then_everything(app: FastAPI) -> None:
 
 
 class Broken:
-    """Chooses nothing."""
+    """Selects nothing."""
 
-    def __init__(self, chooser: Any, seconds: float = 0.0) -> None:
-        self.chooser, self.seconds = chooser, seconds
+    def __init__(self, seconds: float = 0.0) -> None:
+        self.seconds = seconds
 
-    def pick(self, asked: Any) -> Any:
+    def select(self, questions: Any) -> Any:
         time.sleep(self.seconds)
         raise RuntimeError("no weights")
-
-    def reply(self, asked: Any, order: Any) -> str:
-        return self.chooser.reply(asked, order)
 
 
 @pytest.mark.parametrize(("seconds", "limit"), [(0.0, 10.0), (0.5, 0.1)], ids=["fails", "is late"])
 def test_without_a_selector_the_retrievers_first_are_taken(
     state: State, args: RagArgs, seconds: float, limit: float
 ) -> None:
-    broken = with_parts(state, chooser=Broken(state.predictor.chooser, seconds))
+    networks = replace(state.predictor.networks, selector=Broken(seconds))  # type: ignore[arg-type]
+    broken = with_parts(state, networks=networks)
     app = create_app(broken, args.model_copy(update={"select_s": limit}))
     found = ask(app, "POST", "/answer", json={"question": QUESTION})
     assert found.status_code == 200 and "no weights" not in found.text

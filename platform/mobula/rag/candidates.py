@@ -10,6 +10,7 @@ from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
+from safetensors.numpy import load_file, save_file
 
 from mobula.artifacts import read_jsonl, write_json, write_jsonl
 from mobula.config import digest, key
@@ -25,7 +26,7 @@ log = logging.getLogger(__name__)
 SETS = {"nq": natural_questions, "hotpotqa": hotpotqa}
 RETRIEVER_ERROR, TOO_FEW = "retriever_error", "too_few_candidates"
 BATCH = 20  # questions that are asked together
-DOCUMENTS, VECTORS, FACTS = "documents.jsonl", "vectors.npy", "candidates.json"
+DOCUMENTS, VECTORS, FACTS = "documents.jsonl", "vectors.safetensors", "candidates.json"
 
 
 @dataclass
@@ -45,16 +46,16 @@ class RetrieveConfig:
 
     def problems(self) -> list[str]:
         """Contradictions between keys."""
-        found = []
+        problems = []
         if self.choose > self.candidates:
-            found.append(f"choose={self.choose} passages of candidates={self.candidates} is not possible")
+            problems.append(f"choose={self.choose} passages of candidates={self.candidates} is not possible")
         if self.url and self.pool == "own":
-            found.append("url ranks the whole corpus; use pool=corpus with it")
-        return found
+            problems.append("url ranks the whole corpus; use pool=corpus with it")
+        return problems
 
 
 @dataclass(frozen=True)
-class Asked:
+class Request:
     """A question with its candidates as they are shown.
 
     ``ranks``: the retriever's rank of each, from 1. ``flag``: why there are none.
@@ -70,8 +71,8 @@ class Asked:
 
 
 @dataclass(frozen=True)
-class Gathered:
-    """What was found: questions, passages, a hash of both, and how many questions have no candidates, and why."""
+class CandidateFacts:
+    """Counts and a hash of questions and passages, and how many questions have no candidates, and why."""
 
     source: str
     questions: int
@@ -85,32 +86,32 @@ class Gathered:
 class Candidates:
     """Questions by split with their candidates, the corpus, and the corpus's vectors f32[N, D]."""
 
-    splits: Mapping[str, list[Asked]]
+    splits: Mapping[str, list[Request]]
     documents: list[Document]
     vectors: np.ndarray
-    places: dict[str, int] = field(default_factory=dict)
+    rows: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.places.update({document.id: row for row, document in enumerate(self.documents)})
+        self.rows.update({document.id: row for row, document in enumerate(self.documents)})
 
     def document(self, id: str) -> Document:
         """A document of the corpus."""
-        return self.documents[self.places[id]]
+        return self.documents[self.rows[id]]
 
-    def has_answer(self, asked: Asked) -> list[bool]:
+    def has_answer(self, request: Request) -> list[bool]:
         """Which of a question's candidates hold an answer."""
-        return [holds(body(self.document(id)), asked.answers) for id in asked.candidates]
+        return [holds(body(self.document(id)), request.answers) for id in request.candidates]
 
-    def gold(self, asked: Asked) -> list[bool]:
+    def gold(self, request: Request) -> list[bool]:
         """Which candidates support the answer or, where nobody says, hold it."""
-        if asked.support:
-            return [id in asked.support for id in asked.candidates]
-        return self.has_answer(asked)
+        if request.support:
+            return [id in request.support for id in request.candidates]
+        return self.has_answer(request)
 
 
 def prepare(
     directory: Path, source: str, path: str, sizes: Mapping[str, int], config: RetrieveConfig, seed: int
-) -> Gathered:
+) -> CandidateFacts:
     """Read a question set, divide it and find candidates, once; what ``directory`` then holds.
 
     Raises:
@@ -123,24 +124,24 @@ def prepare(
         splits = divided(_fitting(questions, config), sizes, seed)
         write_jsonl(directory / DOCUMENTS, map(asdict, documents))
         searcher = Retrying(searcher_of(documents, config, _vectors(directory, documents, config)), config.timeout_s)
-        found = {name: gathered(part, searcher, len(documents), config, seed) for name, part in splits.items()}
-        for name, asked in found.items():
-            write_jsonl(directory / f"{name}.jsonl", map(asdict, asked))
-        flags = [one.flag for asked in found.values() for one in asked]
-        hashed = digest([[asdict(one) for one in asked] for asked in found.values()])
+        requests = {name: retrieve(part, searcher, len(documents), config, seed) for name, part in splits.items()}
+        for name, part in requests.items():
+            write_jsonl(directory / f"{name}.jsonl", map(asdict, part))
+        flags = [request.flag for part in requests.values() for request in part]
+        hashed = digest([[asdict(request) for request in part] for part in requests.values()])
         counts = (len(flags), len(documents), hashed, flags.count(RETRIEVER_ERROR), flags.count(TOO_FEW))
-        write_json(file, asdict(Gathered(path or f"MOBULA_DATA, {source}", *counts)))
+        write_json(file, asdict(CandidateFacts(path or f"MOBULA_DATA, {source}", *counts)))
         open_candidates.cache_clear()
-    return Gathered(**json.loads(file.read_text()))
+    return CandidateFacts(**json.loads(file.read_text()))
 
 
 @lru_cache(maxsize=4)
 def open_candidates(directory: Path) -> Candidates:
-    """What :func:`prepare` wrote."""
+    """The candidates that :func:`prepare` wrote, or the passages of an artifact, which has no splits."""
     rows = {file.stem: read_jsonl(file) for file in directory.glob("*.jsonl") if file.name != DOCUMENTS}
-    splits = {name: [_asked(row) for row in found] for name, found in rows.items()}
+    splits = {name: [_request(row) for row in part] for name, part in rows.items()}
     documents = [Document(**row) for row in read_jsonl(directory / DOCUMENTS)]
-    return Candidates(splits, documents, np.load(directory / VECTORS))
+    return Candidates(splits, documents, load_file(directory / VECTORS)["vectors"])
 
 
 def divided(questions: Sequence[Question], sizes: Mapping[str, int], seed: int) -> dict[str, list[Question]]:
@@ -151,15 +152,15 @@ def divided(questions: Sequence[Question], sizes: Mapping[str, int], seed: int) 
     """
     wanted = sum(sizes.values())
     if wanted > len(questions):
-        asked = ", ".join(f"{name}={count}" for name, count in sizes.items())
-        raise DataError(f"data: {asked} are {wanted} questions, but there are {len(questions)}; ask for fewer")
+        requested = ", ".join(f"{name}={count}" for name, count in sizes.items())
+        raise DataError(f"data: {requested} are {wanted} questions, but there are {len(questions)}; ask for fewer")
     order = iter(np.random.default_rng(seed).permutation(len(questions)))
     return {name: [questions[next(order)] for _ in range(count)] for name, count in sizes.items()}
 
 
-def gathered(
+def retrieve(
     questions: Sequence[Question], searcher: Retrying, size: int, config: RetrieveConfig, seed: int
-) -> list[Asked]:
+) -> list[Request]:
     """Every question with its candidates; one that nobody answered, or that has fewer than K, has a flag and none."""
     depth = size if config.pool == "own" else min(size, config.candidates)
     texts = [question.text for question in questions]
@@ -172,19 +173,19 @@ def gathered(
             ids = [id for id in ids if id in question.passages]
         ids = ids[: config.candidates]
         flag = RETRIEVER_ERROR if reply.failed else TOO_FEW if len(ids) < config.choose else ""
-        rows.append(shown(question, [] if flag else ids, flag, config.order, seed))
+        rows.append(as_shown(question, [] if flag else ids, flag, config.order, seed))
     return rows
 
 
-def shown(question: Question, ids: Sequence[str], flag: str, order: str, seed: int) -> Asked:
+def as_shown(question: Question, ids: Sequence[str], flag: str, order: str, seed: int) -> Request:
     """A question with its candidates, given as they are ranked, in the order in which they are shown."""
     rows = list(range(len(ids)))
     if order == "shuffled":
         # By question, so that a question is shown alike whatever is beside it.
-        drawn = np.random.default_rng([seed, int(digest([question.text])[:12], 16)])
-        rows = drawn.permutation(len(ids)).tolist()
+        rng = np.random.default_rng([seed, int(digest([question.text])[:12], 16)])
+        rows = rng.permutation(len(ids)).tolist()
     shown, ranks = tuple(ids[row] for row in rows), tuple(row + 1 for row in rows)
-    return Asked(question.id, question.text, question.answers, question.support, shown, ranks, flag)
+    return Request(question.id, question.text, question.answers, question.support, shown, ranks, flag)
 
 
 def _fitting(questions: Sequence[Question], config: RetrieveConfig) -> list[Question]:
@@ -201,8 +202,8 @@ def _vectors(directory: Path, documents: Sequence[Document], config: RetrieveCon
     if not file.is_file():
         log.info("embedding %d passages with %s", len(documents), config.encoder)
         vectors = encoder_of(config.encoder).embed([body(document) for document in documents])
-        np.save(file, vectors.astype(np.float32))
-    return np.load(file)
+        save_file({"vectors": vectors.astype(np.float32)}, file)
+    return load_file(file)["vectors"]
 
 
 def searcher_of(documents: Sequence[Document], config: RetrieveConfig, vectors: np.ndarray) -> Searcher:
@@ -212,5 +213,5 @@ def searcher_of(documents: Sequence[Document], config: RetrieveConfig, vectors: 
     return open_searcher(documents, config.kind, config.encoder, vectors)
 
 
-def _asked(row: dict[str, object]) -> Asked:
-    return Asked(**{name: tuple(value) if isinstance(value, list) else value for name, value in row.items()})  # type: ignore[arg-type]
+def _request(row: dict[str, object]) -> Request:
+    return Request(**{name: tuple(value) if isinstance(value, list) else value for name, value in row.items()})  # type: ignore[arg-type]

@@ -25,7 +25,7 @@ CONFIG: dict[str, Any] = {
     "model": {"layers": 1, "selector_width": 16, "generator_width": 16, "passage_tokens": 24},
     "cold": {"selector_steps": 4, "generator_steps": 4, "reading_steps": 4},
     "em": {"samples": 3, "shard": 4},
-    "fit": {"steps": 3, "batch": 4},
+    "fit": {"steps": 3, "batch": 4, "workers": 0},
     "alternation": {"iterations": 1, "actors": 0, "monitor": "dev_f1"},
     "evaluation": {"decisive": False, "resamples": 200},
 }

@@ -10,8 +10,8 @@ import pytest
 
 from mobula.alternation import AlternationConfig
 from mobula.rag import weights
-from mobula.rag.dro.comparison import Comparison
 from mobula.rag.dro.config import Config, EvaluationConfig
+from mobula.rag.dro.study import Arms
 
 pytestmark = [pytest.mark.end_to_end, pytest.mark.timeout(1200)]
 
@@ -19,7 +19,7 @@ pytestmark = [pytest.mark.end_to_end, pytest.mark.timeout(1200)]
 def em_after(directory: Path, rule: str) -> float:
     config = Config(method="dro", alternation=AlternationConfig(iterations=4, actors=0), evaluation=EvaluationConfig())
     config.em.weights = replace(config.em.weights, rule=rule)
-    return Comparison(config, directory).outcome("dro", 0).rows[-1]["dev_em"]
+    return Arms(config, directory).outcome("dro", 0).rows[-1]["dev_em"]
 
 
 def test_inverted_weights_end_below_uniform_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -27,5 +27,5 @@ def test_inverted_weights_end_below_uniform_ones(tmp_path: Path, monkeypatch: py
         return -sampled.log_lik / -sampled.log_lik.sum()
 
     monkeypatch.setitem(weights.RULES, "inverted", inverted)
-    found = {rule: em_after(tmp_path / rule, rule) for rule in ("snis", "uniform", "inverted")}
-    assert found["inverted"] < found["uniform"] < found["snis"], found
+    em = {rule: em_after(tmp_path / rule, rule) for rule in ("snis", "uniform", "inverted")}
+    assert em["inverted"] < em["uniform"] < em["snis"], em

@@ -1,4 +1,4 @@
-"""What a report warns of: likelihoods that rise on training questions alone, and places that give answers away."""
+"""What a report warns of: likelihoods that rise on training questions alone, and positions that give answers away."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from mobula.config import build
 from mobula.data.questions import Question
 from mobula.data.records import Document
 from mobula.experiment import Report
-from mobula.rag.candidates import Candidates, shown
-from mobula.rag.dro.asked import chosen, wording
-from mobula.rag.dro.asked import measured as measures
+from mobula.rag.candidates import Candidates, as_shown
 from mobula.rag.dro.config import COLD, Config
-from mobula.rag.dro.report import Findings, _warnings, fill
+from mobula.rag.dro.study import fill, metrics, warnings
+from mobula.rag.selections import RANDOM_HIT, measured, selected
+from mobula.study import Results, System
 
 CONFIG = build(
     Config,
@@ -26,37 +26,36 @@ CONFIG = build(
         "evaluation": {"resamples": 200},
     },
 )
+VIEWS = CONFIG.views()
 
 
-def measured(hit: float, chance: float = 0.25) -> dict[str, np.ndarray]:
+def evaluated(hit: float, random: float = 0.25) -> list[dict[str, Any]]:
     """Eight questions, one of which is answered yes."""
-    told = wording(CONFIG, "header", False)
-    found = {name: np.full(8, 0.5) for name in told.measures} | {"hit@1": np.full(8, hit), "hit@2": np.full(8, hit)}
-    found["chance"] = np.full(8, chance)
-    for name in ("hit@1", "hit@2", "chance"):
-        found[name][3] = np.nan
-    return found
+    row = {**dict.fromkeys(metrics(CONFIG), 0.5), "tau": 0.5, "hit@1": hit, "hit@2": hit, RANDOM_HIT: random}
+    closed = {**row, "hit@1": None, "hit@2": None, RANDOM_HIT: None}
+    return [{"query": i, **(closed if i == 3 else row)} for i in range(8)]
 
 
-def report(rows: list[list[dict[str, Any]]], first_shown: float = 0.25) -> Report:
-    shown = {"dev_hit@1": 0.1, "dev_hit@2": 0.1, "dev_f1": 0.1}
-    runs = [[{**shown, **row} for row in run] for run in rows]
+def results(runs: list[list[dict[str, Any]]], first_shown: list[dict[str, Any]]) -> Results:
     tests = {
-        COLD: measured(0.3),
-        "retriever_order": measured(0.4),
-        "shown_first": measured(first_shown),
-        "dro": measured(0.6),
+        System("dro"): evaluated(0.6),
+        System(COLD): evaluated(0.3),
+        VIEWS["retriever"]: evaluated(0.4),
+        VIEWS["first"]: first_shown,
     }
-    findings = Findings(
-        CONFIG, wording(CONFIG, "header", False), {"dro": runs}, {n: [v] for n, v in tests.items()}, [], []
-    )
+    return Results(CONFIG, {system: [rows] for system, rows in tests.items()}, {"dro": runs})
+
+
+def report(runs: list[list[dict[str, Any]]], first_shown: float = 0.25) -> Report:
+    of_dev = {"dev_hit@1": 0.1, "dev_hit@2": 0.1, "dev_f1": 0.1}
     made = Report("dro", "x", 0, "0")
-    fill(made, findings)
+    fill(made, results([[{**of_dev, **row} for row in run] for run in runs], evaluated(first_shown)), [], [])
     return made
 
 
 def likelihoods(train: list[float], dev: list[float]) -> list[dict[str, float]]:
-    return [{"dev_bound": dev[0]}, *({"bound": a, "dev_bound": b} for a, b in zip(train, dev[1:], strict=True))]
+    later = [{"iwae_bound": a, "dev_iwae_bound": b} for a, b in zip(train, dev[1:], strict=True)]
+    return [{"dev_iwae_bound": dev[0]}, *later]
 
 
 # Samples of training questions are those of the networks before an iteration's M-step: the first row has none, and the
@@ -74,26 +73,30 @@ def test_a_likelihood_that_rises_on_training_questions_alone_is_over_fitting(
     train: list[float], dev: list[float], named: bool
 ) -> None:
     notes = report([likelihoods(train, dev)]).notes
-    assert any("dro: over-fitted, bound rose by 1.000 nats" in note for note in notes) == named
+    assert any("dro: over-fitted, iwae_bound rose by 1.000 nats" in note for note in notes) == named
 
 
 @pytest.mark.parametrize(("first", "named"), [(0.25, False), (0.3, False), (0.9, True)])
-def test_places_that_give_answers_away_are_named(first: float, named: bool) -> None:
+def test_positions_that_give_answers_away_are_named(first: float, named: bool) -> None:
     notes = report([likelihoods([-5, -4], [-5, -4, -4])], first).notes
     assert any("the first of them holds it in 90% of the questions, one at random in 25%" in n for n in notes) == named
 
 
 def test_claims_are_about_hits_over_questions_that_have_any() -> None:
-    claims = {claim.name: claim for claim in report([likelihoods([-5, -4], [-5, -4, -4])]).claims}
-    beats = claims["dro - retriever_order, hit@1"]
+    made = report([likelihoods([-5, -4], [-5, -4, -4])])
+    claims = {claim.name: claim for claim in made.claims}
+    beats = claims["dro - cold_start, passages retriever, hit@1"]
     assert (beats.effect, beats.n, beats.verdict) == (pytest.approx(0.2), 7, "holds")
-    assert {"dro - cold_start, hit@1", "dro - cold_start, hit@2", "dro - retriever_order, hit@2"} <= set(claims)
+    assert {"dro - cold_start, hit@1", "dro - cold_start, hit@2", "dro - cold_start, passages retriever, hit@2"} <= set(
+        claims
+    )
+    assert made.measures["dro/tau"].value == 0.5
 
 
 def test_recall_stands_beside_hits_where_support_is_known() -> None:
     hotpotqa = build(Config, {"method": "dro", "data": {"source": "hotpotqa"}})
-    assert {"hit@1", "recall", "all_gold"} <= set(wording(hotpotqa, "header", False).measures)
-    assert "recall" not in wording(CONFIG, "header", False).measures
+    assert {"hit@1", "recall", "all_gold"} <= set(metrics(hotpotqa))
+    assert "recall" not in metrics(CONFIG)
 
 
 @pytest.mark.parametrize(("order", "named"), [("retriever", True), ("shuffled", False)])
@@ -102,8 +105,10 @@ def test_a_retriever_that_ranks_golds_first_gives_them_away_unless_they_are_shuf
     documents = [Document("d0", "t", "Oslo is here."), *(Document(f"d{i}", "t", "nothing") for i in range(1, 4))]
     candidates = Candidates({}, documents, np.zeros((4, 2), dtype=np.float32))
     ids = [document.id for document in documents]
-    asked = [shown(Question(f"q{i}", f"where is it {i}", ("Oslo",), ()), ids, "", order, 0) for i in range(60)]
-    first = measures(candidates, asked, [chosen(candidates, one, "first", 2) for one in asked], ["x"] * 60, 2)
-    tests = {COLD: [measured(0.3)], "dro": [measured(0.6)], "shown_first": [first]}
-    told = Findings(CONFIG, wording(CONFIG, "header", False), {"dro": [[]]}, tests, [], [])
-    assert any("where passages are shown gives the answer away" in note for note in _warnings(told)) == named
+    requests = [as_shown(Question(f"q{i}", f"where is it {i}", ("Oslo",), ()), ids, "", order, 0) for i in range(60)]
+    first = [
+        {"query": i, **measured(candidates, one, selected(candidates, one, "first", 2), "x", 2)}
+        for i, one in enumerate(requests)
+    ]
+    notes = list(warnings(Results(CONFIG, {VIEWS["first"]: [first]}, {"dro": [[]]})))
+    assert any("where passages are shown gives the answer away" in note for note in notes) == named

@@ -18,19 +18,17 @@ from mobula.config import build
 from mobula.data.records import Document
 from mobula.errors import ConfigError
 from mobula.models.causal import CausalModel, Sampling
-from mobula.rag.candidates import RETRIEVER_ERROR
-from mobula.rag.dro.comparison import Comparison
+from mobula.models.constrained import Target, collate, target_log_probs
+from mobula.rag.candidates import RETRIEVER_ERROR, Request
 from mobula.rag.dro.config import COLD, Config
-from mobula.rag.dro.gap import objective
-from mobula.rag.dro.language.networks import Generator, LanguageNetworks, Selector
-from mobula.rag.dro.language.prompts import Prompts, RowTooLong, line
-from mobula.rag.dro.language.source import _tokens
-from mobula.rag.dro.language.training import LanguageTask, Target, collated, target_log_probs
-from mobula.rag.dro.loop import SampleWorker, ScoreWorker, _told
-from mobula.rag.dro.pair import SnapshotMismatch
-from mobula.rag.dro.passages.networks import PassageNetworks
-from mobula.rag.dro.source import Source
+from mobula.rag.dro.data import RetrievedQuestions
+from mobula.rag.dro.dro import objective
+from mobula.rag.dro.networks import MStep, Networks, network_of
+from mobula.rag.dro.networks.language import tokenizer_of
+from mobula.rag.dro.study import Arms
+from mobula.rag.em import SampleWorker, ScoreWorker, SnapshotMismatch
 from mobula.rag.objective import ANSWER, LATENT, em_loss
+from mobula.rag.prompts import Prompts, RowTooLong, line
 from tests.rag.dro import small
 
 KINDS = ["passages", "language", "free"]
@@ -48,7 +46,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def config_of(data: Path, kind: str) -> dict[str, Any]:
     if kind == "passages":
         return small.values(data, arms=["dro", "supervised", "rag_sft", "reinforce", "distillation"])
-    model = {"base": str(data / "base"), "lora_rank": 4, "lora_alpha": 8.0, "answer_tokens": 4, "positions": 400}
+    model = {"base": str(data / "base"), "lora": {"rank": 4, "alpha": 8.0}, "answer_tokens": 4, "positions": 400}
     arms = ["dro", "generator_only", "closed_book", "distillation"]
     return small.values(data, arms=arms, model=model, select={"decode": "free" if kind == "free" else "constrained"})
 
@@ -64,27 +62,39 @@ def kind(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-def comparison(data: Path, runs: dict[str, Path], kind: str) -> Comparison:
-    return Comparison(build(Config, config_of(data, kind)), runs[kind])
+def arms(data: Path, runs: dict[str, Path], kind: str) -> Arms:
+    return Arms(build(Config, config_of(data, kind)), runs[kind])
+
+
+def networks_of(data: Path, runs: dict[str, Path], kind: str) -> Networks:
+    whole = arms(data, runs, kind)
+    return Networks.of(whole.questions, **whole.checkpoint("dro", 0))
+
+
+def of_split(networks: Networks, split: str, queries: list[int]) -> list[Request]:
+    return networks.questions.take(split, queries)
 
 
 def test_a_run_leaves_its_report(runs: dict[str, Path], kind: str) -> None:
     report = json.loads((runs[kind] / "report.json").read_text())
     named = {name.split("/")[0] for name in report["measures"]}
-    assert {COLD, "retriever_order", "shown_first", "oracle", "no_gold", "dro"} <= named
+    views = {"cold_start, passages retriever", "cold_start, passages first"}
+    assert {COLD, "dro", "dro, passages gold", "dro, passages no_gold", *views} <= named
     found = {name.split("/")[1] for name in report["measures"] if name.startswith("dro/")}
     # Exact match, F1 and accuracy are never told apart from one another.
     assert {"exact", "f1", "acc", "hit@1", "hit@2", "tau"} <= found
     claims = {claim["name"] for claim in report["claims"]}
-    assert {"dro - cold_start, hit@1", "dro - retriever_order, hit@2"} <= claims
+    assert {"dro - cold_start, hit@1", "dro - cold_start, passages retriever, hit@2"} <= claims
+    assert ("dro/log_p" in report["measures"]) == (kind == "passages")
+    assert ("dro/repaired" in report["measures"]) == (kind == "free")
     iterations = runs[kind] / "seed-0" / "dro" / "iterations.jsonl"
     assert "NaN" not in iterations.read_text()
     rows = read_jsonl(iterations)
-    likelihoods = {"passages": {"train_log_p", "dev_log_p"}}.get(kind, {"dev_bound"})
+    likelihoods = {"passages": {"train_log_p", "dev_log_p"}}.get(kind, {"dev_iwae_bound"})
     assert all(likelihoods <= set(row) for row in rows)
-    assert {"bound", "ess", "all_fail", "unique"} <= set(rows[-1])
+    assert {"iwae_bound", "ess", "all_fail", "distinct_fraction"} <= set(rows[-1])
     assert ({"malformed", "repaired"} <= set(rows[-1])) == (kind == "free")
-    assert report["measures"]["retriever_order/tau"]["value"] == 1
+    assert report["measures"]["cold_start, passages retriever/tau"]["value"] == 1
 
 
 def test_an_artifact_answers(runs: dict[str, Path], kind: str) -> None:
@@ -100,43 +110,49 @@ def test_an_artifact_answers(runs: dict[str, Path], kind: str) -> None:
 
 
 def test_samples_name_passages_once_and_see_no_answer(data: Path, runs: dict[str, Path], kind: str) -> None:
-    whole = comparison(data, runs, kind)
-    setting, history = whole.setting("dro", 0), whole.outcome("dro", 0).history
-    items = [{"query": q} for q in range(6)]
-    drawn = SampleWorker(setting, history, 4, 1).process(items, 0)
-    assert all(len(set(order)) == 2 and max(order) < 6 for row in drawn for order in row["orders"])
-    assert SampleWorker(setting, history, 4, 1).process([{"query": 4}], 3) == [drawn[4]]
-    assert not any(city in json.dumps(drawn) for city in small.CITIES)
-    scored = ScoreWorker(setting, history).process(drawn, 0)
-    assert ScoreWorker(setting, history).process([drawn[4]], 0)[0]["log_lik"] == pytest.approx(
-        scored[4]["log_lik"], abs=1e-4
-    )
+    whole = arms(data, runs, kind)
+    em = whole.em("dro", 0)
+    checkpoint = em.current_checkpoint(whole.outcome("dro", 0).history)
+    sample, score = SampleWorker(em.latent(checkpoint, "train"), 1), ScoreWorker(em.latent(checkpoint, "train"))
+    samples = sample.process([{"query": q} for q in range(6)], 0)
+    assert all(len(set(z)) == 2 and max(z) < 6 for row in samples for z in row["permutations"])
+    assert sample.process([{"query": 4}], 3) == [samples[4]]
+    assert not any(city in json.dumps(samples) for city in small.CITIES)
+    scored = score.process(samples, 0)
+    assert score.process([samples[4]], 0)[0]["log_lik"] == pytest.approx(scored[4]["log_lik"], abs=1e-4)
     assert np.isfinite([value for row in scored for value in row["log_lik"]]).all()
     with pytest.raises(SnapshotMismatch):
-        ScoreWorker(setting, history.until(0)).process(drawn, 0)
+        ScoreWorker(em.latent(em.start, "train")).process(samples, 0)
 
 
 def rows_for(kind: str) -> list[Row]:
-    """One to three orders of four questions; free ones named two, one and no passages by themselves."""
-    orders = [[0, 3], [5, 1], [2, 4]]
+    """One to three permutations of four questions; free ones named two, one and no passages by themselves."""
+    permutations = [[0, 3], [5, 1], [2, 4]]
     weights = {1: [1.0], 2: [0.75, 0.25], 3: [0.5, 0.3, 0.2]}
-    rows: list[Row] = [{"query": q, "orders": orders[:m], "weights": weights[m]} for q, m in enumerate((1, 2, 3, 1))]
-    return [{**row, "valid": [2, 1, 0][: len(row["orders"])]} for row in rows] if kind == "free" else rows
+    rows: list[Row] = [
+        {"query": q, "permutations": permutations[:m], "weights": weights[m]} for q, m in enumerate((1, 2, 3, 1))
+    ]
+    return [{**row, "valid": [2, 1, 0][: len(row["permutations"])]} for row in rows] if kind == "free" else rows
 
 
 @pytest.fixture
 def long_answers(data: Path, runs: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Answers of one to three words."""
+    """Answers of one to three words, which stand in every passage."""
     for kind in KINDS:
-        splits = comparison(data, runs, kind).source.candidates.splits  # type: ignore[attr-defined]
-        longer = [replace(one, answers=(" ".join(small.CITIES[: 1 + i % 3]),)) for i, one in enumerate(splits["train"])]
+        splits = arms(data, runs, kind).questions.candidates.splits  # type: ignore[attr-defined]
+        longer = [
+            replace(one, answers=(" ".join(["was", "born", "in"][: 1 + i % 3]),))
+            for i, one in enumerate(splits["train"])
+        ]
         monkeypatch.setitem(splits, "train", longer)
 
 
-def gradients(source: Source, network: str, path: Path, rows: list[Row], parts: list[list[int]]) -> torch.Tensor:
+def gradients(
+    questions: RetrievedQuestions, network: str, path: Path, rows: list[Row], parts: list[list[int]]
+) -> torch.Tensor:
     """The mean over parts of the gradient of their losses."""
     write_jsonl(path, rows)
-    task = source.task(network, "train", path, None, 0)
+    task = MStep(network_of(network, questions), "train", path, 0)
     model = task.build()
     for part in parts:
         batch = task.batch(torch.tensor(part), torch.Generator())
@@ -150,9 +166,9 @@ def gradients(source: Source, network: str, path: Path, rows: list[Row], parts: 
 def test_gradients_do_not_depend_on_micro_batches(
     data: Path, runs: dict[str, Path], kind: str, network: str, tmp_path: Path
 ) -> None:
-    source = comparison(data, runs, kind).source
+    questions = arms(data, runs, kind).questions
     whole, halves, single = (
-        gradients(source, network, tmp_path / "rows.jsonl", rows_for(kind), parts)
+        gradients(questions, network, tmp_path / "rows.jsonl", rows_for(kind), parts)
         for parts in ([[0, 1, 2, 3]], [[0, 1], [2, 3]], [[0], [1], [2], [3]])
     )
     assert whole.abs().max() > 0
@@ -163,50 +179,49 @@ def test_gradients_do_not_depend_on_micro_batches(
 @pytest.mark.usefixtures("long_answers")
 @pytest.mark.parametrize("kind", ["passages", "language"])
 @pytest.mark.parametrize("network", ["selector", "generator"])
-def test_what_is_trained_is_what_was_drawn_and_scored(
-    data: Path, runs: dict[str, Path], kind: str, network: str, tmp_path: Path
+def test_what_is_trained_is_what_was_sampled_and_scored(
+    data: Path, runs: dict[str, Path], kind: str, network: str
 ) -> None:
     """The same passages in the same order, and sums over tokens: the objective of a row is its log-probability."""
-    whole = comparison(data, runs, kind)
-    source, pair, order = whole.source, whole.standing("dro", 0), [3, 0]
-    networks, file = source.open(pair), tmp_path / "rows.jsonl"
+    networks, permutation = networks_of(data, runs, kind), [3, 0]
+    question = of_split(networks, "train", [2])
     if network == "generator":
-        wanted = networks.judge("train", [2], [[order]])[0].log_lik[0]
+        wanted = networks.generator.score(question, [[permutation]])[0].log_lik[0]
     elif kind == "passages":
-        wanted = float(networks.exact("train", [2])[0][0, source.orders().index(order)])
+        wanted = float(networks.exact(question)[0][0, networks.questions.permutations().index(permutation)])
     else:
-        asked = networks.candidates.splits["train"][2]  # type: ignore[attr-defined]
-        order, said, _ = networks.selector.greedy(asked.text, networks._shown(asked))  # type: ignore[attr-defined]
-        wanted = sum(said)
-    write_jsonl(file, [{"query": 2, "orders": [order], "weights": [1.0]}])
-    task = source.task(network, "train", file, getattr(pair, network), 0)
-    assert objective(task, task.build(), 4) == pytest.approx(wanted, abs=1e-3)
+        (selection,) = networks.selector.select(question)
+        permutation, wanted = selection.permutation, sum(selection.log_probs)
+    trained = getattr(networks, network)
+    rows = trained.rows([{"query": 2, "permutations": [permutation], "weights": [1.0]}])
+    assert objective(trained, rows, 4) == pytest.approx(wanted, abs=1e-3)
 
 
-def test_the_pointers_greedy_order_takes_the_likeliest_passage_each_time(data: Path, runs: dict[str, Path]) -> None:
-    whole = comparison(data, runs, "passages")
-    networks, orders = whole.source.open(whole.standing("dro", 0)), torch.tensor(whole.source.orders())
-    prior, _ = networks.exact("dev", [0, 1])
-    for chances, chosen in zip(prior.exp(), networks.choose("dev", [0, 1], "selector"), strict=True):
-        first = int(torch.stack([chances[orders[:, 0] == z].sum() for z in range(6)]).argmax())
-        rest = torch.where(orders[:, 0] == first, chances, 0).argmax()
-        assert chosen == orders[rest].tolist()
+def test_the_pointers_greedy_permutation_takes_the_likeliest_passage_each_time(
+    data: Path, runs: dict[str, Path]
+) -> None:
+    networks = networks_of(data, runs, "passages")
+    dev, every = of_split(networks, "dev", [0, 1]), torch.tensor(networks.questions.permutations())
+    prior, _ = networks.exact(dev)
+    for probabilities, selection in zip(prior.exp(), networks.selector.select(dev), strict=True):
+        first = int(torch.stack([probabilities[every[:, 0] == z].sum() for z in range(6)]).argmax())
+        rest = torch.where(every[:, 0] == first, probabilities, 0).argmax()
+        assert selection.permutation == every[rest].tolist()
 
 
-def test_the_pointer_draws_orders_as_often_as_it_says(data: Path, runs: dict[str, Path]) -> None:
-    whole = comparison(data, runs, "passages")
-    networks, orders = whole.source.open(whole.standing("dro", 0)), whole.source.orders()
-    (drawn,) = networks.sample("dev", [0], 4000, [0])
-    found = torch.bincount(torch.tensor([orders.index(order) for order in drawn["orders"]]), minlength=30) / 4000
-    assert float((found - networks.exact("dev", [0])[0][0].exp()).abs().sum()) / 2 < 0.05
+def test_the_pointer_samples_permutations_as_often_as_it_says(data: Path, runs: dict[str, Path]) -> None:
+    networks = networks_of(data, runs, "passages")
+    dev, every = of_split(networks, "dev", [0]), networks.questions.permutations()
+    (row,) = networks.selector.sample(dev, 4000, [0])
+    counts = torch.bincount(torch.tensor([every.index(z) for z in row["permutations"]]), minlength=30)
+    assert float((counts / 4000 - networks.exact(dev)[0][0].exp()).abs().sum()) / 2 < 0.05
 
 
 @pytest.mark.parametrize("kind", ["language", "free"])
 def test_language_models_are_measured_greedily(
     data: Path, runs: dict[str, Path], kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = comparison(data, runs, kind)
-    networks, seen = whole.source.open(whole.standing("dro", 0)), []
+    networks, seen = networks_of(data, runs, kind), []
     sample = CausalModel.sample
 
     def spy(self: CausalModel, prompts: Any, sampling: Sampling, *rest: Any, **named: Any) -> Any:
@@ -214,54 +229,60 @@ def test_language_models_are_measured_greedily(
         return sample(self, prompts, sampling, *rest, **named)
 
     monkeypatch.setattr(CausalModel, "sample", spy)
-    networks.measure("test", [0, 1], "selector")
+    networks.evaluate(of_split(networks, "test", [0, 1]), "selector")
     assert set(seen) == {0}
 
 
-def test_free_lists_are_read_filled_and_counted(data: Path, runs: dict[str, Path]) -> None:
-    whole = comparison(data, runs, "free")
-    selector = whole.source.open(whole.standing("dro", 0)).selector  # type: ignore[attr-defined]
-    read = [selector._read(selector.model.encode(text), 6) for text in ("[3]", "the baker", "[3] > [1] > [2]")]
-    assert read == [([2, 0], 1), ([0, 1], 0), ([2, 0], 2)]
-    told = _told([{"orders": [order for order, _ in read], "valid": [valid for _, valid in read]}])
-    assert told == {"malformed": pytest.approx(1 / 3), "repaired": pytest.approx(1 / 3)}
+def test_free_lists_are_parsed_filled_and_counted(data: Path, runs: dict[str, Path]) -> None:
+    selector: Any = network_of("selector", arms(data, runs, "free").questions)
+    texts = ("[3]", "the baker", "[3] > [1] > [2]")
+    parsed = [selector.parse(selector.prompts.model.encode(text), 6) for text in texts]
+    assert parsed == [([2, 0], 1), ([0, 1], 0), ([2, 0], 2)]
+    row = {"permutations": [z for z, _ in parsed], "valid": [valid for _, valid in parsed]}
+    shares = arms(data, runs, "free").em("dro", 0).facts([row])
+    assert shares == {"malformed": pytest.approx(1 / 3), "repaired": pytest.approx(1 / 3)}
 
 
 @pytest.mark.parametrize("network", ["selector", "generator"])
-def test_equal_orders_count_as_one_with_their_weights(
+def test_equal_permutations_count_as_one_with_their_weights(
     data: Path, runs: dict[str, Path], network: str, tmp_path: Path
 ) -> None:
     for kind in ("passages", "language"):
-        source = comparison(data, runs, kind).source
-        orders = [[0, 3], [5, 1], [2, 4]]  # one of them has the answer
-        twice = [{"query": 0, "orders": [*orders, *orders], "weights": [0.1, 0.2, 0.3, 0.1, 0.2, 0.1]}]
-        counted = [{"query": 0, "orders": orders, "weights": [0.2, 0.4, 0.4]}]
-        without = [{"query": 0, "orders": orders, "weights": [0.1, 0.2, 0.3]}]
+        questions: Any = arms(data, runs, kind).questions
+        some = [[0, 3], [5, 1], [2, 4]]  # one of them has the answer
+        twice = [{"query": 0, "permutations": [*some, *some], "weights": [0.1, 0.2, 0.3, 0.1, 0.2, 0.1]}]
+        counted = [{"query": 0, "permutations": some, "weights": [0.2, 0.4, 0.4]}]
+        without = [{"query": 0, "permutations": some, "weights": [0.1, 0.2, 0.3]}]
         path, cases = tmp_path / "rows.jsonl", (twice, counted, without)
-        found = [gradients(source, network, path, rows, [[0]]) for rows in cases]
-        torch.testing.assert_close(found[0], found[1], atol=1e-6, rtol=1e-4)
-        assert not torch.allclose(found[0], found[2], atol=0, rtol=1e-3)
+        each = [gradients(questions, network, path, rows, [[0]]) for rows in cases]
+        torch.testing.assert_close(each[0], each[1], atol=1e-6, rtol=1e-4)
+        assert not torch.allclose(each[0], each[2], atol=0, rtol=1e-3)
+
+
+def targets(questions: Any, kind: str, row: Row) -> list[Target]:
+    network: Any = network_of(kind, questions)
+    return network.targets(questions.take("train", [row["query"]]), network.rows([row]))
 
 
 def test_what_filled_a_list_is_not_learned(data: Path, runs: dict[str, Path]) -> None:
-    source = comparison(data, runs, "free").source
-    row = {"query": 0, "orders": [[4, 0], [1, 0], [2, 3]], "valid": [1, 0, 2], "weights": [0.2, 0.3, 0.5]}
-    learned = source.targets("selector", "train", row)  # type: ignore[attr-defined]
-    model = _tokens(str(data / "base"))
+    questions = arms(data, runs, "free").questions
+    row = {"query": 0, "permutations": [[4, 0], [1, 0], [2, 3]], "valid": [1, 0, 2], "weights": [0.2, 0.3, 0.5]}
+    learned = targets(questions, "selector", row)
+    model = tokenizer_of(str(data / "base"))
     assert [(model.decode(t.tokens), t.weight) for t in learned] == [("[5]", 0.2), ("[3] > [4]", 0.5)]
     assert [t.tokens[-1] == model.eos for t in learned] == [False, True]
-    assert len(source.targets("generator", "train", row)) == 3  # type: ignore[attr-defined]
+    assert len(targets(questions, "generator", row)) == 3
+    nothing = {"query": 0, "permutations": [[1, 0]], "valid": [0], "weights": [1.0]}
+    assert network_of("selector", questions).rows([nothing]) == []
 
 
 def test_lists_contexts_and_prompts_mean_the_same_passages(data: Path, runs: dict[str, Path]) -> None:
-    source = comparison(data, runs, "language").source
-    candidates = source.candidates  # type: ignore[attr-defined]
-    asked = candidates.splits["train"][0]
-    names = [candidates.document(id).title for id in asked.candidates]
-    row = {"query": 0, "orders": [[4, 2]], "weights": [1.0]}
-    model = _tokens(str(data / "base"))
-    (chosen,) = source.targets("selector", "train", row)  # type: ignore[attr-defined]
-    (answered,) = source.targets("generator", "train", row)  # type: ignore[attr-defined]
+    questions: Any = arms(data, runs, "language").questions
+    request = questions.candidates.splits["train"][0]
+    names = [questions.candidates.document(id).title for id in request.candidates]
+    row = {"query": 0, "permutations": [[4, 2]], "weights": [1.0]}
+    model = tokenizer_of(str(data / "base"))
+    (chosen,), (answered,) = (targets(questions, kind, row) for kind in ("selector", "generator"))
     assert model.decode(chosen.tokens) == "[5] > [3]"
     prompt = model.tokenizer.decode(chosen.prompt)
     shown = [prompt.index(f"[{i}] {name.split()[0]}") for i, name in enumerate(names, 1)]
@@ -270,7 +291,7 @@ def test_lists_contexts_and_prompts_mean_the_same_passages(data: Path, runs: dic
     first, second = (context.index(f"[{i}] {names[at].split()[0]}") for i, at in ((1, 4), (2, 2)))
     assert first < second
     assert all(name.split()[0] not in context for at, name in enumerate(names) if at not in (4, 2))
-    assert model.decode(answered.tokens) == asked.answers[0]
+    assert model.decode(answered.tokens) == request.answers[0]
 
 
 def test_every_prompt_writes_passages_alike() -> None:
@@ -308,7 +329,7 @@ def test_prompts_and_padding_are_not_learned(grammar: bool, learned: int) -> Non
 
     model = Fixed()
     allowed = ([[5, 7], [6, 8]], [[9, 10]]) if grammar else (None, None)
-    batch = collated([Target([1, 2, 3, 4], [5, 6], allowed[0], 1.0), Target([1, 2], [9], allowed[1], 1.0)])
+    batch = collate([Target([1, 2, 3, 4], [5, 6], allowed[0], 1.0), Target([1, 2], [9], allowed[1], 1.0)])
     log_probs = target_log_probs(model, batch)
     em_loss(log_probs, batch["there"].long() * learned, batch["weights"], 2, 1.5).backward()
     touched = model.logits.grad.abs().sum(-1) > 0  # type: ignore[union-attr]
@@ -318,13 +339,10 @@ def test_prompts_and_padding_are_not_learned(grammar: bool, learned: int) -> Non
     assert among == ([5, 7] if grammar else list(range(11)))
 
 
-def test_a_networks_own_greedy_order_is_measured(data: Path, runs: dict[str, Path], kind: str) -> None:
-    whole = comparison(data, runs, kind)
-    networks = whole.source.open(whole.standing("dro", 0))
-    queries = whole.source.queries("test")
-    assert networks.choose("test", queries, "selector") == networks.choose("test", queries, "selector")
-    found = [networks.measure("test", queries, "selector") for _ in range(2)]
-    assert all(np.array_equal(found[0][name], found[1][name], equal_nan=True) for name in found[0])
+def test_evaluation_is_greedy(data: Path, runs: dict[str, Path], kind: str) -> None:
+    networks = networks_of(data, runs, kind)
+    test = of_split(networks, "test", networks.questions.queries("test"))
+    assert networks.evaluate(test, "selector") == networks.evaluate(test, "selector")
 
 
 def test_arms_train_what_they_say(runs: dict[str, Path]) -> None:
@@ -341,15 +359,15 @@ def test_arms_train_what_they_say(runs: dict[str, Path]) -> None:
         rows = [row for file in sorted(sample.glob("shard-*.jsonl")) for row in read_jsonl(file)]
         assert len(rows) == 10
         if arm == "closed_book":
-            assert all(row["orders"] == [[]] for row in rows)
+            assert all(row["permutations"] == [[]] for row in rows)
         if arm == "supervised":
-            assert all(len(row["orders"]) == 1 for row in rows)
+            assert all(len(row["permutations"]) == 1 for row in rows)
 
 
-def test_a_policy_gradients_generator_learns_from_greedy_orders(runs: dict[str, Path]) -> None:
+def test_a_policy_gradients_generator_learns_from_greedy_permutations(runs: dict[str, Path]) -> None:
     (weigh,) = (runs["passages"] / "seed-0" / "reinforce").glob("*/*-weigh")
     greedy = read_jsonl(weigh / "greedy.jsonl")
-    assert len(greedy) == 10 and all(row["weights"] == [1.0] and len(row["orders"]) == 1 for row in greedy)
+    assert len(greedy) == 10 and all(row["weights"] == [1.0] and len(row["permutations"]) == 1 for row in greedy)
 
 
 @pytest.mark.parametrize("kind", ["passages", "language"])
@@ -357,48 +375,46 @@ def test_distillation_weighs_every_passage_by_itself(runs: dict[str, Path], kind
     (weigh,) = (runs[kind] / "seed-0" / "distillation").glob("*/*-weigh")
     (score,) = (runs[kind] / "seed-0" / "distillation").glob("*/*-score")
     scores = {row["query"]: row for file in score.glob("shard-*.jsonl") for row in read_jsonl(file)}
-    for row in read_jsonl(weigh / "weights.jsonl"):
-        assert row["orders"] == [[place] for place in range(6)]
+    for row in read_jsonl(weigh / "permutations.jsonl"):
+        assert row["permutations"] == [[position] for position in range(6)]
         log_lik = torch.tensor(scores[row["query"]]["log_lik"], dtype=torch.float64)
         assert row["weights"] == pytest.approx(torch.softmax(log_lik, 0).tolist())
 
 
 def test_distillation_is_a_divergence_from_the_first_choice(data: Path, runs: dict[str, Path], tmp_path: Path) -> None:
     """Up to a constant; a question with fewer passages is filled with weight 0."""
-    whole = comparison(data, runs, "passages")
-    file, wanted = tmp_path / "weights.jsonl", [[0.1, 0.2, 0.3, 0.0, 0.25, 0.15], [0.5, 0.5]]
-    rows = [{"query": q, "orders": [[z] for z in range(len(w))], "weights": w} for q, w in enumerate(wanted)]
+    whole = arms(data, runs, "passages")
+    file, wanted = tmp_path / "rows.jsonl", [[0.1, 0.2, 0.3, 0.0, 0.25, 0.15], [0.5, 0.5]]
+    rows = [{"query": q, "permutations": [[z] for z in range(len(w))], "weights": w} for q, w in enumerate(wanted)]
     write_jsonl(file, rows)
-    task = whole.source.task("selector", "train", file, whole.start(0).selector, 0)
-    model = task.build()
+    task = MStep(network_of("selector", whole.questions, whole.start(0)["selector"]), "train", file, 0)
+    model: Any = task.build()
     batch = task.batch(torch.arange(2), torch.Generator())
     loss, _ = task.loss(model, batch)
-    asked, found = model.states(batch["question"], batch["passages"], batch["ranks"])  # type: ignore[operator]
-    first = model.step(0, asked, found, None, batch["ranks"] == 0)  # type: ignore[operator]
+    asked, states = model.states(batch["question"], batch["passages"], batch["ranks"])
+    first = model.step(0, asked, states, None, batch["ranks"] == 0)
     cross = [-(torch.tensor(w) * row[: len(w)]).sum() for w, row in zip(wanted, first, strict=True)]
     assert float(loss.detach()) == pytest.approx(float(torch.stack(cross).detach().mean()) / task.tokens, rel=1e-5)
 
 
 def test_questions_that_the_retriever_failed_count_as_wrong(data: Path, runs: dict[str, Path], tmp_path: Path) -> None:
-    whole = comparison(data, runs, "passages")
+    whole = arms(data, runs, "passages")
     out = tmp_path / "failed"
     out.mkdir()
-    questions = runs["passages"] / "questions"
-    for file in questions.iterdir():
+    for file in (runs["passages"] / "questions").iterdir():
         (out / file.name).write_bytes(file.read_bytes())
     for split in ("train", "test"):
         rows = read_jsonl(out / f"{split}.jsonl")
         rows[1] |= {"candidates": [], "ranks": [], "flag": RETRIEVER_ERROR}
         write_jsonl(out / f"{split}.jsonl", rows)
-    source = type(whole.source)(whole.config, out)  # type: ignore[call-arg]
-    assert source.queries("train") == [0, *range(2, 10)]
-    assert source.queries("test") == [0, 1, 2, 3]
-    networks = source.open(whole.standing("dro", 0))
+    questions = RetrievedQuestions(whole.config, out)
+    assert questions.queries("train") == [0, *range(2, 10)]
+    assert questions.queries("test") == [0, 1, 2, 3]
+    networks = Networks.of(questions, **whole.checkpoint("dro", 0))
     for how in ("selector", "retriever", "gold"):
-        found = networks.measure("test", source.queries("test"), how)
-        assert all(len(values) == 4 for values in found.values())
-        assert [found[name][1] for name in ("exact", "f1", "acc", "hit@1", "hit@2")] == [0] * 5
-        assert np.isfinite(found["log_p"]).all()
+        evaluated = networks.evaluate(questions.take("test", [0, 1, 2, 3]), how)
+        assert [evaluated[1][name] for name in ("exact", "f1", "acc", "hit@1", "hit@2")] == [0] * 5
+        assert all(np.isfinite(row["log_p"]) for row in evaluated)
 
 
 def test_where_passages_are_shown_does_not_matter_to_a_pointer(runs: dict[str, Path]) -> None:
@@ -411,16 +427,15 @@ def test_where_passages_are_shown_does_not_matter_to_a_pointer(runs: dict[str, P
     assert predictor.answer(asked, picks) == predictor.answer(turned, others)
 
 
-def test_the_exact_likelihood_is_the_sum_over_orders(data: Path, runs: dict[str, Path]) -> None:
-    whole = comparison(data, runs, "passages")
-    networks = whole.source.open(whole.standing("dro", 0))
-    assert isinstance(networks, PassageNetworks)
-    prior, likelihood = networks.exact("dev", [0, 1])
+def test_the_exact_likelihood_is_the_sum_over_permutations(data: Path, runs: dict[str, Path]) -> None:
+    networks = networks_of(data, runs, "passages")
+    dev = of_split(networks, "dev", [0, 1])
+    prior, likelihood = networks.exact(dev)
     assert prior.shape == likelihood.shape == (2, 30)
     assert prior.exp().sum(1).tolist() == pytest.approx([1, 1], abs=1e-5)
-    order = whole.source.orders().index([3, 0])
-    (judged,) = networks.judge("dev", [1], [[[3, 0]]])
-    assert judged.log_lik[0] == pytest.approx(float(likelihood[1, order]))
+    number = networks.questions.permutations().index([3, 0])
+    (scores,) = networks.generator.score(dev[1:], [[[3, 0]]])
+    assert scores.log_lik[0] == pytest.approx(float(likelihood[1, number]))
 
 
 def test_the_same_run_again_has_the_same_weights(data: Path, runs: dict[str, Path], tmp_path: Path) -> None:
@@ -436,6 +451,7 @@ def test_the_same_run_again_has_the_same_weights(data: Path, runs: dict[str, Pat
         ({"retrieve": {"pool": "own", "url": "http://x"}}, "url ranks the whole corpus"),
         ({"select": {"decode": "free", "labels": "letters"}}, "labels=letters needs decode=constrained"),
         ({"arms": ["closed_book"]}, "closed_book needs model.base"),
+        ({"model": {"lora_rank": 4}}, "model.lora_rank was renamed: use model.lora.rank"),
         ({"data": {"source": "facts"}}, "rag_sft need real questions"),
         ({"data": {"source": "facts"}, "arms": ["dro"], "model": {"base": "x"}}, "model.base is for real questions"),
     ],
@@ -445,12 +461,24 @@ def test_contradictions_are_named(data: Path, change: dict[str, Any], message: s
         build(Config, small.values(data, **change))
 
 
-def test_language_models_are_asked_once_a_context(data: Path, runs: dict[str, Path]) -> None:
-    whole = comparison(data, runs, "language")
-    networks = whole.source.open(whole.standing("dro", 0))
-    assert isinstance(networks, LanguageNetworks)
-    assert isinstance(networks.selector, Selector) and isinstance(networks.generator, Generator)
-    (judged,) = networks.judge("train", [0], [[[1, 2], [3, 0], [1, 2]]])
-    assert judged.log_lik[0] == judged.log_lik[2] != judged.log_lik[1]
-    assert judged.tokens == 2  # the city and the end of turn
-    assert isinstance(whole.source.task("selector", "train", Path("x"), None, 0), LanguageTask)
+def test_language_models_read_a_context_once(
+    data: Path, runs: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    networks, prompts = networks_of(data, runs, "language"), []
+    log_probs = CausalModel.log_probs
+
+    def spy(self: CausalModel, asked: Any, *rest: Any) -> Any:
+        prompts.extend(asked)
+        return log_probs(self, asked, *rest)
+
+    monkeypatch.setattr(CausalModel, "log_probs", spy)
+    (scores,) = networks.generator.score(of_split(networks, "train", [0]), [[[1, 2], [3, 0], [1, 2]]])
+    assert len(prompts) == 2
+    assert scores.log_lik[0] == scores.log_lik[2] != scores.log_lik[1]
+    assert scores.answer_tokens == 2  # the city and the end of turn
+
+
+def test_a_generators_arm_is_reported_with_the_metric_that_judges_it(data: Path, tmp_path: Path) -> None:
+    changed = {"arms": ["dro", "rag_sft"], "alternation": {"monitor": "dev_hit@1"}}
+    report = json.loads((small.run_in(tmp_path / "run", small.values(data, **changed)) / "report.json").read_text())
+    assert "rag_sft: its best iteration is chosen by dev_f1, since it trains no selector" in report["notes"]

@@ -1,1 +1,1 @@
-"""Synthetic worlds: generated facts, passages and questions."""
+"""Synthetic worlds: generated data of which it is known what can be learned."""

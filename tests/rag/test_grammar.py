@@ -11,8 +11,8 @@ import transformers
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
 from mobula.models.causal import CausalModel
-from mobula.rag.dro.language.lists import AmbiguousIds, Grammar, Walk, draw, labels, longest
-from mobula.rag.dro.language.training import Target, collated, target_log_probs
+from mobula.models.constrained import Target, collate, target_log_probs
+from mobula.rag.permutations import AmbiguousIds, Grammar, Walk, labels, sample_lists
 
 
 def by_characters(characters: str) -> transformers.PreTrainedTokenizerFast:
@@ -35,12 +35,12 @@ def model() -> CausalModel:
     return CausalModel(transformers.LlamaForCausalLM(config), tokenizer, "tiny")
 
 
-def scored(model: CausalModel, grammar: Grammar, n: int, orders: list[list[int]]) -> torch.Tensor:
+def scored(model: CausalModel, grammar: Grammar, n: int, permutations: list[list[int]]) -> torch.Tensor:
     """log p f32[R] of lists, teacher-forced in one batch."""
     prompt = model.encode("which?")
-    targets = [Target(prompt, grammar.tokens(o), [a for _, a in grammar.steps(o, n)], 1.0) for o in orders]
+    targets = [Target(prompt, grammar.tokens(o), [a for _, a in grammar.steps(o, n)], 1.0) for o in permutations]
     with torch.inference_mode():
-        return target_log_probs(model.network, collated(targets)).sum(1)
+        return target_log_probs(model.network, collate(targets)).sum(1)
 
 
 def numbered(model: CausalModel, n: int, k: int, skipped: int = 0) -> Grammar:
@@ -52,44 +52,44 @@ def numbered(model: CausalModel, n: int, k: int, skipped: int = 0) -> Grammar:
 def test_all_lists_together_have_probability_one(model: CausalModel) -> None:
     grammar = numbered(model, 4, 2, skipped=7)  # passages 8, 9, 10 and 11
     assert [len(part) for part in grammar.first] == [3, 3, 4, 4]
-    orders = [list(order) for order in itertools.permutations(range(4), 2)]
-    assert float(scored(model, grammar, 4, orders).double().exp().sum()) == pytest.approx(1, abs=1e-5)
+    permutations = [list(permutation) for permutation in itertools.permutations(range(4), 2)]
+    assert float(scored(model, grammar, 4, permutations).double().exp().sum()) == pytest.approx(1, abs=1e-5)
 
 
 def test_lists_have_the_probability_that_they_are_drawn_with(model: CausalModel) -> None:
     grammar, prompt = numbered(model, 4, 2, skipped=7), model.encode("which?")
-    uniform = np.random.default_rng(0).random((400, longest(grammar)))
-    walks = draw(model, prompt, grammar, 4, uniform)
-    orders = [walk.order for walk in walks]
-    assert all(len(set(order)) == 2 for order in orders)
+    uniform = np.random.default_rng(0).random((400, grammar.longest))
+    walks = sample_lists(model, prompt, grammar, 4, uniform)
+    permutations = [walk.permutation for walk in walks]
+    assert all(len(set(permutation)) == 2 for permutation in permutations)
     drawn = torch.tensor([sum(walk.log_probs) for walk in walks])
-    torch.testing.assert_close(drawn.float(), scored(model, grammar, 4, orders), atol=1e-4, rtol=1e-4)
-    likely = max(map(tuple, orders), key=lambda order: orders.count(list(order)))
-    share = orders.count(list(likely)) / len(orders)
+    torch.testing.assert_close(drawn.float(), scored(model, grammar, 4, permutations), atol=1e-4, rtol=1e-4)
+    likely = max(map(tuple, permutations), key=lambda permutation: permutations.count(list(permutation)))
+    share = permutations.count(list(likely)) / len(permutations)
     assert share == pytest.approx(float(scored(model, grammar, 4, [list(likely)]).exp()), abs=0.1)
 
 
 def test_a_list_does_not_depend_on_those_beside_it(model: CausalModel) -> None:
     grammar, prompt = numbered(model, 5, 3), model.encode("which?")
-    uniform = np.random.default_rng(1).random((6, longest(grammar)))
-    together = draw(model, prompt, grammar, 5, uniform)
-    alone = [draw(model, prompt, grammar, 5, row[None])[0].order for row in uniform]
-    assert [walk.order for walk in together] == alone
+    uniform = np.random.default_rng(1).random((6, grammar.longest))
+    together = sample_lists(model, prompt, grammar, 5, uniform)
+    alone = [sample_lists(model, prompt, grammar, 5, row[None])[0].permutation for row in uniform]
+    assert [walk.permutation for walk in together] == alone
 
 
 def test_the_greedy_list_is_greedy_token_by_token(model: CausalModel) -> None:
     grammar = numbered(model, 4, 1, skipped=7)
-    (walk,) = draw(model, model.encode("which?"), grammar, 4, None)
+    (walk,) = sample_lists(model, model.encode("which?"), grammar, 4, None)
     firsts = scored(model, grammar, 4, [[place] for place in range(4)]).exp()
     # 10 and 11 share their first digit, so together they may beat a number that is likelier than each.
     groups = [float(firsts[0]), float(firsts[1]), float(firsts[2] + firsts[3])]
-    assert min(walk.order[0], 2) == int(np.argmax(groups))
+    assert min(walk.permutation[0], 2) == int(np.argmax(groups))
 
 
 def test_lists_are_as_long_as_there_are_passages(model: CausalModel) -> None:
     grammar = numbered(model, 5, 4)
-    (walk,) = draw(model, model.encode("which?"), grammar, 2, None)
-    assert sorted(walk.order) == [0, 1]
+    (walk,) = sample_lists(model, model.encode("which?"), grammar, 2, None)
+    assert sorted(walk.permutation) == [0, 1]
 
 
 def test_a_list_reads_as_it_is_written(model: CausalModel) -> None:
@@ -119,5 +119,5 @@ def test_labels() -> None:
 
 def test_letters_are_drawn_as_numbers_are(model: CausalModel) -> None:
     grammar = Grammar.of(model, "letters", 5, 2)
-    orders = [list(order) for order in itertools.permutations(range(5), 2)]
-    assert float(scored(model, grammar, 5, orders).double().exp().sum()) == pytest.approx(1, abs=1e-5)
+    permutations = [list(permutation) for permutation in itertools.permutations(range(5), 2)]
+    assert float(scored(model, grammar, 5, permutations).double().exp().sum()) == pytest.approx(1, abs=1e-5)

@@ -1,4 +1,4 @@
-"""The prompts of selector and generator. Every passage of either stands in one line, made by one function."""
+"""Prompts of a list-wise selector and of a generator; every passage of either stands in one line, made alike."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from mobula.data.records import Document
 from mobula.errors import MobulaError
 from mobula.models.causal import CausalModel
-from mobula.rag.dro.language.lists import labels
+from mobula.rag.permutations import labels
 
 SELECT = (
     "Question: {question}\nThese {n} passages were retrieved for it, each with a label in brackets:\n{passages}\n"
@@ -24,11 +24,6 @@ CLOSED_BOOK = "Reply with the answer only, as briefly as possible.\nQuestion: {q
 
 class RowTooLong(MobulaError):
     """A prompt that does not fit the model."""
-
-
-def line(label: str, document: Document) -> str:
-    """A passage in a prompt."""
-    return f"[{label}] {document.title}: {document.text}"
 
 
 class Prompts:
@@ -75,3 +70,8 @@ class Prompts:
                 "model.passage_tokens or retrieve.candidates smaller"
             )
         return ids
+
+
+def line(label: str, document: Document) -> str:
+    """A passage in a prompt."""
+    return f"[{label}] {document.title}: {document.text}"

@@ -14,26 +14,26 @@ from mobula.errors import DataError
 from mobula.rag.candidates import (
     RETRIEVER_ERROR,
     TOO_FEW,
-    Asked,
     Candidates,
+    Request,
     RetrieveConfig,
     divided,
-    gathered,
     prepare,
+    retrieve,
 )
-from mobula.rag.dro.asked import chosen, labelled, measured
 from mobula.rag.search import Hit, Retrying, SearchFailed
+from mobula.rag.selections import labelled, measured, selected
 from tests.rag.dro import small
 
 TEXTS = ["Oslo is in Norway", "Lima is in Peru", "the capital Oslo", "Cairo", "Quito", "Dakar"]
 DOCUMENTS = [Document(f"d{i}", f"t{i}", text) for i, text in enumerate(TEXTS)]
 CANDIDATES = Candidates({}, DOCUMENTS, np.zeros((6, 2), dtype=np.float32))
 # Shown in another order than the retriever's: ranks 3, 1, 2, 4.
-ASKED = Asked("q", "where", ("Oslo",), (), ("d0", "d1", "d2", "d3"), (3, 1, 2, 4))
+REQUEST = Request("q", "where", ("Oslo",), (), ("d0", "d1", "d2", "d3"), (3, 1, 2, 4))
 
 
-def with_support(*support: str) -> Asked:
-    return Asked("q", "where", ("Oslo",), support, ASKED.candidates, ASKED.ranks)
+def with_support(*support: str) -> Request:
+    return Request("q", "where", ("Oslo",), support, REQUEST.candidates, REQUEST.ranks)
 
 
 @pytest.mark.parametrize(
@@ -48,18 +48,17 @@ def with_support(*support: str) -> Asked:
     ],
 )
 def test_selections_without_a_selector(how: str, expected: list[int]) -> None:
-    assert chosen(CANDIDATES, ASKED, how, 2) == expected
+    assert selected(CANDIDATES, REQUEST, how, 2) == expected
 
 
 def test_gold_is_what_the_set_says_or_what_holds_the_answer() -> None:
-    assert CANDIDATES.gold(ASKED) == [True, False, True, False]
+    assert CANDIDATES.gold(REQUEST) == [True, False, True, False]
     assert CANDIDATES.gold(with_support("d1")) == [False, True, False, False]
-    assert chosen(CANDIDATES, with_support("d3"), "gold", 3) == [3, 1, 2]  # filled as the retriever ranks
+    assert selected(CANDIDATES, with_support("d3"), "gold", 3) == [3, 1, 2]  # filled as the retriever ranks
 
 
-def one(asked: Asked, order: list[int], said: str, k: int = 3) -> dict[str, float]:
-    found = measured(CANDIDATES, [asked], [order], [said], k)
-    return {name: float(values[0]) for name, values in found.items()}
+def one(request: Request, permutation: list[int], answer: str, k: int = 3) -> dict[str, Any]:
+    return measured(CANDIDATES, request, permutation, answer, k)
 
 
 def test_hits_recall_and_agreement() -> None:
@@ -67,37 +66,38 @@ def test_hits_recall_and_agreement() -> None:
     assert (found["exact"], found["f1"], found["acc"]) == (1, 1, 1)
     assert (found["hit@1"], found["hit@3"]) == (0, 1)
     assert (found["recall"], found["all_gold"]) == (0.5, 0)
-    assert found["tau"] == 1 and found["chance"] == 0.5
-    assert one(ASKED, [3, 0, 1], "x")["tau"] == -1
-    assert np.isnan(one(ASKED, [1], "x")["recall"])
+    assert found["tau"] == 1 and found["random_hit@1"] == 0.5
+    assert one(REQUEST, [3, 0, 1], "x")["tau"] == -1
+    assert one(REQUEST, [1], "x")["recall"] is None
 
 
 def test_the_retrievers_order_is_measured_by_the_same_function() -> None:
-    found = one(ASKED, chosen(CANDIDATES, ASKED, "retriever", 3), "")
+    found = one(REQUEST, selected(CANDIDATES, REQUEST, "retriever", 3), "")
     assert (found["hit@1"], found["hit@3"], found["tau"]) == (0, 1, 1)
 
 
 def test_no_passage_is_expected_to_hold_yes_or_no() -> None:
-    closed = Asked("q", "is it", ("yes",), (), ASKED.candidates, ASKED.ranks)
+    closed = Request("q", "is it", ("yes",), (), REQUEST.candidates, REQUEST.ranks)
     found = one(closed, [0, 1, 2], "yes")
-    assert found["exact"] == 1 and np.isnan([found["hit@1"], found["hit@3"], found["chance"]]).all()
+    assert found["exact"] == 1
+    assert found["hit@1"] is found["hit@3"] is found["random_hit@1"] is None
 
 
 def test_a_question_without_candidates_counts_as_wrong() -> None:
-    lost = Asked("q", "where", ("Oslo",), ("d0",), (), (), RETRIEVER_ERROR)
+    lost = Request("q", "where", ("Oslo",), ("d0",), (), (), RETRIEVER_ERROR)
     found = one(lost, [], "")
     assert [found[name] for name in ("exact", "f1", "acc", "hit@1", "hit@3", "recall", "all_gold")] == [0] * 7
 
 
 def test_cold_starts_learn_supporting_passages_first_and_skip_what_has_none() -> None:
-    nothing = Asked("p", "who", ("nobody",), (), ASKED.candidates, ASKED.ranks)
-    rows = labelled(CANDIDATES, [nothing, ASKED], "selector", 3, 0)
-    assert rows == [{"query": 1, "orders": [[2, 0, 1]], "weights": [1.0]}]
-    orders = [labelled(CANDIDATES, [ASKED], "generator", 3, seed)[0]["orders"][0] for seed in range(40)]
-    assert all({0, 2} < set(order) for order in orders)
+    nothing = Request("p", "who", ("nobody",), (), REQUEST.candidates, REQUEST.ranks)
+    rows = labelled(CANDIDATES, [nothing, REQUEST], "selector", 3, 0)
+    assert rows == [{"query": 1, "permutations": [[2, 0, 1]], "weights": [1.0]}]
+    permutations = [labelled(CANDIDATES, [REQUEST], "generator", 3, seed)[0]["permutations"][0] for seed in range(40)]
+    assert all({0, 2} < set(z) for z in permutations)
     # Where the supporting passages stand says nothing, and the third one differs.
-    assert {order.index(2) for order in orders} == {0, 1, 2}
-    assert {next(z for z in order if z not in (0, 2)) for order in orders} == {1, 3}
+    assert {z.index(2) for z in permutations} == {0, 1, 2}
+    assert {next(i for i in z if i not in (0, 2)) for z in permutations} == {1, 3}
 
 
 class Fixed:
@@ -117,32 +117,32 @@ class Fixed:
         return DOCUMENTS[int(id[1:])]
 
 
-def gather(texts: dict[str, int], monkeypatch: pytest.MonkeyPatch, **keys: Any) -> list[Asked]:
+def retrieved(texts: dict[str, int], monkeypatch: pytest.MonkeyPatch, **keys: Any) -> list[Request]:
     monkeypatch.setattr("mobula.rag.candidates.BATCH", 1)
     questions = [Question(str(i), text, ("a",), (), passages=("d1", "d3")) for i, text in enumerate([*texts, "lost"])]
     config = RetrieveConfig(candidates=5, choose=2, **keys)
-    return gathered(questions, Retrying(Fixed(texts), retries=0), 6, config, 0)
+    return retrieve(questions, Retrying(Fixed(texts), retries=0), 6, config, 0)
 
 
 def test_failures_of_the_retriever_are_kept_with_a_flag(monkeypatch: pytest.MonkeyPatch) -> None:
-    whole, few, lost = gather({"whole": 6, "few": 1}, monkeypatch)
+    whole, few, lost = retrieved({"whole": 6, "few": 1}, monkeypatch)
     assert (len(whole.candidates), whole.flag) == (5, "")
     assert (few.candidates, few.flag) == ((), TOO_FEW)
     assert (lost.candidates, lost.flag) == ((), RETRIEVER_ERROR)
 
 
 def test_candidates_are_shuffled_by_question_or_left_as_ranked(monkeypatch: pytest.MonkeyPatch) -> None:
-    shuffled = gather({f"q{i}": 6 for i in range(20)}, monkeypatch)[:-1]
+    shuffled = retrieved({f"q{i}": 6 for i in range(20)}, monkeypatch)[:-1]
     assert {one.ranks.index(1) for one in shuffled} == set(range(5))
     for one in shuffled:
         assert [one.candidates[one.ranks.index(rank)] for rank in range(1, 6)] == [f"d{i}" for i in range(5)]
-    assert gather({"q3": 6}, monkeypatch)[0].ranks == shuffled[3].ranks
-    (plain, _) = gather({"q3": 6}, monkeypatch, order="retriever")
+    assert retrieved({"q3": 6}, monkeypatch)[0].ranks == shuffled[3].ranks
+    (plain, _) = retrieved({"q3": 6}, monkeypatch, order="retriever")
     assert plain.ranks == (1, 2, 3, 4, 5)
 
 
 def test_candidates_may_be_a_questions_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = gather({"q": 6}, monkeypatch, pool="own")[0]
+    found = retrieved({"q": 6}, monkeypatch, pool="own")[0]
     assert sorted(zip(found.ranks, found.candidates, strict=True)) == [(1, "d1"), (2, "d3")]
 
 

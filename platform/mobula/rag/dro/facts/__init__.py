@@ -1,1 +1,0 @@
-"""DRO in a world of generated facts, with every order enumerated."""
