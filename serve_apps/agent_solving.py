@@ -11,7 +11,7 @@ from typing import Any
 
 from mobula import artifacts, methods
 from mobula.agents.language import ProgramError, parse, serialise
-from mobula.agents.moat.library import KIND, Predictor
+from mobula.agents.moat.artifact import KIND, Predictor
 from mobula.agents.sandbox import Limits, Workshop
 from mobula.agents.worlds import Task, read_plan
 from mobula.alternation import seed_of

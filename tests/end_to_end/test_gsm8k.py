@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from mobula import artifacts, methods
-from mobula.agents.moat.library import KIND
+from mobula.agents.moat.artifact import KIND
 from mobula.environment import data_folder
 from mobula.models import pretrained
 from mobula.models.causal import CausalModel, Sampling

@@ -1,7 +1,11 @@
 """Direct preference optimisation of the planner (Rafailov et al. 2023, arXiv 2305.18290, equation 7).
 
-Sums over plan tokens and EOS; the reference is the planner at the start of the iteration, whose log-probabilities are
-computed once, when the pairs are made, and stored with them.
+::
+
+    margin = [log pi(s_w|x) - log pi_ref(s_w|x)] - [log pi(s_l|x) - log pi_ref(s_l|x)]
+    L = mean of -log sigmoid(beta * margin) - lambda * log pi(s_w|x) / |s_w|
+
+log pi is the sum over plan tokens and EOS; pi_ref is the planner at the start of the iteration.
 """
 
 from __future__ import annotations
@@ -19,7 +23,7 @@ from mobula.artifacts import read_jsonl, sha256, write_jsonl
 from mobula.config import digest
 from mobula.models.causal import CausalModel
 from mobula.models.sft import collate, target_log_probs
-from mobula.training.task import Task
+from mobula.training import Task
 
 
 @dataclass(frozen=True)
@@ -39,7 +43,7 @@ def write_preferences(path: Path, preferences: Sequence[Preference]) -> None:
 
 
 def read_preferences(path: Path) -> list[Preference]:
-    """What :func:`write_preferences` wrote."""
+    """Read pairs that :func:`write_preferences` wrote."""
     return [
         Preference(tuple(r["prompt"]), tuple(r["chosen"]), tuple(r["rejected"]), r["ref_chosen"], r["ref_rejected"])
         for r in read_jsonl(path)
@@ -48,7 +52,7 @@ def read_preferences(path: Path) -> list[Preference]:
 
 @dataclass
 class DpoTask(Task):
-    """Tune the model saved in ``start`` on the preferences in ``data``.
+    """Tune the model saved in ``start``, which is the reference as well, on the preferences in ``data``.
 
     ``beta`` is the weight of the pull towards the reference, ``chosen_nll`` (lambda; 0 in the paper) that of the mean
     negative log-likelihood of a chosen plan's token, which keeps chosen plans likely.
@@ -115,7 +119,3 @@ class DpoTask(Task):
             "margin": margin.mean().detach(),
         }
         return loss.mean(), facts
-
-    def evaluate(self, model: nn.Module) -> dict[str, float]:
-        """Nothing: the gate measures the planner on tasks."""
-        return {}
