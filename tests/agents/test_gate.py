@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from mobula.agents.gate import GateConfig, AgentScores, decide, tolerance
+from mobula.agents.gate import AgentScores, GateConfig, decide, tolerance
 
 FAMILIES = ["arith", "kb", "shop"] * 100
 CONFIG = GateConfig()

@@ -413,3 +413,15 @@ def _tokens(line: str) -> Sequence[tuple[str, str]]:
         found.append((kind, match[kind]))
         at = match.end()
     return found
+
+
+def calls_matched(program: str, gold: str | None) -> float | None:
+    """The share of a gold program's calls that a program has at their positions; None without a gold program."""
+    if gold is None:
+        return None
+    calls = [statement for statement in parse(gold) if statement.name != ANSWER]
+    try:
+        written = parse(program)
+    except ProgramError:
+        return 0.0
+    return sum(one == other for one, other in zip(calls, written, strict=False)) / len(calls)

@@ -1,20 +1,19 @@
 """Planner and grounder at work: they propose plans, score them, act on them, and solve tasks from beginning to end.
 
-Workers run on the actors of the pool. Items carry their tasks, rows are JSON, and a row depends on its item and its
-shard's seed alone.
+The functions at the end are jobs of actors (:class:`TaskWorker`): items carry their tasks, rows are JSON, and a row
+depends on its item and its shard's seed alone.
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 
-from mobula.agents.language import ANSWER, ProgramError, execute, parse
+from mobula.agents.language import Tool, calls_matched, execute
 from mobula.agents.moat.candidates import PlanSample, examine, leak
-from mobula.agents.moat.critic import CriticSettings, criticise, judge
+from mobula.agents.moat.critic import CriticSettings, criticise
 from mobula.agents.moat.data import Markers, View, template_of
 from mobula.agents.worlds import Task, World, WorldSet, read_plan
 from mobula.alternation import Row, seed_of
@@ -23,7 +22,8 @@ from mobula.portable import Portable
 from mobula.threads import one_thread
 
 GREEDY = 0.0
-Plans = Sequence[str | None]
+Tasks, Rows, Plans = Sequence[Task], Sequence[Row], Sequence[str | None]
+Job = Callable[["Agents", Tasks, Rows, int], list[Row]]
 
 
 @dataclass(frozen=True)
@@ -60,19 +60,21 @@ class Agents(Portable):
         """The worlds by family."""
         return self.world_set.build()
 
-    def plans(self, tasks: Sequence[Task], sampling: Sampling, seeds: Sequence[int]) -> list[Continuation]:
+    def offered(self, task: Task) -> list[Tool]:
+        """I: the tools of a task."""
+        return self.worlds[task.family].offered(task)
+
+    def plans(self, tasks: Tasks, sampling: Sampling, seeds: Sequence[int]) -> list[Continuation]:
         """s ~ pi_p(. | x), one of every task."""
         model, template = self.planning
         return model.sample([template.plan(task) for task in tasks], sampling, seeds)
 
-    def programs(
-        self, tasks: Sequence[Task], plans: Sequence[str], sampling: Sampling, seeds: Sequence[int]
-    ) -> list[str]:
+    def programs(self, tasks: Tasks, plans: Sequence[str], sampling: Sampling, seeds: Sequence[int]) -> list[str]:
         """a ~ pi_g(. | x, I, s), one for every plan."""
         model = self.grounding[0]
         return [model.decode(c.ids) for c in model.sample(self._prompts(tasks, plans), sampling, seeds)]
 
-    def gold_scores(self, tasks: Sequence[Task], plans: Sequence[str]) -> list[Row]:
+    def gold_scores(self, tasks: Tasks, plans: Sequence[str]) -> list[Row]:
         """nll(s) = -1/|a*| sum_i log pi_g(a*_i | a*_<i, x, I, s): ``nll_sum``, ``nll_mean`` (nats) and ``n_scored``.
 
         a* are the GOLD actions with EOS: all of their tokens are scored, and nothing else.
@@ -85,7 +87,7 @@ class Agents(Portable):
             for total, target in zip(sums, targets, strict=True)
         ]
 
-    def solve(self, tasks: Sequence[Task], plans: Plans, most: Lengths) -> list[tuple[str, str]]:
+    def solve(self, tasks: Tasks, plans: Plans, most: Lengths) -> list[tuple[str, str]]:
         """Greedy plan and program of every task; a plan that is given is not written."""
         own = [i for i, plan in enumerate(plans) if plan is None]
         texts = [plan or "" for plan in plans]
@@ -95,19 +97,16 @@ class Agents(Portable):
         programs = self.programs(tasks, texts, Sampling(most.program, GREEDY), [0] * len(tasks))
         return list(zip(texts, programs, strict=True))
 
-    def _prompts(self, tasks: Sequence[Task], plans: Sequence[str]) -> list[list[int]]:
+    def _prompts(self, tasks: Tasks, plans: Sequence[str]) -> list[list[int]]:
         template = self.grounding[1]
-        return [
-            template.ground(task, plan, self.worlds[task.family].offered(task))
-            for task, plan in zip(tasks, plans, strict=True)
-        ]
+        return [template.ground(task, plan, self.offered(task)) for task, plan in zip(tasks, plans, strict=True)]
 
 
 @dataclass
 class Integrated(Agents):
     """One model that writes plan and program, in place of both agents: ``planner``."""
 
-    def solve(self, tasks: Sequence[Task], plans: Plans, most: Lengths) -> list[tuple[str, str]]:
+    def solve(self, tasks: Tasks, plans: Plans, most: Lengths) -> list[tuple[str, str]]:
         """As :meth:`Agents.solve`; no plan can be given."""
         if any(plan is not None for plan in plans):
             raise ValueError("an integrated agent takes no plan")
@@ -117,134 +116,81 @@ class Integrated(Agents):
 
 
 @dataclass
-class TaskWorker(ABC):
-    """Works on items that carry their tasks, with one thread."""
+class TaskWorker:
+    """Does a job for agents on items that carry their tasks, with one thread; a partial function has its options."""
 
     agents: Agents
+    job: Job
 
-    def process(self, items: Sequence[Row], seed: int) -> Sequence[Row]:
+    def process(self, items: Rows, seed: int) -> Rows:
         """As :class:`mobula.cluster.pool.Worker`."""
         tasks = [Task(**{**item["task"], "tools": tuple(item["task"]["tools"])}) for item in items]
         with one_thread():
-            return self.work(tasks, items, seed)
-
-    @abstractmethod
-    def work(self, tasks: Sequence[Task], items: Sequence[Row], seed: int) -> list[Row]:
-        """The rows that come of the items."""
+            return self.job(self.agents, tasks, items, seed)
 
 
-@dataclass
-class PlanWorker(TaskWorker):
-    """Items ``{task}`` to rows of :class:`.PlanSample`: ``count`` plans a task, examined."""
-
-    count: int
-    sampling: Sampling
-    iteration: int
-
-    def work(self, tasks: Sequence[Task], items: Sequence[Row], seed: int) -> list[Row]:
-        """S_x = {s_1 .. s_K} ~ pi_p(. | x)."""
-        repeated = [task for task in tasks for _ in range(self.count)]
-        seeds = [seed_of(seed, task.id, j) for task in tasks for j in range(self.count)]
-        continuations = iter(self.agents.plans(repeated, self.sampling, seeds))
-        decode, rows = self.agents.planning[0].decode, []
-        for task in tasks:
-            samples = [
-                PlanSample(task.id, self.iteration, j, decode(c.ids), len(c.log_probs), sum(c.log_probs), False, 0.0)
-                for j, c in zip(range(self.count), continuations, strict=False)
-            ]
-            tools = self.agents.worlds[task.family].offered(task)
-            rows += [asdict(sample) for sample in examine(samples, task, tools)]
-        return rows
+def propose(agents: Agents, tasks: Tasks, items: Rows, seed: int, *, samples: int, sampling: Sampling) -> list[Row]:
+    """S_x = {s_1 .. s_K} ~ pi_p(. | x): items ``{task}`` to rows of :class:`.PlanSample`, K a task, examined."""
+    repeated = [task for task in tasks for _ in range(samples)]
+    seeds = [seed_of(seed, task.id, j) for task in tasks for j in range(samples)]
+    plans = iter(agents.plans(repeated, sampling, seeds))
+    decode, rows = agents.planning[0].decode, []
+    for task in tasks:
+        drawn = [(j, next(plans)) for j in range(samples)]
+        candidates = [PlanSample(task.id, j, decode(c.ids), len(c.log_probs), sum(c.log_probs)) for j, c in drawn]
+        rows += [asdict(sample) for sample in examine(candidates, task, agents.offered(task))]
+    return rows
 
 
-@dataclass
-class ScoreWorker(TaskWorker):
-    """Items ``{task, j, text}`` to rows ``{task_id, j, nll_mean, nll_sum, n_scored}``; nothing is drawn."""
-
-    def work(self, tasks: Sequence[Task], items: Sequence[Row], seed: int) -> list[Row]:
-        """nll(s) of every candidate."""
-        scores = self.agents.gold_scores(tasks, [item["text"] for item in items])
-        return [{"task_id": t.id, "j": i["j"], **s} for t, i, s in zip(tasks, items, scores, strict=True)]
+def score(agents: Agents, tasks: Tasks, items: Rows, seed: int) -> list[Row]:
+    """nll(s): items ``{task, j, text}`` to rows ``{task_id, j, nll_mean, nll_sum, n_scored}``; nothing is drawn."""
+    scores = agents.gold_scores(tasks, [item["text"] for item in items])
+    return [{"task_id": t.id, "j": i["j"], **s} for t, i, s in zip(tasks, items, scores, strict=True)]
 
 
-@dataclass
-class ProbeWorker(TaskWorker):
-    """Items ``{task, seed}`` to rows of one plan each, and the gold actions' score; ``nll_gold``: after the gold plan.
+def probe(agents: Agents, tasks: Tasks, items: Rows, seed: int, *, sampling: Sampling) -> list[Row]:
+    """-J by task: items ``{task, seed}`` to rows of one plan each, and the gold actions' score after it.
 
-    Plans are drawn with the items' own seeds and not the shard's, so that all stages draw alike.
+    ``nll_gold``: their score after the gold plan. Plans are drawn with the items' own seeds and not the shard's, so
+    that all stages draw alike.
     """
-
-    sampling: Sampling
-
-    def work(self, tasks: Sequence[Task], items: Sequence[Row], seed: int) -> list[Row]:
-        """-J, task by task."""
-        continuations = self.agents.plans(tasks, self.sampling, [item["seed"] for item in items])
-        plans = [self.agents.planning[0].decode(c.ids) for c in continuations]
-        scores = self.agents.gold_scores(tasks, plans)
-        gold = self.agents.gold_scores(tasks, [str(task.gold_plan) for task in tasks])
-        rows = []
-        for task, plan, score, best in zip(tasks, plans, scores, gold, strict=True):
-            leaks = leak(plan, task, self.agents.worlds[task.family].offered(task)) == 1.0
-            facts = {"leaks": leaks, "parsed": read_plan(plan) is not None, "nll_gold": best["nll_mean"]}
-            rows.append({"task_id": task.id, "plan": plan, **score, **facts})
-        return rows
+    continuations = agents.plans(tasks, sampling, [item["seed"] for item in items])
+    plans = [agents.planning[0].decode(c.ids) for c in continuations]
+    scores, gold = agents.gold_scores(tasks, plans), agents.gold_scores(tasks, [str(t.gold_plan) for t in tasks])
+    rows = []
+    for task, plan, scored, best in zip(tasks, plans, scores, gold, strict=True):
+        leaks, parsed = leak(plan, task, agents.offered(task)) == 1.0, read_plan(plan) is not None
+        facts = {"leaks": leaks, "parsed": parsed, "nll_gold": best["nll_mean"]}
+        rows.append({"task_id": task.id, "plan": plan, **scored, **facts})
+    return rows
 
 
-@dataclass
-class GroundWorker(TaskWorker):
-    """Items ``{task, j, text}`` to rows of :class:`.Grounding`: a program for the plan, run and criticised."""
-
-    sampling: Sampling
-    critic: CriticSettings
-
-    def work(self, tasks: Sequence[Task], items: Sequence[Row], seed: int) -> list[Row]:
-        """a' ~ pi_g(. | x, I, s'), accepted, corrected or dropped."""
-        plans = [item["text"] for item in items]
-        seeds = [seed_of(seed, task.id, item["j"]) for task, item in zip(tasks, items, strict=True)]
-        programs = self.agents.programs(tasks, plans, self.sampling, seeds)
-        rows = []
-        for item, task, plan, program in zip(items, tasks, plans, programs, strict=True):
-            world = self.agents.worlds[task.family]
-            critic = judge(self.critic, world)
-            rows.append(asdict(criticise(self.critic, critic, world, task, item["j"], plan, program)))
-        return rows
+def ground(
+    agents: Agents, tasks: Tasks, items: Rows, seed: int, *, sampling: Sampling, critic: CriticSettings
+) -> list[Row]:
+    """a' ~ pi_g(. | x, I, s'), run and criticised: items ``{task, j, text}`` to rows of :class:`.Grounding`."""
+    seeds = [seed_of(seed, task.id, item["j"]) for task, item in zip(tasks, items, strict=True)]
+    programs = agents.programs(tasks, [item["text"] for item in items], sampling, seeds)
+    return [
+        asdict(criticise(critic, agents.worlds[task.family], task, item["j"], item["text"], program))
+        for item, task, program in zip(items, tasks, programs, strict=True)
+    ]
 
 
-@dataclass
-class SolveWorker(TaskWorker):
-    """Items ``{task}``, perhaps with a given ``plan``, to rows of their success, greedily and free-running.
+def solve(agents: Agents, tasks: Tasks, items: Rows, seed: int, *, most: Lengths) -> list[Row]:
+    """Planner, grounder, executor, greedily and free-running: items ``{task}``, perhaps with a given ``plan``.
 
     Nothing but the task's words, the plan and the tools reaches an agent; gold is used to score afterwards.
     """
-
-    most: Lengths
-
-    def work(self, tasks: Sequence[Task], items: Sequence[Row], seed: int) -> list[Row]:
-        """Planner, grounder, executor; nothing is drawn."""
-        solved = self.agents.solve(tasks, [item.get("plan") for item in items], self.most)
-        rows: list[Row] = []
-        for task, (plan, program) in zip(tasks, solved, strict=True):
-            world = self.agents.worlds[task.family]
-            done = execute(program, world.tools())
-            reward = world.reward(task, done)
-            rows.append(
-                {"task_id": task.id, "family": task.family, "plan": plan, "program": program, "status": done.status,
-                 "reward": reward, "success": float(reward == 1), "valid": world.valid(plan),
-                 "calls": calls_matched(program, task)}
-            )  # fmt: skip
-        return rows
-
-
-def calls_matched(program: str, task: Task) -> float | None:
-    """The share of the gold calls that a program has at their positions, written as the language writes them.
-
-    None for a task without gold actions.
-    """
-    if task.gold_actions is None:
-        return None
-    gold = [statement for statement in parse(task.gold_actions) if statement.name != ANSWER]
-    try:
-        written = parse(program)
-    except ProgramError:
-        return 0.0
-    return sum(one == other for one, other in zip(gold, written, strict=False)) / len(gold)
+    solved = agents.solve(tasks, [item.get("plan") for item in items], most)
+    rows: list[Row] = []
+    for task, (plan, program) in zip(tasks, solved, strict=True):
+        world = agents.worlds[task.family]
+        done = execute(program, world.tools())
+        reward = world.reward(task, done)
+        rows.append(
+            {"task_id": task.id, "family": task.family, "plan": plan, "program": program, "status": done.status,
+             "reward": reward, "success": float(reward == 1), "valid": world.valid(plan),
+             "calls": calls_matched(program, task.gold_actions)}
+        )  # fmt: skip
+    return rows

@@ -20,13 +20,12 @@ class PlanSample:
     """
 
     task_id: str
-    iteration: int
     j: int
     text: str
     tokens: int
     sum_logprob: float
-    parsed: bool
-    leak: float
+    parsed: bool = False
+    leak: float = 0.0
     duplicate_of: int | None = None
 
     def usable(self, most_leak: float) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from mobula.agents.gate import GateConfig
 from mobula.agents.worlds import SOURCES, WorldSet
@@ -134,20 +134,9 @@ class MoatConfig:
         return []
 
 
-def _sft() -> TrainingConfig:
-    return TrainingConfig(steps=350, batch=32, lr=2e-3, schedule="cosine")
-
-
-def _dpo() -> TrainingConfig:
-    return TrainingConfig(steps=120, batch=32, lr=1e-4)
-
-
-def _grounder_sft() -> TrainingConfig:
-    return TrainingConfig(steps=120, batch=32, lr=5e-4)
-
-
-def _budget_matched() -> TrainingConfig:
-    return TrainingConfig(steps=1, batch=32, lr=5e-4)
+def _training(**defaults: Any) -> TrainingConfig:
+    """A section with defaults of its own."""
+    return section(lambda: TrainingConfig(batch=32, **defaults))  # type: ignore[arg-type]
 
 
 @dataclass
@@ -164,12 +153,12 @@ class Config(StudyConfig):
     moat: MoatConfig = section(MoatConfig)
     gate: GateConfig = section(GateConfig)
     alternation: AlternationConfig = section(AlternationConfig)
-    # How the agents are trained apart, what all arms start from.
-    sft: TrainingConfig = section(_sft)  # type: ignore[arg-type]
-    dpo: TrainingConfig = section(_dpo)  # type: ignore[arg-type]
-    grounder_sft: TrainingConfig = section(_grounder_sft)  # type: ignore[arg-type]
+    # How the agents are trained apart, before any arm.
+    sft: TrainingConfig = _training(steps=350, lr=2e-3, schedule="cosine")
+    dpo: TrainingConfig = _training(steps=120, lr=1e-4)
+    grounder_sft: TrainingConfig = _training(steps=120, lr=5e-4)
     # How arms are trained that spend as much as another one; `steps` follows from that.
-    budget_matched: TrainingConfig = section(_budget_matched)  # type: ignore[arg-type]
+    budget_matched: TrainingConfig = _training(steps=1, lr=5e-4)
     rates: dict[str, float] = key({}, "learning rate of a budget-matched arm if not budget_matched.lr, by arm")
 
     def iterations(self, arm: str) -> int:

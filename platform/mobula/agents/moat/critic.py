@@ -102,7 +102,7 @@ def canary_rate(settings: CriticSettings, worlds: Mapping[str, World], tasks: Se
         world, program = worlds[task.family], str(other.gold_actions)
         if world.reward(task, execute(program, world.tools())) == 1:
             continue
-        grounding = criticise(settings, judge(settings, world), world, task, 0, "S1: do it", program)
+        grounding = criticise(settings, world, task, 0, "S1: do it", program)
         bad += 1
         accepted += grounding.verdict == "accept"
     rate = accepted / max(1, bad)
@@ -111,13 +111,11 @@ def canary_rate(settings: CriticSettings, worlds: Mapping[str, World], tasks: Se
     return rate
 
 
-def criticise(
-    settings: CriticSettings, decide: Judge, world: World, task: Task, j: int, plan: str, program: str
-) -> Grounding:
+def criticise(settings: CriticSettings, world: World, task: Task, j: int, plan: str, program: str) -> Grounding:
     """Run a program and let the critic judge it; an exception of the critic drops it."""
     done = execute(program, world.tools())
     try:
-        verdict, correction, reason = decide(task, plan, program, done)
+        verdict, correction, reason = judge(settings, world)(task, plan, program, done)
     except Exception as error:
         verdict, correction, reason = "drop", None, f"the critic failed: {type(error).__name__}: {error}"
     used = {"accept": _canonical(program), "correct": correction, "drop": None}[verdict]

@@ -27,7 +27,7 @@ from pathlib import Path
 import numpy as np
 
 from mobula.agents.moat import baselines
-from mobula.agents.moat.agents import GroundWorker, PlanWorker, ScoreWorker
+from mobula.agents.moat.agents import Job, TaskWorker, ground, propose, score
 from mobula.agents.moat.candidates import PlanSample
 from mobula.agents.moat.config import Arm
 from mobula.agents.moat.critic import CriticSettings, canary_rate
@@ -96,21 +96,24 @@ def _begin(arm: ArmContext, context: Context) -> Row:
 
 def _candidates(arm: ArmContext) -> list[Phase]:
     """Plans, and what the planner's stage needs to know of them."""
-    sample, score = _propose(arm, "sample", arm.config.moat.samples), _score(arm)
-    pair = Step("pair", partial(_pair, arm))
+    sample, pair = _propose(arm, "sample", arm.config.moat.samples), Step("pair", partial(_pair, arm))
+    scores = Sharded("score", partial(_plan_items, arm, "sample", "align"), partial(_worker, arm, score), size=256)
     return {
-        "preferred": [sample, score, pair],
-        "best": [sample, score, pair],
+        "preferred": [sample, scores, pair],
+        "best": [sample, scores, pair],
         "random": [sample, pair],
         "solved": [_canaries(arm), sample, _ground(arm, "sample")],
     }.get(arm.arm.planner, [])
 
 
 def _propose(arm: ArmContext, name: str, samples: int, split: str = "align") -> Phase:
-    def worker(context: Context) -> PlanWorker:
-        return PlanWorker(arm.current_agents(context.history), samples, arm.proposing, context.iteration)
+    job = partial(propose, samples=samples, sampling=arm.proposing)
+    return Sharded(name, lambda context: task_items(arm.data.tasks[split]), partial(_worker, arm, job), size=32)
 
-    return Sharded(name, lambda context: task_items(arm.data.tasks[split]), worker, size=32)
+
+def _worker(arm: ArmContext, job: Job, context: Context) -> TaskWorker:
+    """The current agents at a job."""
+    return TaskWorker(arm.current_agents(context.history), job)
 
 
 def _usable(arm: ArmContext, history: History, phase: str) -> list[PlanSample]:
@@ -122,12 +125,6 @@ def _plan_items(arm: ArmContext, phase: str, split: str, context: Context) -> li
     tasks = arm.data.by_id(split)
     usable = _usable(arm, context.history, phase)
     return [{"task": asdict(tasks[s.task_id]), "j": s.j, "text": s.text} for s in usable]
-
-
-def _score(arm: ArmContext) -> Phase:
-    """The gold actions' likelihood under every usable plan, by the current grounder."""
-    items = partial(_plan_items, arm, "sample", "align")
-    return Sharded("score", items, lambda context: ScoreWorker(arm.current_agents(context.history)), size=256)
 
 
 @dataclass(frozen=True)
@@ -255,8 +252,8 @@ def _ground(arm: ArmContext, plans: str) -> Phase:
 def _programs(
     arm: ArmContext, plans: str, name: str, split: str, sampling: Sampling, critic: Callable[[History], CriticSettings]
 ) -> Phase:
-    def worker(context: Context) -> GroundWorker:
-        return GroundWorker(arm.current_agents(context.history), sampling, critic(context.history))
+    def worker(context: Context) -> TaskWorker:
+        return _worker(arm, partial(ground, sampling=sampling, critic=critic(context.history)), context)
 
     return Sharded(name, partial(_plan_items, arm, plans, split), worker, size=64)
 

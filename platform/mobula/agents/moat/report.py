@@ -10,7 +10,7 @@ import numpy as np
 from mobula.agents.moat.config import ARMS, INDEPENDENT, Config
 from mobula.agents.moat.data import TESTS
 from mobula.agents.moat.moat import stages
-from mobula.agents.moat.stage import Stage, current_checkpoint
+from mobula.agents.moat.stage import current_checkpoint
 from mobula.agents.worlds import SOURCES
 from mobula.alternation import Outcome, best_iteration
 from mobula.evaluation import tables
@@ -56,9 +56,9 @@ def build_report(report: Report, config: Config, results: Results, outcomes: Out
     report.tables["Training, mean of seeds"] = _training(config, outcomes)
     report.notes.extend(_budget_notes(config, outcomes))
     first = outcomes[config.arms[0]]
-    learned = stages(ARMS[config.arms[0]])
-    report.plots["surrogate_by_stage"] = _stages_plot(first, learned, "J_stages", "J", labels["J"])
-    report.plots["success_by_stage"] = _stages_plot(first, learned, "dev_stages", "dev_success", "success on dev")
+    names = [stage.name for stage in stages(ARMS[config.arms[0]])]
+    report.plots["surrogate_by_stage"] = _stages_plot(first, names, "J_stages", "J", labels["J"])
+    report.plots["success_by_stage"] = _stages_plot(first, names, "dev_stages", "dev_success", "success on dev")
     for split in TESTS:
         bars = {label: report.measures.get(f"{label}/{split}") for label in systems}
         report.plots[f"success_{split}"] = tables.bars_plot(bars, f"success, {split} (%)")
@@ -101,29 +101,22 @@ def _budget_notes(config: Config, outcomes: Outcomes) -> Iterator[str]:
 
 
 def _stages_plot(
-    runs: Sequence[Outcome], learned: Sequence[Stage], candidates: str, current: str, label: str
+    runs: Sequence[Outcome], names: Sequence[str], candidates: str, current: str, label: str
 ) -> dict[str, Any]:
-    """What each stage of an arm trained, accepted or not, and the agents that the gate left, mean of seeds."""
+    """What each stage of an arm trained, accepted or not, and the agents that the gate left."""
     trained: dict[int, list[float]] = {}
     kept: dict[int, list[float]] = {}
     for row in (row for run in runs for row in run.rows):
-        last = len(learned) * row["iteration"]
+        last = len(names) * row["iteration"]
         kept.setdefault(last, []).append(row[current])
-        for position, stage in enumerate(learned, last - len(learned) + 1):
-            if stage.name in row.get(candidates, {}):
-                trained.setdefault(position, []).append(row[candidates][stage.name])
-    series = {"trained, accepted or not": _with_spread(trained), "after the gate": _with_spread(kept)}
-    title = f"{len(runs)} seeds, 95 % of their mean"
+        for name, value in row.get(candidates, {}).items():
+            trained.setdefault(last - len(names) + 1 + names.index(name), []).append(value)
+    series = {
+        name: [(stage, float(np.mean(seeds)), min(seeds), max(seeds)) for stage, seeds in sorted(values.items())]
+        for name, values in (("trained, accepted or not", trained), ("after the gate", kept))
+    }
+    title = f"mean and range of {len(runs)} seeds"
     return {"kind": "line", "x": "stage", "y": label, "title": title, "series": series}
-
-
-def _with_spread(values: Mapping[int, Sequence[float]]) -> list[tuple[float, ...]]:
-    """(stage, mean, low, high)."""
-    points: list[tuple[float, ...]] = []
-    for stage, seeds in sorted(values.items()):
-        spread = 1.96 * float(np.std(seeds, ddof=1)) / np.sqrt(len(seeds)) if len(seeds) > 1 else 0.0
-        points.append((stage, float(np.mean(seeds)), float(np.mean(seeds)) - spread, float(np.mean(seeds)) + spread))
-    return points
 
 
 def _claims(config: Config, results: Results, first: Sequence[Outcome]) -> Iterator[Claim]:
@@ -164,12 +157,7 @@ def _surrogate(config: Config, runs: Sequence[Outcome]) -> Iterator[Claim]:
                 continue
             change = mean_interval(np.array(changes), resamples=config.evaluation.resamples)
             holds: Verdict = "holds" if change.high >= 0 else "does_not_hold"
-            yield Claim(
-                f"C3 {iteration} {stage.name}",
-                f"the surrogate does not fall in stage {stage.name} of iteration {iteration} (interval reaches 0)",
-                change.value,
-                change.low,
-                change.high,
-                change.n,
-                holds if config.evaluation.decisive else "undecided",
-            )
+            verdict = holds if config.evaluation.decisive else "undecided"
+            statement = f"J does not fall in stage {stage.name} of iteration {iteration} (interval reaches 0)"
+            name, bounds = f"C3 {iteration} {stage.name}", (change.low, change.high)
+            yield Claim(name, statement, change.value, *bounds, change.n, verdict)

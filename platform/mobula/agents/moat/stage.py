@@ -17,7 +17,7 @@ from typing import Literal
 import numpy as np
 
 from mobula.agents.gate import AgentScores, GateConfig, decide
-from mobula.agents.moat.agents import Agents, Lengths, ProbeWorker, SolveWorker
+from mobula.agents.moat.agents import Agents, Job, Lengths, TaskWorker, probe, solve
 from mobula.agents.moat.config import Arm, Config
 from mobula.agents.moat.critic import CriticSettings
 from mobula.agents.moat.data import TaskData
@@ -111,21 +111,17 @@ class Checkpoint:
     def read(cls, path: Path) -> Checkpoint:
         """Read one that :meth:`write` wrote."""
         row = json.loads(path.read_text())
-        arrays = (np.array(row["surrogate"]), np.array(row["success"]))
-        scores = AgentScores(*arrays, row["leak_rate"], row["parse_rate"])
         planner, grounder = ((path.parent / row[name]).resolve() for name in ("planner", "grounder"))
-        return cls(planner, grounder, scores, np.array(row["gap"]))
+        arrays = (np.array(row["surrogate"]), np.array(row["success"]))
+        return cls(planner, grounder, AgentScores(*arrays, row["leak_rate"], row["parse_rate"]), np.array(row["gap"]))
 
     def write(self, directory: Path) -> None:
         """Leave it in a phase's directory; paths are relative, so a run can be moved."""
-        row = {
-            **{name: value.tolist() for name, value in asdict(self.scores).items() if isinstance(value, np.ndarray)},
-            "planner": os.path.relpath(self.planner.resolve(), directory.resolve()),
-            "grounder": os.path.relpath(self.grounder.resolve(), directory.resolve()),
-            "leak_rate": self.scores.leak_rate,
-            "parse_rate": self.scores.parse_rate,
-            "gap": self.gap.tolist(),
-        }
+        paths = {"planner": self.planner, "grounder": self.grounder}
+        arrays = {"surrogate": self.scores.surrogate, "success": self.scores.success, "gap": self.gap}
+        row: Row = {name: os.path.relpath(path.resolve(), directory.resolve()) for name, path in paths.items()}
+        row |= {name: values.tolist() for name, values in arrays.items()}
+        row |= {"leak_rate": self.scores.leak_rate, "parse_rate": self.scores.parse_rate}
         write_json(directory / CHECKPOINT, row)
 
 
@@ -238,17 +234,17 @@ def measured(arm: ArmContext, label: str, agents: Callable[[History], tuple[Path
     probes = [{"task": asdict(task), "seed": seed_of(arm.seed, "probe", task.id)} for task in arm.data.tasks["probe"]]
     dev = task_items(arm.data.tasks["dev"])
 
-    def opened(context: Context) -> Agents:
-        found = agents(context.history)
-        assert found is not None
-        return arm.agents(*found)
+    def phase(name: str, rows: list[Row], job: Job) -> Phase:
+        def worker(context: Context) -> TaskWorker:
+            measurable = agents(context.history)
+            assert measurable is not None
+            return TaskWorker(arm.agents(*measurable), job)
 
-    def items(rows: list[Row], context: Context) -> list[Row]:
-        return rows if agents(context.history) is not None else []
+        return Sharded(f"{label}-{name}", lambda c: rows if agents(c.history) else [], worker, size=100)
 
     return [
-        Sharded(f"{label}-probe", partial(items, probes), lambda c: ProbeWorker(opened(c), arm.proposing), size=100),
-        Sharded(f"{label}-dev", partial(items, dev), lambda c: SolveWorker(opened(c), arm.lengths), size=100),
+        phase("probe", probes, partial(probe, sampling=arm.proposing)),
+        phase("dev", dev, partial(solve, most=arm.lengths)),
     ]
 
 

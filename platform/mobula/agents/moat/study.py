@@ -5,13 +5,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 from mobula import alternation
 from mobula.agents.moat import artifact
-from mobula.agents.moat.agents import Agents, Integrated, SolveWorker
+from mobula.agents.moat.agents import Agents, Integrated, TaskWorker, solve
 from mobula.agents.moat.config import ARMS, INDEPENDENT, INTEGRATED, Config
 from mobula.agents.moat.data import TESTS, TaskData
 from mobula.agents.moat.moat import moat_loop, stages
@@ -97,7 +97,7 @@ class Arms(Portable):
 
     def evaluate(self, system: System, seed: int, directory: Path) -> list[Row]:
         """Success, valid plans and exact calls of every test task, each metric under the name of its split."""
-        worker = SolveWorker(self.agents(system, seed), self.independent(seed).lengths)
+        worker = TaskWorker(self.agents(system, seed), partial(solve, most=self.independent(seed).lengths))
         metrics = [f"{name}{split}" for split in TESTS for name in ("", "valid_", "calls_")]
         rows: list[Row] = []
         for split in TESTS:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mobula.agents.moat.preference import DpoTask, Preference, read_preferences, write_preferences
+from mobula.agents.moat.dpo import DpoTask, Preference, read_preferences, write_preferences
 from mobula.models.causal import CausalModel, SmallShape, word_tokenizer
 from mobula.models.sft import target_log_probs
 from mobula.training import TrainingConfig, fit, load_weights
@@ -53,12 +53,12 @@ def test_at_the_start_the_loss_is_ln_2_and_the_gradient_that_of_half_beta(task: 
     assert loss.item() == pytest.approx(math.log(2), abs=1e-5)
     assert float(facts["chosen_shift"]) == pytest.approx(0, abs=1e-4)
     loss.backward()
-    found = [parameter.grad.clone() for parameter in network.parameters() if parameter.grad is not None]
+    gradients = [parameter.grad.clone() for parameter in network.parameters() if parameter.grad is not None]
     network.zero_grad()
     chosen, rejected = target_log_probs(network, batch).chunk(2)
     (-BETA / 2 * (chosen - rejected).mean()).backward()
     wanted = [parameter.grad for parameter in network.parameters() if parameter.grad is not None]
-    for one, other in zip(found, wanted, strict=True):
+    for one, other in zip(gradients, wanted, strict=True):
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-3)
 
 
