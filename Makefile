@@ -32,7 +32,7 @@ demo: setup ## train DiffuGR on the default corpus with two Ray Train workers an
 	@echo "serve it: $(BIN)/mobula serve retriever    then open http://127.0.0.1:8000/console/"
 
 test: setup ## the whole test suite, end-to-end part included
-	$(BIN)/python -m pytest -m "not end_to_end" tests
+	$(BIN)/python -m pytest -m "not end_to_end" -n 2 --dist loadfile tests
 	for part in $(END_TO_END); do $(BIN)/python -m pytest -m end_to_end tests/$$part || exit 1; done
 
 lint: setup ## style, format and import rules

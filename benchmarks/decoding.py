@@ -29,11 +29,12 @@ from mobula.data.records import Query
 from mobula.retrieval.config import Config
 from mobula.retrieval.decoding.corpus import Corpus, top
 from mobula.retrieval.docids.table import DocidTable
-from mobula.retrieval.fitting import docid_task, load_arm, settings_for
-from mobula.retrieval.outcomes import Outcome, Split, System, search_all, time_systems
 from mobula.retrieval.prepare import Material, prepare, sample
+from mobula.retrieval.results import Outcome, Split, Timed, search_all, time_systems
 from mobula.retrieval.retrievers import DocidRetriever
 from mobula.retrieval.search import SearchOptions
+from mobula.retrieval.train_arms import docid_task, load_arm, settings_for
+from mobula.study import System
 from mobula.threads import one_thread
 from mobula.training import fit
 
@@ -44,7 +45,7 @@ CONFIG: dict[str, Any] = {
     "data": {"name": "functions", "max_documents": 1000, "keep": "relevant"},
     "docid": {"levels": 8, "codes": 32},
     "model": {"width": 64, "layers": 2},
-    "views": {"per_document": 20, "queries": 0.3},
+    "pseudo_queries": {"per_document": 20, "real_share": 0.3},
     "training": {"examples": 60_000, "batch": 128, "workers": 0},
 }
 RATE = 4e-3
@@ -91,14 +92,14 @@ def _trained(config: Config, material: Material, index: int, folder: Path) -> Do
     return DocidRetriever(str(arm), model, task.table, inputs, material.encoder)
 
 
-def _systems(diffusion: DocidRetriever, depth: int) -> Iterator[System]:
+def _systems(diffusion: DocidRetriever, depth: int) -> Iterator[Timed[str]]:
     """Diffusion's systems of a depth, cheapest first: one pass is one call, a budget of T steps T and one more."""
     options = SearchOptions(k=depth, pool=max(depth, 100))
-    yield System(f"one_pass k={depth}", diffusion.search, replace(options, decoder="one_pass"))
+    yield Timed(f"one_pass k={depth}", diffusion.search, replace(options, decoder="one_pass"))
     for steps in BUDGETS:
         for decoder in ("match", "match_rerank"):
             name = f"{decoder} T={steps} k={depth}"
-            yield System(name, diffusion.search, replace(options, decoder=decoder, steps=steps))
+            yield Timed(name, diffusion.search, replace(options, decoder=decoder, steps=steps))
 
 
 def _compare(
@@ -110,39 +111,40 @@ def _compare(
     result: dict[str, Any],
 ) -> None:
     """Choose on dev, measure the chosen systems on test, and time them against the twin at the same depth."""
-    beam = System(f"ar beam {depth}", twin.search, SearchOptions(k=depth, decoder="beam", beam=depth), width=depth)
+    beam = Timed(f"ar beam {depth}", twin.search, SearchOptions(k=depth, decoder="beam", beam=depth))
     systems = list(_systems(diffusion, depth))
     documents = len(diffusion.table)
     dev = _measured("dev", splits["dev"], [beam, *systems], documents)
     hits = {name: _hit(outcome) for name, outcome in dev.items()}
-    best = max(systems, key=lambda system: hits[system.name])
-    equal = next((system for system in systems if hits[system.name] >= hits[beam.name]), None)
+    best = max(systems, key=lambda system: hits[system.key])
+    equal = next((system for system in systems if hits[system.key] >= hits[beam.key]), None)
     chosen = {"best": best, **({"equal": equal} if equal else {})}
-    timed = list({system.name: system for system in (beam, *chosen.values())}.values())
+    timed = list({system.key: system for system in (beam, *chosen.values())}.values())
     test = _measured("test", splits["test"], timed, documents)
     ms = time_systems(timed, texts)
     prefix = "ar" if depth == DEPTHS[0] else f"ar{depth}"
     for choice, system in chosen.items():
         suffix = "" if choice == "best" else "_at_equal_hit10"
         result["ratios"][f"{prefix}_over_diffusion_latency{suffix}"] = ratio(
-            ms[beam.name].tolist(), ms[system.name].tolist()
+            ms[beam.key].tolist(), ms[system.key].tolist()
         )
     for system in timed:
-        result["arms"][system.name] = _row(test[system.name], ms[system.name], hits[system.name])
+        result["arms"][system.key] = _row(test[system.key], ms[system.key], hits[system.key])
     result["chosen_on_dev"][f"k={depth}"] = {
-        "twin": beam.name,
-        "best": best.name,
-        "cheapest_not_below_the_twin": equal.name if equal else "none",
+        "twin": beam.key,
+        "best": best.key,
+        "cheapest_not_below_the_twin": equal.key if equal else "none",
         "dev_hit10": {name: round(value, 4) for name, value in hits.items()},
     }
 
 
-def _measured(name: str, queries: list[Query], systems: Sequence[System], documents: int) -> dict[str, Outcome]:
+def _measured(name: str, queries: list[Query], systems: Sequence[Timed[str]], documents: int) -> dict[str, Outcome]:
     split = Split(name, queries, documents, None, RESAMPLES)
     for system in systems:
         found = search_all(system.search, split.texts, system.options)
-        split.record(system.name, found, width=system.width)
-    return split.outcomes
+        width = system.options.beam if system.options.decoder == "beam" else None
+        split.record(System(system.key), found, width=width)
+    return {system.key: split.outcome(System(system.key)) for system in systems}
 
 
 def _hit(outcome: Outcome) -> float:
@@ -172,7 +174,7 @@ def _one_pass(diffusion: DocidRetriever, texts: Sequence[str]) -> dict[str, floa
     large = DocidTable(table.space, codes, ids, np.ones(LARGE, bool), table.sizes)
     crowd = DocidRetriever(diffusion.name, diffusion.model, large, diffusion.inputs, diffusion.encoder)
     options = SearchOptions(k=10, decoder="one_pass")
-    systems = [System("large", crowd.search, options), System("small", diffusion.search, options)]
+    systems = [Timed("large", crowd.search, options), Timed("small", diffusion.search, options)]
     ms = time_systems(systems, texts)
     p50, p95 = np.percentile(ms["large"], [50, 95])
     return {

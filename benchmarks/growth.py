@@ -28,8 +28,7 @@ from mobula.retrieval.dynamic.fitting import fit_systems
 from mobula.retrieval.dynamic.follow import by_itself
 from mobula.retrieval.dynamic.prepare import Sessions
 from mobula.retrieval.dynamic.systems import systems
-from mobula.retrieval.outcomes import System as Timed
-from mobula.retrieval.outcomes import time_systems
+from mobula.retrieval.results import Timed, time_systems
 from mobula.retrieval.search import Retriever, SearchOptions
 from mobula.threads import one_thread
 
@@ -45,7 +44,7 @@ CONFIG: dict[str, Any] = {
     "data": {"name": "functions"},
     "docid": {"levels": 4, "codes": 32},
     "model": {"width": 64, "layers": 2},
-    "views": {"per_document": 5, "queries": 0.3},
+    "pseudo_queries": {"per_document": 5, "real_share": 0.3},
     "training": {"examples": 5_000, "batch": 128, "workers": 0},
     "evaluation": {"beam": 10, "dev_queries": 20},
     "ngram": {"dev_queries": 5},

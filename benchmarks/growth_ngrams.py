@@ -25,8 +25,8 @@ import torch
 from benchmarks.measuring import ratio
 from mobula.data import DataConfig, load_retrieval
 from mobula.retrieval.build import ModelConfig
-from mobula.retrieval.config import ViewsConfig
-from mobula.retrieval.decoding.calls import encode
+from mobula.retrieval.config import PseudoQueriesConfig
+from mobula.retrieval.decoding.batched_calls import encode
 from mobula.retrieval.network import Memory
 from mobula.retrieval.ngrams.config import NgramConfig
 from mobula.retrieval.ngrams.generate import NONE, generate
@@ -58,7 +58,7 @@ def run(documents: int = 1000, queries: int = 160) -> dict[str, Any]:
             data.queries["train"],
             data.queries["dev"],
             config=config,
-            views=ViewsConfig(),
+            pseudo_queries=PseudoQueriesConfig(),
             model=ModelConfig(width=64),
             seed=0,
         )

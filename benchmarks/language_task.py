@@ -9,6 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from mobula.training import Task
+
 LENGTH = 128
 EXAMPLES = 2000
 
@@ -27,7 +29,7 @@ def windows() -> Tensor:
 
 
 @dataclass
-class LanguageTask:
+class LanguageTask(Task):
     """Next-byte prediction with a GPT-2 of 4 layers, width 256 (3.3M weights), without dropout."""
 
     examples: int = EXAMPLES
@@ -46,12 +48,6 @@ class LanguageTask:
 
     def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor | float]]:
         return model(input_ids=batch["input_ids"], labels=batch["input_ids"]).loss, {}
-
-    def evaluate(self, model: nn.Module) -> dict[str, float]:
-        return {}
-
-    def check(self, metrics: dict[str, float], step: int, steps: int) -> None:
-        """No metric of this task is a reason to stop."""
 
     def identity(self) -> str:
         return "gpt2-4x256-stdlib"

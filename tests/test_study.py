@@ -103,6 +103,17 @@ def test_curves_end_where_a_seed_ends_and_tables_where_all_do(tmp_path: Path) ->
     assert tables.iterations(results.curves, ["none"])[1:] == []
 
 
+def test_examples_of_one_cluster_are_resampled_together(tmp_path: Path) -> None:
+    results = executed(tmp_path, Arms())
+    pairs = {
+        s: [[{**row, "cluster": i // 10} for i, row in enumerate(run)] for run in runs]
+        for s, runs in results.rows.items()
+    }
+    clustered = Results(results.config, pairs, results.curves)
+    one, other = results.measure("ours", "score"), clustered.measure("ours", "score")
+    assert one.value == other.value and other.high - other.low > 1.2 * (one.high - one.low)
+
+
 def test_the_report_has_every_system_metric_and_stratum(tmp_path: Path) -> None:
     results, report = executed(tmp_path, Arms()), Report("toy", "toy", 0, "0")
     results.report(report, {"score": "score, per cent", "rare": "rare"}, {"dev": "dev score"})

@@ -18,7 +18,7 @@ CONFIG: dict[str, Any] = {
     "data": {"name": "functions", "max_documents": 150},
     "docid": {"levels": 4, "codes": 8, "min_entropy": 0.0},
     "model": {"width": 32, "layers": 1, "query_len": 16},
-    "views": {"per_document": 6},
+    "pseudo_queries": {"per_document": 6},
     "learning_rates": {"diffusion": [1e-2], "autoregressive": [1e-2], "classifier": [1e-2]},
     "training": {"steps": 40, "batch": 64, "workers": 0},
     "evaluation": {

@@ -305,15 +305,16 @@ def artifact_verify(directory: Path) -> None:
 @click.argument("name")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON alone.")
 def benchmark(name: str, as_json: bool) -> None:
-    """Run a side-by-side measurement of benchmarks/ (training, startup, decoding, serving, growth, rollouts)."""
+    """Run a measurement of benchmarks/ (training, startup, decoding, serving, growth, rollouts, coverage)."""
     from mobula.running import run_benchmark
 
     result = run_benchmark(name)
     if as_json:
         click.echo(json.dumps(result))
         return
-    rows = [[key, f"{r['value']:.3f}", f"[{r['low']:.3f}, {r['high']:.3f}]"] for key, r in result["ratios"].items()]
-    table(f"Benchmark {name}", [["ratio", "value", "95 % interval"], *rows])
+    if ratios := result.get("ratios"):
+        rows = [[key, f"{r['value']:.3f}", f"[{r['low']:.3f}, {r['high']:.3f}]"] for key, r in ratios.items()]
+        table(f"Benchmark {name}", [["ratio", "value", "95 % interval"], *rows])
     rest = {key: value for key, value in result.items() if key not in ("name", "ratios")}
     click.echo(json.dumps(rest, indent=2))
 

@@ -61,17 +61,24 @@ class ExperimentConfig:
 
 @dataclass(frozen=True)
 class Measure:
-    """A measured value with its 95 % interval over n units (queries unless the name says otherwise)."""
+    """A measured value with its 95 % interval over n units (queries unless the name says otherwise).
+
+    ``seeds`` are the values seed by seed, where there are several.
+    """
 
     value: float
     low: float
     high: float
     n: int
+    seeds: list[float] | None = None
 
 
 @dataclass(frozen=True)
 class Claim:
-    """A named comparison: its effect with a 95 % interval over n paired units, and what follows from it."""
+    """A named comparison: its effect with a 95 % interval over n paired units, and what follows from it.
+
+    ``p`` is the two-sided p-value of what is claimed, adjusted where it was one of a family.
+    """
 
     name: str
     statement: str
@@ -80,6 +87,7 @@ class Claim:
     high: float
     n: int
     verdict: Verdict
+    p: float | None = None
 
 
 @dataclass(frozen=True)
@@ -113,8 +121,13 @@ class Report:
     plots: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
-        """As written to report.json."""
-        return asdict(self)
+        """As written to report.json: without the fields that a measure or a claim does not have."""
+        written = asdict(self)
+        for row in (*written["measures"].values(), *written["claims"]):
+            for name in ("seeds", "p"):
+                if name in row and row[name] is None:
+                    del row[name]
+        return written
 
 
 class Run:

@@ -7,7 +7,7 @@ at a time, results on disk, and everything that a report says of values f[S, Q] 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -101,7 +101,8 @@ class Study:
 
     ``train(arm, seed, directory)`` leaves its results in the directory of its seed and arm and, called again, finds
     them there. ``evaluate(system, seed, directory)`` gives a row for every test example, in the same order for all:
-    ``{query, stratum?, metric: number or null}``; ``directory`` is that of the seed. ``curve(arm, seed)`` gives the
+    ``{query, stratum?, cluster?, metric: number or null}``; rows of one ``cluster`` (one query asked several times) are
+    resampled together; ``directory`` is that of the seed. ``curve(arm, seed)`` gives the
     rows of metrics by iteration of ``alternating`` arms. All three are picklable: bound methods of a small dataclass.
     """
 
@@ -186,16 +187,20 @@ class Results:
 
     def measure(self, system: str | System, metric: str, stratum: str = "") -> Measure | None:
         """The mean of a metric with its interval; None where no test example has it."""
-        values = self.values(system, metric, stratum)
-        return mean_interval(values, resamples=self.config.evaluation.resamples) if values.size else None
+        kept = self._applicable(system, metric, stratum)
+        if not kept:
+            return None
+        values, resamples = self._values(system, metric, kept), self.config.evaluation.resamples
+        return mean_interval(values, resamples=resamples, clusters=self._clusters(system, kept))
 
     def difference(self, a: str | System, b: str | System, metric: str, stratum: str = "") -> Measure | None:
         """The mean of a - b over the test examples for which both have the metric, paired, with its interval."""
-        kept = sorted(set(self._applicable(a, metric, stratum)) & set(self._applicable(b, metric, stratum)))
+        kept = self._shared(a, b, metric, stratum)
         if not kept:
             return None
         one, other = (self._values(system, metric, kept) for system in (a, b))
-        return paired_difference(one, other, resamples=self.config.evaluation.resamples)
+        resamples = self.config.evaluation.resamples
+        return paired_difference(one, other, resamples=resamples, clusters=self._clusters(a, kept))
 
     def claim(
         self,
@@ -209,14 +214,26 @@ class Results:
         margin: float = 0.0,
     ) -> Claim:
         """The claim that a exceeds b in a metric, as :func:`mobula.evaluation.claims.compare`."""
-        one, other = (self.values(system, metric, stratum) for system in (a, b))
-        return self.compare(name, statement, one, other, margin=margin)
+        kept = self._shared(a, b, metric, stratum)
+        one, other = (self._values(system, metric, kept) for system in (a, b))
+        return self.compare(name, statement, one, other, margin=margin, clusters=self._clusters(a, kept))
 
-    def compare(self, name: str, statement: str, a: np.ndarray, b: np.ndarray, *, margin: float = 0.0) -> Claim:
+    def compare(
+        self,
+        name: str,
+        statement: str,
+        a: np.ndarray,
+        b: np.ndarray,
+        *,
+        margin: float = 0.0,
+        clusters: Sequence[Hashable] | None = None,
+    ) -> Claim:
         """A claim on values of any kind f[S, Q], as decisive as the run is."""
         how = self.config.evaluation
         resamples, decisive = how.resamples, how.decisive
-        return claims.compare(name, statement, a, b, margin=margin, decisive=decisive, resamples=resamples)
+        return claims.compare(
+            name, statement, a, b, margin=margin, decisive=decisive, resamples=resamples, clusters=clusters
+        )
 
     def report(
         self,
@@ -265,6 +282,14 @@ class Results:
             for i, rows in enumerate(examples)
             if rows[0].get("stratum", "").startswith(stratum) and all(row[metric] is not None for row in rows)
         ]
+
+    def _shared(self, a: str | System, b: str | System, metric: str, stratum: str) -> list[int]:
+        """The test examples of a stratum for which both systems have a metric."""
+        return sorted(set(self._applicable(a, metric, stratum)) & set(self._applicable(b, metric, stratum)))
+
+    def _clusters(self, system: str | System, examples: Sequence[int]) -> list[Hashable] | None:
+        rows = self.runs(system)[0]
+        return [rows[i]["cluster"] for i in examples] if "cluster" in rows[0] else None
 
     def _values(self, system: str | System, metric: str, examples: Sequence[int]) -> np.ndarray:
         return np.array([[run[i][metric] for i in examples] for run in self.runs(system)], dtype=float)

@@ -22,7 +22,7 @@ from mobula import artifacts, methods
 from mobula.cancellation import cancellable
 from mobula.data.records import Document
 from mobula.errors import ArtifactError
-from mobula.retrieval.search import Admission, Searchable, SearchOptions, SearchResult
+from mobula.retrieval.search import InsertSummary, Searchable, SearchOptions, SearchResult
 from mobula.serving.errors import RequestRefused
 from mobula.serving.journal import Journal, Record
 from serve_apps.retriever.budget import calibrate
@@ -49,7 +49,7 @@ class Snapshot:
 
     searchable: Searchable
     last: Change | None = None
-    admission: Admission | None = None
+    admission: InsertSummary | None = None
 
     @property
     def version(self) -> int:

@@ -27,7 +27,7 @@ FEW = [
     *(f"data.{split}={count}" for split, count in {"warm_up": 4, "train": 2, "dev": 2, "test": 2}.items()),
     *("retrieve.kind=bm25", "rollout.k_show=2", "rollout.max_passage_tokens=60"),
     *("rollout.max_turns=2", "rollout.max_action_tokens=24", "rollout.max_answer_tokens=8"),
-    *("em.samples=2", "em.weights.gate=none", "em.min_gap=-100"),
+    *("em.samples=2", "em.weights.gate=none", "em.min_q_gain=-100"),
     *("alternation.iterations=1", "alternation.actors=0"),
     *("warm_up.steps=12", "warm_up.batch=2", "warm_up.lr=1e-3", "fit.batch=1", "em.epochs=1"),
     *(f"{stage}.precision=fp32" for stage in ("skill", "warm_up", "fit")),

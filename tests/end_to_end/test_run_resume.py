@@ -30,7 +30,7 @@ EXPERIMENT: dict[str, Any] = {
     "data": {"name": "functions", "max_documents": 120},
     "docid": {"levels": 4, "codes": 8, "min_entropy": 0.0},
     "model": {"width": 32, "layers": 1, "query_len": 16},
-    "views": {"per_document": 4},
+    "pseudo_queries": {"per_document": 4},
     "learning_rates": {"diffusion": [1e-2], "autoregressive": [1e-2]},
     "training": {"steps": STEPS, "batch": 32, "workers": 0, "eval_every": 10, "checkpoint_every": 3, "report_every": 1},
     "evaluation": {

@@ -43,6 +43,18 @@ def test_report_json_has_its_keys_and_no_nan(report, tmp_path):
     assert values["cost"] == {"wall_s": 1.5}
 
 
+def test_means_by_seed_and_p_values_stand_in_the_json_alone(report, tmp_path):
+    report.measures["trained"] = Measure(0.5, 0.4, 0.6, 10, [0.4567, 0.5433])
+    report.claims.append(Claim("B", "better", 0.1, 0.05, 0.15, 10, "holds", 0.0123))
+    write(report, tmp_path)
+    values = json.loads((tmp_path / "report.json").read_text())
+    assert values["measures"]["trained"]["seeds"] == [0.4567, 0.5433]
+    assert values["claims"][1]["p"] == 0.0123
+    assert "p" not in values["claims"][0] and "seeds" not in values["measures"]["bm25 Hit@1"]
+    text = (tmp_path / "report.md").read_text()
+    assert "0.457" not in text and "0.012" not in text
+
+
 def test_report_markdown_shows_failed_claims_and_plots(report, tmp_path):
     write(report, tmp_path)
     text = (tmp_path / "report.md").read_text()

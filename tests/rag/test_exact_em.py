@@ -68,7 +68,7 @@ def data() -> tuple[Tensor, Tensor]:
     return features, torch.randint(ANSWERS, (QUERIES,), generator=generator)
 
 
-def draw(log_prior: Tensor, log_lik: Tensor, m: int, seed: int, rule: str = "lik_softmax") -> Tensor:
+def draw(log_prior: Tensor, log_lik: Tensor, m: int, seed: int, rule: str = "snis") -> Tensor:
     """Weights [Q, 30] of m pairs sampled for each query, summed where a pair was drawn more than once."""
     chance = np.random.default_rng(seed)
     found = torch.zeros_like(log_prior)

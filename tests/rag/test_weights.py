@@ -18,7 +18,7 @@ def sampled(log_lik: list[float], tokens: int = 1, **more: Any) -> Sampled:
     return Sampled(np.array(log_lik), tokens, **parts)
 
 
-def values(log_lik: list[float], rule: str = "lik_softmax", tokens: int = 1, **more: Any) -> list[float]:
+def values(log_lik: list[float], rule: str = "snis", tokens: int = 1, **more: Any) -> list[float]:
     return weigh(sampled(log_lik, tokens, **more), WeightConfig(rule=rule)).values.tolist()
 
 
@@ -27,7 +27,7 @@ def test_the_likelier_the_answer_the_larger_the_weight(rule: str) -> None:
     log_lik = [-3.0, -1.0, -2.0, -7.0]
     found = values(log_lik, rule, reward=[0.2, 1, 0.5, 0], exact=[0, 1, 0, 0])
     assert np.argmax(found) == (0 if rule == "uniform" else 1)
-    if rule not in ("lik_raw", "lik_mean_exp"):
+    if rule not in ("unnormalised", "lik_mean_exp"):
         assert sum(found) == pytest.approx(0 if rule in ("advantage", "reinforce") else 1)
 
 
@@ -44,18 +44,18 @@ def test_answers_of_one_and_of_six_tokens() -> None:
     # A sum over tokens, not their mean: the same sums weigh alike however long the answer is.
     assert values([-1.0, -3.0], tokens=6) == values([-1.0, -3.0])
     flat = np.exp(-2.0 / 6)
-    assert values([-1.0, -3.0], "lik_softmax_len", tokens=6) == pytest.approx([1 / (1 + flat), flat / (1 + flat)])
+    assert values([-1.0, -3.0], "snis_len", tokens=6) == pytest.approx([1 / (1 + flat), flat / (1 + flat)])
     assert values([-300.0, -305.0]) == pytest.approx([0.9933, 0.0067], abs=1e-4)
 
 
 def test_rules_that_are_not_normalised() -> None:
-    assert values([np.log(0.5), np.log(0.1)], "lik_raw") == pytest.approx([0.25, 0.05])
+    assert values([np.log(0.5), np.log(0.1)], "unnormalised") == pytest.approx([0.25, 0.05])
     assert values([2 * np.log(0.5), 2 * np.log(0.1)], "lik_mean_exp", tokens=2) == pytest.approx([1.0, 0.2])
 
 
 def test_one_sample_has_no_signal_unless_raw() -> None:
     assert values([-5.0]) == values([-5.0], "uniform") == [1.0]
-    assert values([-5.0], "lik_raw") == pytest.approx([np.exp(-5)])
+    assert values([-5.0], "unnormalised") == pytest.approx([np.exp(-5)])
 
 
 def test_a_policy_gradient_compares_each_reward_with_the_others() -> None:
@@ -122,5 +122,5 @@ def test_the_correction_is_applied_only_when_asked_for() -> None:
 
 
 def test_an_unknown_rule_is_named() -> None:
-    with pytest.raises(ConfigError, match=r"rule=nll is unknown; expected lik_softmax, "):
+    with pytest.raises(ConfigError, match=r"rule=nll is unknown; expected snis, "):
         build(WeightConfig, {"rule": "nll"})

@@ -27,12 +27,12 @@ from mobula.retrieval.decoding import ArDecoder, Decoder
 from mobula.retrieval.diffusion_lm import KINDS, mask_id
 from mobula.retrieval.docids.space import DocidSpace
 from mobula.retrieval.docids.table import DocidTable
-from mobula.retrieval.fitting import docid_task, load_arm
 from mobula.retrieval.inputs import EmptyQuery, EncoderInputs, PromptInputs, StateInputs
 from mobula.retrieval.language_model import DocidHead
 from mobula.retrieval.prepare import make_inputs, prepare
 from mobula.retrieval.search import AR_DECODERS, DECODERS, SearchOptions
 from mobula.retrieval.tasks import DocidTask
+from mobula.retrieval.train_arms import docid_task, load_arm
 from mobula.training import TrainingConfig, fit
 from mobula.training.engine import _groups
 
@@ -396,7 +396,7 @@ def test_absent_models_are_named(tmp_path, monkeypatch) -> None:
         ({"backbone": "llada", "base": "x"}, ["diffusion/rq", "classifier/rq"], "for diffusion/ arms only"),
         ({"backbone": "llada", "base": "x"}, ["diffusion/rq", "autoregressive/rq"], "for diffusion/ arms only"),
         ({"backbone": "t5", "base": "x"}, ["diffusion/rq"], "for autoregressive/ arms only"),
-        ({"twin": "x"}, ["diffusion/rq"], "of which there is none"),
+        ({"ar_base": "x"}, ["diffusion/rq"], "of which there is none"),
     ],
 )
 def test_contradictions_are_found_before_training(model, arms, expected) -> None:
@@ -435,15 +435,15 @@ TRAINING = TrainingConfig(steps=80, batch=32, lr=1e-2, workers=0, eval_every=80,
 
 def experiment(model: dict, arms: list[str], encoder: str) -> Config:
     docid = {"family": "rq", "levels": 3, "codes": 4, "encoder": encoder, "min_entropy": 0.1}
-    views = {"pseudo": ["keyphrase"], "per_document": 2, "queries": 0.9}
+    pseudo = {"kinds": ["keyphrase"], "per_document": 2, "real_share": 0.9}
     model = {"query_len": 6, "lora_rank": 8, "lora_alpha": 16.0, "base_lr": 1.0, **model}
-    return build(Config, {"docid": docid, "views": views, "model": model, "arms": arms})
+    return build(Config, {"docid": docid, "pseudo_queries": pseudo, "model": model, "arms": arms})
 
 
 CASES = {
     "masked_lm LoRA": ("diffusion/rq", lambda b: {"backbone": "masked_lm", "base": b["bert"]}),
     "masked_lm full": ("diffusion/rq", lambda b: {"backbone": "masked_lm", "base": b["modernbert"], "finetune": True}),
-    "twin": ("autoregressive/rq", lambda b: {"twin": b["t5"], "finetune": False}),
+    "twin": ("autoregressive/rq", lambda b: {"ar_base": b["t5"], "finetune": False}),
     "encoder": (
         "diffusion/rq",
         lambda b: {"backbone": "encoder", "encoder": b["encoder"], "finetune": True, "width": 32, "base_lr": 0.1},
@@ -499,7 +499,7 @@ def test_lora_training_resumes_where_it_stopped(bases, corpus, tmp_path) -> None
 
 
 def test_twin_and_main_arm_read_their_own_inputs(bases, corpus, tmp_path) -> None:
-    config = experiment({"twin": bases["t5"]}, ["diffusion/rq", "autoregressive/rq"], bases["encoder"])
+    config = experiment({"ar_base": bases["t5"]}, ["diffusion/rq", "autoregressive/rq"], bases["encoder"])
     material = prepare(config, corpus, tmp_path)
     tasks = [DocidTask(material.prepared, arm, config.model, "uniform") for arm in config.parsed_arms]
     batches = [task.batch(torch.arange(3), torch.Generator().manual_seed(0)) for task in tasks]

@@ -12,7 +12,7 @@ from mobula import artifacts, methods
 from mobula import config as configs
 from mobula.evaluation import report as reports
 from mobula.experiment import Report, Run
-from mobula.retrieval.evaluate import SEEN, UNSEEN
+from mobula.retrieval.report import SEEN, UNSEEN
 from mobula.retrieval.search import SearchOptions
 
 pytestmark = pytest.mark.end_to_end
@@ -23,7 +23,7 @@ CONFIG = {
     "data": {"name": "functions", "max_documents": 150, "split": "by_document"},
     "docid": {"levels": 4, "codes": 8, "min_entropy": 0.0},
     "model": {"width": 32, "layers": 1, "query_len": 16},
-    "views": {"per_document": 6},
+    "pseudo_queries": {"per_document": 6},
     "learning_rates": {"diffusion": [1e-3, 1e-2], "autoregressive": [2e-3, 2e-2], "share": 0.5},
     "training": {"steps": 20, "batch": 64, "workers": 0},
     "evaluation": {

@@ -15,7 +15,7 @@ from mobula.data.records import Document
 from mobula.errors import ArtifactError
 from mobula.retrieval.arms import Arm
 from mobula.retrieval.build import ModelConfig, build_model, codeword_table, construct, load_model, over, save_model
-from mobula.retrieval.docids.lookup import LookupRetriever
+from mobula.retrieval.docids.code_only import CodeOnlyRetriever
 from mobula.retrieval.docids.table import DocidTable
 from mobula.retrieval.network import NetworkShape
 from mobula.training.engine import _groups
@@ -231,7 +231,7 @@ def test_the_untrained_prior_ranks_documents_as_their_codes_distance_does(functi
     levels = torch.arange(table.levels)
     ours = scores[:, levels, torch.from_numpy(table.codes.astype(np.int64))].sum(-1).numpy()
     embeddings = functions.words.embed(functions.queries(QUERIES))
-    theirs = LookupRetriever("adc", table, functions.words, lambda d: d.text).scores(embeddings)
+    theirs = CodeOnlyRetriever("adc", table, functions.words, lambda d: d.text).scores(embeddings)
     for a, b in zip(ours, theirs, strict=True):
         # Equal up to a constant of the query and the sharpness, hence the same ranks.
         np.testing.assert_allclose(a - a.mean(), 10 * (b - b.mean()), atol=1e-3)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,13 +15,13 @@ from torch import nn
 from mobula import config as configs
 from mobula.data import load_retrieval
 from mobula.data.records import Query
-from mobula.errors import DataError, TrainingError
+from mobula.errors import ConfigError, DataError, TrainingError
 from mobula.retrieval.arms import Arm
 from mobula.retrieval.config import Config
 from mobula.retrieval.docids.leak import DocidLeak
-from mobula.retrieval.fitting import Plan, Schedule, docid_task, fit_plans, settings_for
 from mobula.retrieval.prepare import Material, prepare, title_leaks, training_examples
 from mobula.retrieval.tasks import DualTask, ModelCollapsed, check_collapse
+from mobula.retrieval.train_arms import Plan, Schedule, docid_task, fit_plans, settings_for
 from mobula.training import TrainingConfig, fit
 
 ARMS = ["diffusion/rq", "autoregressive/rq", "classifier/rq", "diffusion/random", "diffusion/text.lead"]
@@ -32,7 +33,7 @@ def tiny(*overrides: str) -> Config:
         "data": {"name": "functions", "max_documents": 100},
         "docid": {"levels": 4, "codes": 8, "min_entropy": 0.0},
         "model": {"width": 32, "layers": 1, "query_len": 12},
-        "views": {"per_document": 4},
+        "pseudo_queries": {"per_document": 4},
         "training": {"steps": 4, "batch": 16, "workers": 0},
         "evaluation": {"dev_queries": 20},
     }
@@ -71,47 +72,51 @@ def test_shapes_of_a_batch_and_its_loss(material: Material, arm: str) -> None:
 
 
 def test_query_never_masked(material: Material) -> None:
-    """Masking touches the docid alone: the query of a batch is the view as it is stored (trap 4)."""
+    """Masking touches the docid alone: the query of a batch is the one that is stored (trap 4)."""
     task = task_of(material, "diffusion/rq")
     first = task.batch(torch.arange(10), torch.Generator().manual_seed(0))
     second = task.batch(torch.arange(10), torch.Generator().manual_seed(1))
     assert not torch.equal(first["z"], second["z"])
-    stored = task.views.rows(material.prepared.examples[:10, 0])
+    stored = task.queries.rows(material.prepared.examples[:10, 0])
     for name, values in stored.items():
         assert torch.equal(first[name], values)
         assert torch.equal(second[name], values)
 
 
-def test_examples_pair_a_view_with_its_own_document(material: Material) -> None:
+def test_examples_pair_a_query_with_its_own_document(material: Material) -> None:
     task = task_of(material, "diffusion/rq")
     assert task.examples == len(material.prepared.examples) > 100
-    views, documents = material.prepared.examples.T
+    queries, documents = material.prepared.examples.T
     assert set(documents.tolist()) == set(range(len(material.data.documents)))
-    assert views.max() == len(task.views) - 1
+    assert queries.max() == len(task.queries) - 1
     near = material.encoder.embed([d.text for d in material.data.documents])
-    vectors = np.load(material.prepared.directory / "view_vectors.npy").astype(np.float32)
-    own = (vectors[views] * near[documents]).sum(1).mean()
-    other = (vectors[views] * near[np.roll(documents, 37)]).sum(1).mean()
+    vectors = np.load(material.prepared.directory / "training_vectors.npy").astype(np.float32)
+    own = (vectors[queries] * near[documents]).sum(1).mean()
+    other = (vectors[queries] * near[np.roll(documents, 37)]).sum(1).mean()
     assert own > other + 0.2
 
 
 @pytest.mark.parametrize("share", [0.05, 0.1, 0.4, 0.8])
 def test_real_queries_make_up_their_share_of_the_examples(material: Material, share: float) -> None:
     """Also where there are more of them than that: then the pseudo-queries are repeated."""
-    texts, examples = training_examples(tiny(f"views.queries={share}").views, material.data, seed=0)
+    texts, examples = training_examples(
+        tiny(f"pseudo_queries.real_share={share}").pseudo_queries, material.data, seed=0
+    )
     first_real = len(texts) - len(material.data.queries["train"])
     assert (examples[:, 0] >= first_real).mean() == pytest.approx(share, rel=0.35)
     assert set(examples[:, 0].tolist()) == set(range(len(texts)))
 
 
 def test_either_kind_of_example_can_be_left_out(material: Material) -> None:
-    texts, examples = training_examples(tiny("views.queries=0").views, material.data, seed=0)
+    texts, examples = training_examples(tiny("pseudo_queries.real_share=0").pseudo_queries, material.data, seed=0)
     assert examples[:, 0].max() < len(texts) - len(material.data.queries["train"])
-    _, examples = training_examples(tiny("views.queries=1").views, material.data, seed=0)
+    _, examples = training_examples(tiny("pseudo_queries.real_share=1").pseudo_queries, material.data, seed=0)
     assert examples[:, 0].min() >= len(texts) - len(material.data.queries["train"])
     nothing = replace(material.data, queries={**material.data.queries, "train": []})
-    with pytest.raises(DataError, match=r"nothing to train on; it has 0 training queries, views\.queries=1\.0"):
-        training_examples(tiny("views.queries=1").views, nothing, seed=0)
+    with pytest.raises(
+        DataError, match=r"nothing to train on; it has 0 training queries, pseudo_queries\.real_share=1\.0"
+    ):
+        training_examples(tiny("pseudo_queries.real_share=1").pseudo_queries, nothing, seed=0)
 
 
 @pytest.mark.parametrize(
@@ -126,7 +131,7 @@ def test_identity_changes_with_what_decides_the_result(material: Material, chang
 
 
 def test_identity_changes_with_the_prepared_files(functions, material: Material, tmp_path: Path) -> None:
-    config = tiny("views.per_document=2")
+    config = tiny("pseudo_queries.per_document=2")
     other = prepare(config, material.data, tmp_path)
     assert task_of(other, "diffusion/rq").identity() != task_of(material, "diffusion/rq").identity()
 
@@ -231,7 +236,9 @@ def test_a_collapsed_model_stops_the_training(material: Material, tmp_path: Path
 
 def test_a_model_on_the_quantiser_never_ends_below_its_start(material: Material, functions, tmp_path: Path) -> None:
     """The starting weights are a candidate for the best, so a ruinous learning rate costs nothing on dev."""
-    config = tiny("model.backbone=encoder", "model.encoder=wordllama", "arms=[diffusion/opq]", "views.per_document=2")
+    config = tiny(
+        "model.backbone=encoder", "model.encoder=wordllama", "arms=[diffusion/opq]", "pseudo_queries.per_document=2"
+    )
     prepared = prepare(config, material.data, tmp_path / "prepared").prepared
     task = docid_task(config, prepared, config.parsed_arms[0])
     with torch.no_grad():
@@ -271,3 +278,17 @@ def test_the_share_of_queries_that_hold_their_docid_is_measured(material: Materi
 def test_title_docids_on_title_queries_are_refused_before_anything_is_read() -> None:
     with pytest.raises(configs.ConfigError, match="takes the titles away"):
         tiny("arms=[diffusion/text.title]", "data.name=scifact", "data.queries=titles")
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("views.per_document=2", "views.per_document was renamed: use pseudo_queries.per_document"),
+        ("views.pseudo=[window]", "views.pseudo was renamed: use pseudo_queries.kinds"),
+        ("pseudo_queries.queries=0.1", "pseudo_queries.queries was renamed: use pseudo_queries.real_share"),
+        ("model.twin=t5", "model.twin was renamed: use model.ar_base"),
+    ],
+)
+def test_an_old_key_names_the_new_one(old: str, new: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(new)):
+        tiny(old)

@@ -13,8 +13,8 @@ from mobula import artifacts, methods
 from mobula.cancellation import raise_if_cancelled
 from mobula.data.records import Document
 from mobula.methods import Entry
-from mobula.retrieval.retrievers import BY_PARADIGM
-from mobula.retrieval.search import Admission, Hit, SearchOptions, SearchResult, StepEvent, Unsupported
+from mobula.retrieval.paradigms import PARADIGMS
+from mobula.retrieval.search import Hit, InsertSummary, SearchOptions, SearchResult, StepEvent, Unsupported
 
 LEVELS = 4
 TEXTS = {
@@ -30,7 +30,7 @@ class Words:
 
     def __init__(self, name: str, documents: dict[str, Document], step_s: float, heartbeat: Path | None) -> None:
         self.name, self.documents, self.step_s, self.heartbeat = name, documents, step_s, heartbeat
-        self.decoders = BY_PARADIGM["diffusion"]
+        self.decoders = PARADIGMS["diffusion"].decoders
 
     def search(self, queries: Sequence[str], options: Sequence[SearchOptions]) -> list[SearchResult]:
         if any("boom" in q for q in queries):
@@ -81,7 +81,7 @@ class Toy:
     ) -> None:
         documents = {i: Document(i, title, text) for i, (title, text) in TEXTS.items()}
         self.retrievers = {n: Words(n, documents, step_s, heartbeat) for n in ("words", "twin")}
-        self.retrievers["twin"].decoders = BY_PARADIGM["autoregressive"]
+        self.retrievers["twin"].decoders = PARADIGMS["autoregressive"].decoders
         self.frozen, self.add_s, self.writer = frozen, add_s, writer
 
     @property
@@ -99,13 +99,13 @@ class Toy:
         found = self.documents[doc_id]
         return {"title": found.title, "text": found.text}
 
-    def insert(self, documents: Sequence[Document]) -> tuple[Toy, Admission]:
+    def insert(self, documents: Sequence[Document]) -> tuple[Toy, InsertSummary]:
         if self.frozen:
             raise Unsupported("docid family random cannot take documents without training")
         if self.writer:
             self.writer.write_text(str(os.getpid()))
         time.sleep(self.add_s)
-        return self._changed("insert", documents), Admission({d.id: [1, 2, 3, 4] for d in documents})
+        return self._changed("insert", documents), InsertSummary({d.id: [1, 2, 3, 4] for d in documents})
 
     def remove(self, doc_ids: Sequence[str]) -> Toy:
         return self._changed("remove", doc_ids)

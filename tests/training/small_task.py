@@ -15,6 +15,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional
 
+from mobula.training import Task
+
 LENGTH = 16
 
 
@@ -44,7 +46,7 @@ class Network(nn.Module):
 
 
 @dataclass
-class ByteTask:
+class ByteTask(Task):
     """Predict the next byte; some input bytes are masked at random."""
 
     examples: int = 50
@@ -71,9 +73,6 @@ class ByteTask:
         logits = model(windows[:, :-1])
         loss = functional.cross_entropy(logits.flatten(0, 1).float(), windows[:, 1:].flatten())
         return {"loss": float(loss)}
-
-    def check(self, metrics: dict[str, float], step: int, steps: int) -> None:
-        """No metric of this task is a reason to stop."""
 
     def identity(self) -> str:
         return f"bytes-{self.examples}-{self.width}-{self.dropout}"

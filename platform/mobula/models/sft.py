@@ -73,6 +73,11 @@ class SftTask(Task):
         """Token ids i64[B, n] padded on the right, their mask, and labels that hold the target alone."""
         return collate([self.pairs[i] for i in indices.tolist()])
 
+    def weights(self, indices: Tensor) -> Tensor:
+        """Predicted target tokens of each pair, i64[B]: the loss is a mean over those of the whole step."""
+        pairs = [self.pairs[i] for i in indices.tolist()]
+        return torch.tensor([len(target) if prompt else len(target) - 1 for prompt, target in pairs])
+
     def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor | float]]:
         """Mean cross-entropy of the batch's target tokens, in nats."""
         return F.cross_entropy(*_predictions(model, batch), ignore_index=IGNORED), {}

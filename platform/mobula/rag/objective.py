@@ -48,17 +48,17 @@ def clipped_loss(
     return -(terms * (mask > 0)).sum() / (queries * tokens)
 
 
-def check_gap(gap: float, least: float, what: str, longer: str) -> None:
-    """Refuse an M-step that has changed its own objective by less than ``least`` nats.
+def check_q_gain(gain: float, least: float, what: str, longer: str) -> None:
+    """Refuse an M-step that has changed its own objective Q by less than ``least`` nats a question.
 
-    ``what`` is told with the error, ``longer`` is the key that trains for longer.
+    ``what`` names the M-step in the error, ``longer`` the key that trains for longer.
 
     Raises:
         MStepFailed: if it has.
     """
-    if gap < least:
+    if gain < least:
         raise MStepFailed(
-            f"{what}: the training changed its own objective by {gap:.3f} nats, below em.min_gap={least}; "
+            f"{what}: the training changed its own objective by {gain:.3f} nats, below em.min_q_gain={least}; "
             f"lower fit.lr, or train for longer ({longer})"
         )
 

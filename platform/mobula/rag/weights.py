@@ -54,14 +54,16 @@ class Weights:
 class WeightConfig:
     """How samples are weighed."""
 
-    rule: str = key("lik_softmax", "how likelihoods or rewards become weights; lik_softmax in both papers")
-    tau: float = key(1.0, "rule=lik_softmax_len: temperature", gt=0)
+    rule: str = key("snis", "how likelihoods or rewards become weights; both papers: snis, self-normalised importance")
+    tau: float = key(1.0, "rule=snis_len: temperature", gt=0)
     correction: str = key("none", "exact: correct for sampling at another temperature", choices=CORRECTIONS)
     gate: str = key("none", "queries that all samples fail: kept, skipped, or scaled by the best", choices=GATES)
     fail_eps: float = key(0.05, "a query fails if no sample gives the answer's tokens this much each", gt=0, lt=1)
 
     def problems(self) -> list[str]:
         """Values that are not known."""
+        if self.rule in RENAMED_RULES:
+            return [f"rule={self.rule} was renamed: use {RENAMED_RULES[self.rule]}"]
         return [] if self.rule in RULES else [f"rule={self.rule} is unknown; expected {', '.join(RULES)}"]
 
 
@@ -75,13 +77,13 @@ def weigh(sampled: Sampled, config: WeightConfig) -> Weights:
     none is left, if every reward is 0, or if the gate skips it.
     """
     finite = np.isfinite(sampled.log_lik)
-    nothing = np.zeros(len(finite))
+    zeros = np.zeros(len(finite))
     if not finite.any():
-        return Weights(nothing, 0.0, -np.inf, True, "no sample has a finite likelihood")
+        return Weights(zeros, 0.0, -np.inf, True, "no sample has a finite likelihood")
     kept = Sampled(
         sampled.log_lik[finite],
         sampled.answer_tokens,
-        sampled.log_ratio[finite] if config.correction == "exact" else nothing[finite],
+        sampled.log_ratio[finite] if config.correction == "exact" else zeros[finite],
         sampled.reward[finite],
         sampled.exact[finite],
     )
@@ -90,12 +92,12 @@ def weigh(sampled: Sampled, config: WeightConfig) -> Weights:
     failed = best < np.log(config.fail_eps)
     values = RULES[config.rule](kept, config.tau)
     if not values.any():
-        return Weights(nothing, 0.0, bound, failed, "no sample has a reward")
+        return Weights(zeros, 0.0, bound, failed, "no sample has a reward")
     if failed and config.gate == "skip":
-        return Weights(nothing, 0.0, bound, failed, "every sample fails")
+        return Weights(zeros, 0.0, bound, failed, "every sample fails")
     if config.gate == "scale":
         values = values * np.exp(best)
-    whole = nothing.copy()
+    whole = zeros.copy()
     whole[finite] = values
     return Weights(whole, float(values.sum() ** 2 / (values**2).sum()), bound, failed)
 
@@ -128,11 +130,11 @@ def _advantage(rewards: np.ndarray) -> np.ndarray:
 
 RULES: dict[str, Rule] = {
     # Self-normalised importance weights: consistent for the gradient of log p(y|x); no signal with one sample.
-    "lik_softmax": lambda s, tau: _softmax(s.log_lik + s.log_ratio),
+    "snis": lambda s, tau: _softmax(s.log_lik + s.log_ratio),
     # Flatter for long answers.
-    "lik_softmax_len": lambda s, tau: _softmax((s.log_lik + s.log_ratio) / (tau * s.answer_tokens)),
+    "snis_len": lambda s, tau: _softmax((s.log_lik + s.log_ratio) / (tau * s.answer_tokens)),
     # Unbiased for the gradient of p(y|x) instead of its logarithm.
-    "lik_raw": lambda s, tau: np.exp(s.log_lik + s.log_ratio) / len(s.log_lik),
+    "unnormalised": lambda s, tau: np.exp(s.log_lik + s.log_ratio) / len(s.log_lik),
     "lik_mean_exp": lambda s, tau: 4 * np.exp(s.log_lik / s.answer_tokens) / len(s.log_lik),
     "reward": lambda s, tau: _share(s.reward),
     "binary": lambda s, tau: _share(s.exact),
@@ -144,3 +146,6 @@ RULES: dict[str, Rule] = {
     # Hard EM.
     "best": lambda s, tau: _one_hot(s.log_lik),
 }
+RENAMED_RULES = {"lik_softmax": "snis", "lik_softmax_len": "snis_len", "lik_raw": "unnormalised"}
+# Rules under which samples of different likelihood have different weights.
+BY_LIKELIHOOD = frozenset({"snis", "snis_len", "unnormalised", "lik_mean_exp", "best"})

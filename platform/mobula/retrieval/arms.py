@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mobula.config import nearest
-from mobula.retrieval.docids.config import FAMILIES
-
-PARADIGMS = ("diffusion", "autoregressive", "classifier")
+from mobula.retrieval.docids.families import FAMILIES, Family
+from mobula.retrieval.paradigms import PARADIGMS, Paradigm
 
 
 @dataclass(frozen=True)
@@ -19,6 +18,16 @@ class Arm:
 
     def __str__(self) -> str:
         return f"{self.paradigm}/{self.family}"
+
+    @property
+    def learner(self) -> Paradigm:
+        """How its network is trained and decoded."""
+        return PARADIGMS[self.paradigm]
+
+    @property
+    def docids(self) -> Family:
+        """How its documents get their codes."""
+        return FAMILIES[self.family]
 
     @property
     def directory(self) -> str:
@@ -33,7 +42,7 @@ def parse(text: str) -> Arm:
         ValueError: naming what is unknown.
     """
     paradigm, _, family = text.partition("/")
-    for value, valid in ((paradigm, PARADIGMS), (family, FAMILIES)):
+    for value, valid in ((paradigm, tuple(PARADIGMS)), (family, tuple(FAMILIES))):
         if value not in valid:
             raise ValueError(f"arm {text!r}: unknown {value!r}{nearest(value, valid)}; write paradigm/family")
     return Arm(paradigm, family)

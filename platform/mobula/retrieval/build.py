@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -18,7 +19,6 @@ from mobula.models.pretrained import Pretrained
 from mobula.models.text import StaticEmbedding, load_static
 from mobula.retrieval.arms import Arm
 from mobula.retrieval.diffusion_lm import KINDS, DiffusionLM
-from mobula.retrieval.docids.config import EMBEDDED, TEXT
 from mobula.retrieval.docids.table import DocidTable
 from mobula.retrieval.language_model import LanguageModel, PretrainedShape
 from mobula.retrieval.network import (
@@ -36,19 +36,19 @@ __all__ = ["ModelConfig", "base_hash", "build_model", "load_model", "load_weight
 
 LANGUAGE_MODELS: dict[str, type[LanguageModel]] = {**dict.fromkeys(KINDS, DiffusionLM), "t5": Seq2SeqLM}
 BACKBONES = ("small", "encoder", *LANGUAGE_MODELS)
-# What an arm may be on a language model, which has learned one way of generating.
-PARADIGMS = {**dict.fromkeys(KINDS, "diffusion"), "t5": "autoregressive"}
 
 
 @dataclass
 class ModelConfig:
     """The docid network."""
 
+    RENAMED: ClassVar = {"twin": "ar_base"}
+
     backbone: str = key(
         "small", "small: from scratch; encoder: on a sentence encoder; others: a language model", choices=BACKBONES
     )
     base: str = key("", "pretrained model of backbones llada, dream, masked_lm and t5: Hugging Face id or folder")
-    twin: str = key("", "encoder-decoder (T5) of autoregressive arms: Hugging Face id or folder; empty: backbone")
+    ar_base: str = key("", "encoder-decoder (T5) of autoregressive arms: Hugging Face id or folder; empty: backbone")
     finetune: bool = key(False, "train all pretrained weights; else encoder is frozen, language models get LoRA")
     base_lr: float = key(0.03, "learning rate of pretrained weights and LoRA, as a share of training.lr", gt=0, le=1)
     lora_rank: int = key(64, "rank r of LoRA", ge=1, le=4096)
@@ -81,19 +81,19 @@ class ModelConfig:
                 f"{', '.join(LANGUAGE_MODELS)}, and of no other backbone"
             )
         static = self.backbone == "small" or (self.backbone, self.encoder) == ("encoder", "wordllama")
-        if self.finetune and static and not self.twin:
+        if self.finetune and static and not self.ar_base:
             found.append(f"finetune=true: backbone={self.backbone} has no pretrained network; set finetune=false")
         return found
 
     def of(self, arm: Arm) -> ModelConfig:
         """What an arm is built from; autoregressive ones may stand on an encoder-decoder of their own."""
-        if arm.paradigm == "autoregressive" and self.twin:
-            return replace(self, backbone="t5", base=self.twin, twin="")
+        if arm.learner.causal and self.ar_base:
+            return replace(self, backbone="t5", base=self.ar_base, ar_base="")
         return self
 
     def reader(self, arm: Arm) -> str:
-        """Which inputs an arm's network reads: ``main``, or ``twin`` where it stands on ``twin``."""
-        return "main" if self.of(arm) is self else "twin"
+        """Which inputs an arm's network reads: ``main``, or ``ar_base`` where it stands on that."""
+        return "main" if self.of(arm) is self else "ar_base"
 
     @property
     def attention_heads(self) -> int:
@@ -113,10 +113,10 @@ def _transformer(config: ModelConfig, arm: Arm, table: DocidTable) -> DocidModel
     trained = encoder and config.finetune
     codewords = codeword_table(table) if encoder and config.codeword_prior else None
     shape = NetworkShape(
-        paradigm="autoregressive" if arm.paradigm == "autoregressive" else "diffusion",
+        paradigm=arm.learner.network,
         sizes=tuple(int(size) for size in table.sizes),
         width=config.width,
-        layers=0 if arm.paradigm == "classifier" else config.layers,
+        layers=arm.learner.layers(config.layers),
         heads=config.attention_heads,
         dropout=config.dropout,
         tower="encoder" if trained else "states" if encoder else "tokens",
@@ -146,7 +146,7 @@ def _language_model(config: ModelConfig, arm: Arm, table: DocidTable) -> DocidMo
         backbone=config.backbone,
         base=config.base,
         base_hash=base.hash,
-        paradigm="autoregressive" if arm.paradigm == "autoregressive" else "diffusion",
+        paradigm=arm.learner.network,
         sizes=tuple(int(size) for size in table.sizes),
         finetune=config.finetune,
         lora_rank=config.lora_rank,
@@ -166,8 +166,8 @@ BUILDERS: dict[str, Callable[[ModelConfig, Arm, DocidTable], DocidModel]] = {
 
 def base_hash(config: ModelConfig) -> str:
     """Hash of the pretrained model that networks stand on; empty if there is none."""
-    if config.twin:
-        return digest([base_hash(replace(config, twin="")), Pretrained.find(config.twin).hash])
+    if config.ar_base:
+        return digest([base_hash(replace(config, ar_base="")), Pretrained.find(config.ar_base).hash])
     if config.backbone in LANGUAGE_MODELS:
         return Pretrained.find(config.base).hash
     return load_encoder(config.encoder).hash if config.backbone == "encoder" else ""
@@ -197,8 +197,8 @@ def encoder_tower(shape: NetworkShape, table: DocidTable) -> EncoderTower:
     _require_base(shape.encoder, shape.encoder_hash, encoder.hash)
     if not isinstance(encoder, TransformerEncoder):
         raise ArtifactError(f"encoder {shape.encoder!r} has no network that could be trained")
-    centred = table.space.family in EMBEDDED
-    mean = torch.from_numpy(table.space.arrays["mean"]).float() if centred else torch.zeros(shape.input_dim)
+    centred = table.space.arrays.get("mean")
+    mean = torch.zeros(shape.input_dim) if centred is None else torch.from_numpy(centred).float()
     return EncoderTower(shape, encoder, mean)
 
 
@@ -225,7 +225,7 @@ def code_table(table: DocidTable) -> Tensor | None:
 
     The end token, which is no token of the embedding, gets the mean row.
     """
-    if table.space.family not in TEXT:
+    if not table.space.kind.is_text:
         return None
     embedding: StaticEmbedding = load_static("wordllama")
     rows = torch.from_numpy(embedding.table[table.space.arrays["vocabulary"]])

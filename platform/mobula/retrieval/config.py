@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 from mobula.config import key, section
 from mobula.data import DataConfig
@@ -12,27 +13,39 @@ from mobula.evaluation.ranking import MEASURES
 from mobula.experiment import ExperimentConfig
 from mobula.retrieval import arms as arm_names
 from mobula.retrieval.arms import Arm
-from mobula.retrieval.build import PARADIGMS, ModelConfig
+from mobula.retrieval.build import LANGUAGE_MODELS, ModelConfig
 from mobula.retrieval.docids.config import DocidConfig, code_length
+from mobula.retrieval.paradigms import MaskedDiffusion
 from mobula.retrieval.search import MOST_EXHAUSTIVE, ORDERS, REMASK, SearchOptions
 from mobula.training import TrainingConfig
 
 BUDGETED = ("match", "match_rerank", "best_of_n")  # the decoders whose cost the denoising budget decides
 
 
-@dataclass
-class ViewsConfig:
-    """What stands in for a query in training (spec section 4)."""
+RENAMED = {
+    "views.pseudo": "pseudo_queries.kinds",
+    "views.queries": "pseudo_queries.real_share",
+    "views": "pseudo_queries",
+}
 
-    pseudo: list[str] = key(["window"], "kinds of pseudo-queries", choices=KINDS)
+
+@dataclass
+class PseudoQueriesConfig:
+    """What stands in for a query in training, and how much of it beside real queries (spec section 4)."""
+
+    RENAMED: ClassVar = {"pseudo": "kinds", "queries": "real_share"}
+
+    kinds: list[str] = key(["window"], "kinds of pseudo-queries", choices=KINDS)
     per_document: int = key(20, "pseudo-queries per document and kind", ge=0, le=10_000)
-    queries: float = key(0.1, "share of the examples that are real training queries, where there are any", ge=0, le=1)
+    real_share: float = key(
+        0.1, "share of the examples that are real training queries, where there are any", ge=0, le=1
+    )
     file: str = key("", "JSON lines {doc_id, text} of an external query generator, for kind file")
 
     def problems(self) -> list[str]:
         """Contradictions between keys."""
-        if ("file" in self.pseudo) != bool(self.file):
-            return ["kind file in pseudo and the key file go together"]
+        if ("file" in self.kinds) != bool(self.file):
+            return ["kind file in kinds and the key file go together"]
         return []
 
 
@@ -84,11 +97,13 @@ class EvaluationConfig:
 class Config(ExperimentConfig):
     """A DiffuGR experiment. The first arm is the main one; it is what gets served by default."""
 
+    RENAMED: ClassVar = RENAMED
+
     arms: list[str] = key(["diffusion/rq", "autoregressive/rq", "classifier/rq"], "paradigm/family, main arm first")
     data: DataConfig = section(DataConfig)
     docid: DocidConfig = section(DocidConfig)
     model: ModelConfig = section(ModelConfig)
-    views: ViewsConfig = section(ViewsConfig)
+    pseudo_queries: PseudoQueriesConfig = section(PseudoQueriesConfig)
     loss: LossConfig = section(LossConfig)
     learning_rates: LearningRates = section(LearningRates)
     training: TrainingConfig = section(TrainingConfig)
@@ -111,21 +126,27 @@ class Config(ExperimentConfig):
                 f"docid.encoder={self.docid.encoder} but model.encoder={self.model.encoder}: "
                 "the codeword prior needs one encoder for both; or set model.codeword_prior=false"
             )
-        if self.docid.collision == "append" and any("text." in arm for arm in self.arms):
-            found.append("docid.collision=append is for arms without text docids")
-        if any(arm.endswith("/text.title") for arm in self.arms) and self.data.queries == "titles":
-            found.append("data.queries=titles takes the titles away that docids of family text.title are made of")
+        found.extend(self._misplaced_families() if not found else [])
         return found or [f"decode: {problem}" for problem in self.decode.misfits(self.code_length)]
+
+    def _misplaced_families(self) -> Iterator[str]:
+        """Families of docids that do not go with other sections."""
+        families = [arm.docids for arm in self.parsed_arms]
+        if self.docid.collision == "append" and any(family.is_text for family in families):
+            yield "docid.collision=append is for arms without text docids"
+        if self.data.queries == "titles":
+            for name in sorted({family.name for family in families if family.titles}):
+                yield f"data.queries=titles takes the titles away that docids of family {name} are made of"
 
     def _misplaced_arms(self) -> Iterator[str]:
         """Arms whose backbone has learned the other way of generating."""
         for arm in self.parsed_arms:
             backbone = self.model.of(arm).backbone
-            paradigm = PARADIGMS.get(backbone, arm.paradigm)
-            if arm.paradigm != paradigm:
-                yield f"arms: {arm} stands on model.backbone={backbone}, which is for {paradigm}/ arms only"
-        if self.model.twin and not any(arm.paradigm == "autoregressive" for arm in self.parsed_arms):
-            yield f"model.twin={self.model.twin!r} is for autoregressive arms, of which there is none"
+            if backbone in LANGUAGE_MODELS and arm.paradigm != LANGUAGE_MODELS[backbone].learned:
+                learned = LANGUAGE_MODELS[backbone].learned
+                yield f"arms: {arm} stands on model.backbone={backbone}, which is for {learned}/ arms only"
+        if self.model.ar_base and not any(arm.learner.causal for arm in self.parsed_arms):
+            yield f"model.ar_base={self.model.ar_base!r} is for autoregressive arms, of which there is none"
 
     def evaluation_problems(self) -> list[str]:
         """What of ``decode`` does not go with what the evaluation of a run varies: better known before training."""
@@ -144,10 +165,29 @@ class Config(ExperimentConfig):
         """The docid settings of a family."""
         return replace(self.docid, family=family)
 
+    def levels_of(self, family: str) -> int:
+        """Positions of a family's codes."""
+        return code_length(self.docid, family)
+
     @property
     def code_length(self) -> int:
         """Positions of the main arm's codes."""
-        return code_length(self.docid, self.parsed_arms[0].family)
+        return self.levels_of(self.main.family)
+
+    @property
+    def main(self) -> Arm:
+        """The first arm."""
+        return self.parsed_arms[0]
+
+    @property
+    def twin(self) -> Arm | None:
+        """The autoregressive arm with the main arm's docids."""
+        return next((arm for arm in self.parsed_arms if arm.learner.causal and arm.family == self.main.family), None)
+
+    @property
+    def random(self) -> Arm | None:
+        """Masked diffusion over random docids."""
+        return next((arm for arm in self.parsed_arms if arm == Arm(MaskedDiffusion.name, "random")), None)
 
     @property
     def parsed_arms(self) -> list[Arm]:

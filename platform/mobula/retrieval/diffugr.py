@@ -1,8 +1,8 @@
 """DiffuGR (arXiv 2511.08150; reconstruction): generative document retrieval by masked diffusion over docids.
 
 ``run`` trains the arms of an experiment beside their baselines and reports; ``load`` opens the artifact for
-serving; ``measure`` and ``train_trial`` are what sweeps call. The mathematics is in :mod:`.network`,
-:mod:`.objective` and :mod:`.decoding`; the spec's sections are named where they matter.
+serving; ``measure`` and ``train_trial`` are what sweeps call. The mathematics is in :mod:`.paradigms`
+(corruption, losses), :mod:`.network` and :mod:`.decoding`; the spec's sections are named where they matter.
 """
 
 from __future__ import annotations
@@ -22,26 +22,27 @@ from mobula.data import load_retrieval
 from mobula.data.records import RetrievalData
 from mobula.errors import ConfigError
 from mobula.experiment import DataFacts, Report, Run
-from mobula.retrieval import library
+from mobula.retrieval.artifact import cached, facts, fill, load
 from mobula.retrieval.build import base_hash
 from mobula.retrieval.config import Config
 from mobula.retrieval.evaluate import evaluate_run
-from mobula.retrieval.fitting import docid_task, fit_arms, settings_for
-from mobula.retrieval.outcomes import Split, System, time_systems
+from mobula.retrieval.paradigms import MaskedDiffusion
 from mobula.retrieval.prepare import Material, prepare, sample, title_leaks
+from mobula.retrieval.results import Split, Timed, time_systems
+from mobula.retrieval.train_arms import docid_task, fit_arms, settings_for
+from mobula.study import System
 from mobula.training import fit
 
 __all__ = ["Config", "load", "measure", "run", "train_trial"]
 log = logging.getLogger(__name__)
 KIND = "retriever"
-load = library.load
 
 
 def run(run: Run) -> Report:
     """Train and evaluate; leaves checkpoints, run files and the artifact in the run's directory."""
     config: Config = run.config  # type: ignore[assignment]
     problems = config.evaluation_problems()
-    if config.parsed_arms[0].paradigm != "diffusion":
+    if config.main.paradigm != MaskedDiffusion.name:
         problems.append(f"arms: the first arm is the main one and must be diffusion, found {config.arms[0]}")
     if problems:
         raise ConfigError(problems, config.name)
@@ -73,8 +74,8 @@ def write_artifact(config: Config, material: Material, fitted: Any, directory: P
         directory,
         kind=KIND,
         method="diffugr",
-        meta=library.facts(config, material),
-        fill=lambda folder: library.fill(folder, config, material, fitted),
+        meta=facts(config, material),
+        fill=lambda folder: fill(folder, config, material, fitted),
     )
 
 
@@ -83,15 +84,16 @@ def measure(artifact: Artifact, config: Config, split: str = "dev") -> dict[str,
 
     Returns ``hit@1``, ``hit@10``, ``mrr@10``, ``nfe``, ``steps``, ``p50_ms``, ``p95_ms``.
     """
-    opened = library.cached(artifact)
+    opened = cached(artifact)
     queries = sample(opened.queries[split], config.evaluation.dev_queries, config.seed)
     retriever = opened.retrievers[opened.default]
     options = replace(config.decode, k=config.evaluation.depth)
-    found = Split(split, queries, len(opened.documents), None, config.evaluation.resamples)
-    found.record("decoded", retriever.search([q.text for q in queries], [options] * len(queries)))
+    measured = Split(split, queries, len(opened.documents), None, config.evaluation.resamples)
+    decoded = System("decoded")
+    measured.record(decoded, retriever.search([q.text for q in queries], [options] * len(queries)))
     timed = [q.text for q in queries[: config.evaluation.latency_queries]]
-    ms = time_systems([System("decoded", retriever.search, config.decode)], timed)["decoded"]
-    outcome = found.outcomes["decoded"]
+    ms = time_systems([Timed(decoded, retriever.search, config.decode)], timed)[decoded]
+    outcome = measured.outcome(decoded)
     quality = {
         name: float(outcome.per_query(measure).mean())
         for name, measure in {"hit@1": "Hit@1", "hit@10": "Hit@10", "mrr@10": "MRR@10"}.items()
@@ -106,10 +108,10 @@ def train_trial(config: Config, directory: Path, report: Callable[[dict[str, Any
     Reports {step, hit@1, hit@10, distinct_top1} after each evaluation on dev.
     """
     data: RetrievalData = load_retrieval(config.data, quiet=True)
-    arm = config.parsed_arms[0]
+    arm = config.main
     alone = replace(config, arms=[str(arm)])
     # Trials that differ in training alone share what was prepared.
-    decides = [asdict(part) for part in (config.docid, config.model, config.views)]
+    decides = [asdict(part) for part in (config.docid, config.model, config.pseudo_queries)]
     shared = digest([data.sha256, arm.family, *decides, config.evaluation.dev_queries, config.seed])
     material = prepare(alone, data, directory.parent / "prepared" / shared[:16])
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +20,7 @@ from torch import Tensor
 from mobula.errors import ModelError
 from mobula.models.pretrained import Pretrained
 from mobula.retrieval.language_model import LanguageModel, PretrainedShape
-from mobula.retrieval.network import Memory, required
+from mobula.retrieval.network import Memory, NetworkKind, required
 
 PADDING_TOLERANCE = 1e-3  # effect of padding on logits, as a share of the effect of a docid token
 
@@ -48,6 +48,9 @@ KINDS = {
 
 class DiffusionLM(LanguageModel):
     """Logits over docid tokens from a language model that fills in [MASK]."""
+
+    learned: ClassVar[NetworkKind] = "diffusion"
+    continued: ClassVar[bool] = True
 
     def __init__(self, shape: PretrainedShape, base: Pretrained) -> None:
         """Load ``base`` and give it docid tokens.

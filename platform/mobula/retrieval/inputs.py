@@ -1,4 +1,4 @@
-"""How text becomes what the docid network reads, for training views on disk and for live queries alike.
+"""How text becomes what the docid network reads, for training queries on disk and for live queries alike.
 
 Kinds: token ids (``small`` backbone); the states of a sentence encoder (``encoder`` backbone), computed once per text
 and kept as memory-mapped float16 arrays so that training never runs the encoder again; the token ids of a sentence
@@ -11,6 +11,7 @@ import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import takewhile
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,6 +23,7 @@ from torch import Tensor
 from mobula.errors import MobulaError
 from mobula.models.encoders import TextEncoder, TransformerEncoder
 from mobula.models.text import StaticEmbedding
+from mobula.portable import Portable
 
 log = logging.getLogger(__name__)
 PROGRESS_S = 10.0
@@ -151,12 +153,17 @@ def _require_words(texts: Sequence[str]) -> None:
         raise EmptyQuery(f"no token is left of the query {empty[0][:80]!r}")
 
 
-class StoredFeatures:
+@dataclass(frozen=True)
+class StoredFeatures(Portable):
     """Features of many texts in a folder of .npy files, memory-mapped when read."""
 
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
-        self._arrays: dict[str, np.ndarray] = {}
+    directory: Path
+
+    @cached_property
+    def arrays(self) -> dict[str, np.ndarray]:
+        """The arrays by name, sorted."""
+        paths = sorted(self.directory.glob("*.npy"))
+        return {p.stem: np.load(p, mmap_mode="r", allow_pickle=False) for p in paths}
 
     @classmethod
     def write(cls, directory: Path, inputs: QueryInputs, texts: Sequence[str], chunk: int = 1024) -> StoredFeatures:
@@ -180,25 +187,12 @@ class StoredFeatures:
         return cls(directory)
 
     def __len__(self) -> int:
-        return len(next(iter(self._open().values())))
+        return len(next(iter(self.arrays.values())))
 
     def rows(self, index: np.ndarray) -> dict[str, Tensor]:
         """The features at ``index`` i64[B]."""
-        return {name: torch.from_numpy(np.array(array[index])) for name, array in self._open().items()}
+        return {name: torch.from_numpy(np.array(array[index])) for name, array in self.arrays.items()}
 
     def all(self) -> dict[str, Tensor]:
         """Every feature (small sets)."""
         return self.rows(np.arange(len(self)))
-
-    def _open(self) -> dict[str, np.ndarray]:
-        if not self._arrays:
-            paths = sorted(self.directory.glob("*.npy"))
-            self._arrays = {p.stem: np.load(p, mmap_mode="r", allow_pickle=False) for p in paths}
-        return self._arrays
-
-    def __getstate__(self) -> dict[str, Path]:
-        return {"directory": self.directory}
-
-    def __setstate__(self, state: dict[str, Path]) -> None:
-        self.directory = state["directory"]
-        self._arrays = {}

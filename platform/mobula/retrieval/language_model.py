@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mobula.errors import ModelError
 from mobula.models.lora import add_lora, leave_out_frozen
-from mobula.retrieval.network import DocidModel, Paradigm
+from mobula.retrieval.network import DocidModel, NetworkKind
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class PretrainedShape:
     backbone: str
     base: str
     base_hash: str
-    paradigm: Paradigm
+    paradigm: NetworkKind
     sizes: tuple[int, ...]
     finetune: bool
     lora_rank: int
@@ -77,6 +78,8 @@ class LanguageModel(DocidModel):
     Weights that stay frozen are no part of ``state_dict``: they are read from the base model again.
     """
 
+    learned: ClassVar[NetworkKind]  # what the pretrained model has learned to do
+    continued: ClassVar[bool]  # whether the docid follows the prompt in one sequence
     shape: PretrainedShape
     rows: DocidRows
     head: DocidHead

@@ -25,7 +25,7 @@ from mobula.models.encoders import TransformerEncoder
 
 T = TypeVar("T")
 MASK = -1
-Paradigm = Literal["diffusion", "autoregressive"]
+NetworkKind = Literal["diffusion", "autoregressive"]  # attention inside the docid is full, or causal
 KeysValues = tuple[Tensor, Tensor]
 # What a tower makes of a query: positions [B, n, d], their mask [B, n], pooled [B, d], centred embedding [B, D].
 Reading = tuple[Tensor, Tensor, Tensor, Tensor | None]
@@ -35,7 +35,7 @@ Reading = tuple[Tensor, Tensor, Tensor, Tensor | None]
 class NetworkShape:
     """What fixes every weight's shape; stored with the weights."""
 
-    paradigm: Paradigm
+    paradigm: NetworkKind
     sizes: tuple[int, ...]
     width: int
     layers: int
@@ -325,7 +325,7 @@ class CodewordPrior(nn.Module):
 class DocidModel(nn.Module, ABC):
     """What decoding and training see of a network: logits over the codes of every level for a partial docid."""
 
-    paradigm: Paradigm
+    paradigm: NetworkKind
     sizes: Tensor
     impossible: Tensor
     index: Tensor
@@ -338,6 +338,7 @@ class DocidModel(nn.Module, ABC):
     def __init__(self, shape: Any) -> None:
         super().__init__()
         self.shape, self.paradigm = shape, shape.paradigm
+        self.causal = shape.paradigm == "autoregressive"
         self.levels = len(shape.sizes)
         self.register_buffer("index", torch.arange(self.levels), persistent=False)
         self._size(torch.tensor(shape.sizes))
@@ -485,7 +486,7 @@ class DocidTransformer(DocidModel):
         return scores.masked_fill(self.impossible[levels], float("-inf")) if self.uneven else scores
 
     def _remember(self, x: Tensor, mask: Tensor, pooled: Tensor, vector: Tensor | None) -> Memory:
-        if self.shape.query_sees_docid and self.paradigm == "diffusion":
+        if self.shape.query_sees_docid and not self.causal:
             return Memory(mask, pooled, vector=vector, embedded=x)
         keys_values = []
         for layer in self.stack:
@@ -503,18 +504,17 @@ class DocidTransformer(DocidModel):
     def _docid_inputs(self, memory: Memory, codes: Tensor) -> Tensor:
         """Input rows [B, G, L, d]; the twin's are shifted right by one behind [BOS]."""
         rows = self.codes.embed(codes.clamp(min=0), self.index)
-        if self.paradigm == "diffusion":
-            rows = torch.where((codes >= 0).unsqueeze(-1), rows, self.special)
-        else:
+        if self.causal:
             first = self.special.expand(*codes.shape[:2], 1, -1)
             rows = torch.cat([first, rows[:, :, :-1]], 2)
+        else:
+            rows = torch.where((codes >= 0).unsqueeze(-1), rows, self.special)
         return rows + self.positions + self._pooled(memory)
 
     def _docid_states(self, memory: Memory, x: Tensor) -> Tensor:
         if memory.embedded is not None:
             return self._joint_states(memory, x)
-        causal = self.paradigm == "autoregressive"
-        own_mask = (self.index[:, None] >= self.index) if causal else None
+        own_mask = (self.index[:, None] >= self.index) if self.causal else None
         for layer, context in zip(self.stack, memory.keys_values, strict=True):
             x, _ = layer(x, context, memory.mask, own_mask)
         return x
@@ -540,7 +540,7 @@ class DocidTransformer(DocidModel):
         prior = required(self.prior)
         words = prior.words(codes, self.index)
         # A level's own codeword is excluded: its logits must not depend on its own code.
-        seen = (words.cumsum(2) if self.paradigm == "autoregressive" else words.sum(2, keepdim=True)) - words
+        seen = (words.cumsum(2) if self.causal else words.sum(2, keepdim=True)) - words
         query = prior.query(required(memory.vector))
         return (query[:, None, None, :] - seen).flatten(0, 1)
 

@@ -1,4 +1,4 @@
-"""Everything training needs, made once per run and left on disk: embeddings, docid tables, views, dev queries."""
+"""Everything training needs, made once per run and left on disk: embeddings, docid tables, training and dev queries."""
 
 from __future__ import annotations
 
@@ -20,9 +20,10 @@ from mobula.models.encoders import TextEncoder, TransformerEncoder, load_encoder
 from mobula.models.pretrained import Pretrained
 from mobula.models.text import load_static
 from mobula.retrieval.arms import Arm
-from mobula.retrieval.build import LANGUAGE_MODELS, PARADIGMS, ModelConfig, base_hash
-from mobula.retrieval.config import ViewsConfig
-from mobula.retrieval.docids.config import CONTROLS, EMBEDDED, TEXT, DocidConfig
+from mobula.retrieval.build import LANGUAGE_MODELS, ModelConfig, base_hash
+from mobula.retrieval.config import PseudoQueriesConfig
+from mobula.retrieval.docids.config import DocidConfig
+from mobula.retrieval.docids.families import FAMILIES
 from mobula.retrieval.docids.leak import require_no_leak
 from mobula.retrieval.docids.space import DocidSpace, fit_space
 from mobula.retrieval.docids.table import DocidTable
@@ -34,12 +35,11 @@ from mobula.retrieval.inputs import (
     StoredFeatures,
     TokenInputs,
 )
-from mobula.retrieval.tasks import Prepared
+from mobula.retrieval.tasks import TRAINING, Prepared
 
 log = logging.getLogger(__name__)
 DONE = "prepared.json"
 Pair = tuple[int, int]
-TITLE_LEAK = 0.5  # share of queries that may hold their docid by chance; queries that are titles hold it always
 WINDOWS_PER_DOCUMENT = 5  # that codebooks are fitted on with docid.fit_on=windows
 
 
@@ -49,7 +49,7 @@ class Preparable(Protocol):
     seed: int
     docid: DocidConfig
     model: ModelConfig
-    views: ViewsConfig
+    pseudo_queries: PseudoQueriesConfig
     evaluation: Any  # of which dev_queries is read
 
     @property
@@ -85,7 +85,7 @@ def _prepare(config: Preparable, data: RetrievalData, directory: Path) -> Materi
     prepared = Prepared(directory)
     if not (directory / DONE).is_file():
         _write_tables(config, data, embeddings, encoder, directory)
-        _write_views(config, data, encoder, inputs, directory)
+        _write_training(config, data, encoder, inputs, directory)
         _write_dev(config, data, encoder, inputs, directory)
         write_json(directory / DONE, {"documents": len(data.documents), "base": base_hash(config.model)})
     return Material(data, encoder, embeddings, inputs, prepared)
@@ -99,7 +99,7 @@ def make_inputs(model: ModelConfig, arms: Sequence[Arm], mean: np.ndarray) -> di
 def _inputs(model: ModelConfig, mean: np.ndarray) -> QueryInputs:
     if model.backbone in LANGUAGE_MODELS:
         tokenizer = Pretrained.find(model.base).tokenizer()
-        return PromptInputs(tokenizer, model.query_len, continued=PARADIGMS[model.backbone] == "diffusion")
+        return PromptInputs(tokenizer, model.query_len, continued=LANGUAGE_MODELS[model.backbone].continued)
     if model.backbone == "encoder":
         encoder = load_encoder(model.encoder)
         if model.finetune and isinstance(encoder, TransformerEncoder):
@@ -120,9 +120,9 @@ def title_leaks(material: Material, arms: Sequence[Arm]) -> dict[str, float]:
         DocidLeak: for docids made of titles, if most queries hold them: generating the docid is copying then.
     """
     shares = {}
-    for family in sorted({arm.family for arm in arms} & set(TEXT)):
-        limit = TITLE_LEAK if family == "text.title" else 1.0
-        shares[family] = require_no_leak(material.data.queries["test"], material.prepared.table(family), limit)
+    for family in sorted({arm.family for arm in arms if FAMILIES[arm.family].is_text}):
+        table = material.prepared.table(family)
+        shares[family] = require_no_leak(material.data.queries["test"], table, FAMILIES[family].leak_limit)
     return shares
 
 
@@ -130,18 +130,17 @@ def fit_family(
     config: DocidConfig, data: RetrievalData, embeddings: np.ndarray, encoder: TextEncoder, seed: int
 ) -> DocidTable:
     """Fit a docid family on the corpus and encode it."""
-    family = config.family
-    tokenizer = load_static("wordllama") if family in TEXT else None
-    vectors = embeddings if family in EMBEDDED else None
+    family = FAMILIES[config.family]
+    vectors = embeddings if family.is_numeric else None
     windows = None
-    if config.fit_on == "windows" and family in EMBEDDED:
-        views = make_views(data.documents, "window", WINDOWS_PER_DOCUMENT, seed)
-        windows = encoder.embed([view.text for view in views])
+    if config.fit_on == "windows" and family.is_numeric:
+        parts = make_views(data.documents, "window", WINDOWS_PER_DOCUMENT, seed)
+        windows = encoder.embed([part.text for part in parts])
+    tokenizer, name = family.tokenizer(), encoder.hash
     space: DocidSpace = fit_space(
-        config, data.documents, vectors, seed=seed, encoder_hash=encoder.hash, tokenizer=tokenizer, windows=windows
+        config, data.documents, vectors, seed=seed, encoder_hash=name, tokenizer=tokenizer, windows=windows
     )
-    collision = "bucket" if family in CONTROLS else config.collision
-    return DocidTable.build(space, data.documents, vectors, collision)
+    return DocidTable.build(space, data.documents, vectors, family.collision(config.collision))
 
 
 def _embed_documents(encoder: TextEncoder, data: RetrievalData, directory: Path) -> np.ndarray:
@@ -164,27 +163,28 @@ def _write_tables(
         table.save(directory / "docids" / family)
 
 
-def _write_views(
+def _write_training(
     config: Preparable, data: RetrievalData, encoder: TextEncoder, inputs: dict[str, QueryInputs], directory: Path
 ) -> None:
-    texts, examples = training_examples(config.views, data, config.seed)
-    log.info("writing %d training views, %d examples", len(texts), len(examples))
+    texts, examples = training_examples(config.pseudo_queries, data, config.seed)
+    log.info("writing %d training queries, %d examples", len(texts), len(examples))
     for reader, features in inputs.items():
-        StoredFeatures.write(directory / "views" / reader, features, texts)
-    _save(directory / "view_vectors.npy", _view_vectors(encoder, inputs, texts, directory / "views").astype(np.float16))
+        StoredFeatures.write(directory / TRAINING / reader, features, texts)
+    vectors = _query_vectors(encoder, inputs, texts, directory / TRAINING)
+    _save(directory / "training_vectors.npy", vectors.astype(np.float16))
     _save(directory / "examples.npy", examples)
 
 
-def _view_vectors(encoder: TextEncoder, inputs: dict[str, QueryInputs], texts: list[str], views: Path) -> np.ndarray:
-    """Vectors f32[V, D] of the views, which a network that reads the same encoder's states has stored already."""
+def _query_vectors(encoder: TextEncoder, inputs: dict[str, QueryInputs], texts: list[str], stored: Path) -> np.ndarray:
+    """Vectors f32[V, D] of the training queries; a network that reads the same encoder's states has stored them."""
     for reader, features in inputs.items():
         if isinstance(features, StateInputs) and features.encoder.hash == encoder.hash:
-            return np.load(views / reader / "vector.npy", allow_pickle=False) + features.mean
+            return np.load(stored / reader / "vector.npy", allow_pickle=False) + features.mean
     return encoder.embed(texts)
 
 
-def training_examples(config: ViewsConfig, data: RetrievalData, seed: int) -> tuple[list[str], np.ndarray]:
-    """View texts, and examples i64[M, 2] (view row, document row); one kind is repeated to meet the other's share.
+def training_examples(config: PseudoQueriesConfig, data: RetrievalData, seed: int) -> tuple[list[str], np.ndarray]:
+    """Texts of queries, and examples i64[M, 2] (query row, document row); one kind is repeated to meet the share.
 
     No pseudo-query is a near-duplicate of a dev or test query of the same document.
 
@@ -193,21 +193,21 @@ def training_examples(config: ViewsConfig, data: RetrievalData, seed: int) -> tu
     """
     held_out = [query for split, queries in data.queries.items() if split != "train" for query in queries]
     path = Path(config.file) if config.file else None
-    views = [
-        view
-        for kind in config.pseudo
-        for view in make_views(data.documents, kind, config.per_document, seed, path=path, held_out=held_out)
+    pseudo = [
+        query
+        for kind in config.kinds
+        for query in make_views(data.documents, kind, config.per_document, seed, path=path, held_out=held_out)
     ]
     real = data.queries.get("train", [])
-    pseudo_pairs = _pairs(views, data, 0)
-    real_pairs = _pairs(real, data, len(views))
-    examples = _mixed(pseudo_pairs, real_pairs, config.queries)
+    pseudo_pairs = _pairs(pseudo, data, 0)
+    real_pairs = _pairs(real, data, len(pseudo))
+    examples = _mixed(pseudo_pairs, real_pairs, config.real_share)
     if not examples:
         raise DataError(
-            f"{data.name}: nothing to train on; it has {len(real)} training queries, views.queries={config.queries} "
-            f"and views.per_document={config.per_document}"
+            f"{data.name}: nothing to train on; it has {len(real)} training queries, "
+            f"pseudo_queries.real_share={config.real_share} and pseudo_queries.per_document={config.per_document}"
         )
-    return [query.text for query in [*views, *real]], np.array(examples, dtype=np.int64).reshape(-1, 2)
+    return [query.text for query in [*pseudo, *real]], np.array(examples, dtype=np.int64).reshape(-1, 2)
 
 
 def _mixed(pseudo: list[Pair], real: list[Pair], share: float) -> list[Pair]:
@@ -219,7 +219,7 @@ def _mixed(pseudo: list[Pair], real: list[Pair], share: float) -> list[Pair]:
 
 
 def _pairs(queries: list[Query], data: RetrievalData, offset: int) -> list[tuple[int, int]]:
-    """(view row, document row) of every query and gold document; rows of views start at ``offset``."""
+    """(query row, document row) of every query and gold document; rows of queries start at ``offset``."""
     rows = {document.id: row for row, document in enumerate(data.documents)}
     return [(offset + i, rows[doc_id]) for i, query in enumerate(queries) for doc_id in query.gold]
 

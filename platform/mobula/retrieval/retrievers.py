@@ -21,13 +21,6 @@ from mobula.retrieval.network import DocidModel
 from mobula.retrieval.search import SearchOptions, SearchResult, StepEvent
 from mobula.retrieval.tasks import DualEncoder
 
-# By paradigm, the default first. A classifier sees every position masked and nothing else.
-BY_PARADIGM = {
-    "diffusion": ("match_rerank", "match", "one_pass", "best_of_n", "beam", "chain_rescore"),
-    "autoregressive": ("beam", "greedy", "exhaustive"),
-    "classifier": ("one_pass",),
-}
-
 
 class DocidRetriever:
     """A docid model behind text queries; ``name`` is its arm. A search sees one version of the documents."""
@@ -41,7 +34,8 @@ class DocidRetriever:
         encoder: TextEncoder,
     ) -> None:
         self.name = name
-        self.decoders: tuple[str, ...] = BY_PARADIGM[parse(name).paradigm]
+        self.learner = parse(name).learner
+        self.decoders: tuple[str, ...] = self.learner.decoders
         self.model = model.eval()
         self.inputs = inputs
         self.encoder = encoder
@@ -108,8 +102,7 @@ class DocidRetriever:
         return DocidRetriever(self.name, self.model, table, self.inputs, self.encoder)
 
     def _make(self, table: DocidTable) -> Decoder | ArDecoder:
-        kind = ArDecoder if self.model.paradigm == "autoregressive" else Decoder
-        return kind(over(self.model, table), table)
+        return self.learner.decoder(over(self.model, table), table)
 
 
 class DualRetriever(FlatRetriever):

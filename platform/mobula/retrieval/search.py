@@ -202,7 +202,7 @@ class Retriever(Protocol):
 
 
 @dataclass(frozen=True)
-class Admission:
+class InsertSummary:
     """What the default retriever made of added documents: the code of each that has one, by id.
 
     ``overflow`` counts those that share the last index of a full bucket or leaf, ``collisions`` those whose code
@@ -246,7 +246,7 @@ class Searchable(Protocol):
             KeyError: if there is none.
         """
 
-    def insert(self, documents: Sequence[Document]) -> tuple[Searchable, Admission]:
+    def insert(self, documents: Sequence[Document]) -> tuple[Searchable, InsertSummary]:
         """With documents that every retriever which can takes without training.
 
         Raises:

@@ -6,7 +6,7 @@ Shapes: B queries, G hypotheses a query, R = B * G, n prompt positions, L levels
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from torch import Tensor
 from mobula.errors import ModelError
 from mobula.models.pretrained import Pretrained
 from mobula.retrieval.language_model import LanguageModel, PretrainedShape
-from mobula.retrieval.network import Memory, required
+from mobula.retrieval.network import Memory, NetworkKind, required
 
 LOADER = "AutoModelForSeq2SeqLM"
 
@@ -47,6 +47,9 @@ class Seq2SeqCache:
 
 class Seq2SeqLM(LanguageModel):
     """Logits over docid tokens, left to right, from a pretrained encoder-decoder."""
+
+    learned: ClassVar[NetworkKind] = "autoregressive"
+    continued: ClassVar[bool] = False
 
     def __init__(self, shape: PretrainedShape, base: Pretrained) -> None:
         """Load ``base`` and give it docid tokens.

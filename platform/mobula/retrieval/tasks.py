@@ -19,16 +19,13 @@ from torch import Tensor, nn
 from mobula.artifacts import sha256
 from mobula.config import digest
 from mobula.errors import TrainingError
-from mobula.models.text import load_static
-from mobula.retrieval import objective
+from mobula.portable import Portable
 from mobula.retrieval.arms import Arm
 from mobula.retrieval.build import ModelConfig, build_model
-from mobula.retrieval.decoding import ArDecoder, Decoder
-from mobula.retrieval.docids.config import CONTROLS, TEXT
+from mobula.retrieval.docids.families import FAMILIES
 from mobula.retrieval.docids.table import DocidTable
 from mobula.retrieval.inputs import StoredFeatures
 from mobula.retrieval.network import DocidModel
-from mobula.retrieval.search import SearchOptions
 from mobula.threads import one_thread
 from mobula.training.task import Task
 
@@ -36,6 +33,7 @@ from mobula.training.task import Task
 # learned nothing but a favourite; far below it, it has.
 SUSPICIOUS = 0.5
 COLLAPSED = 0.05
+TRAINING = "training"  # folder of the training queries' features
 log = logging.getLogger(__name__)
 
 
@@ -44,18 +42,18 @@ class ModelCollapsed(TrainingError):
 
 
 @dataclass
-class Prepared:
-    """Paths and arrays of a prepared folder: training views, dev queries and docid tables."""
+class Prepared(Portable):
+    """Paths and arrays of a prepared folder: training queries, dev queries and docid tables."""
 
     directory: Path
 
     def features(self, texts: str, reader: str) -> StoredFeatures:
-        """Features of the training ``views`` or the ``dev`` queries, for a reader (:meth:`.ModelConfig.reader`)."""
+        """Features of the ``training`` or the ``dev`` queries, for a reader (:meth:`.ModelConfig.reader`)."""
         return StoredFeatures(self.directory / texts / reader)
 
     @cached_property
     def examples(self) -> np.ndarray:
-        """Training examples i64[M, 2]: row of the view, row of its document."""
+        """Training examples i64[M, 2]: row of the query, row of its document."""
         return np.load(self.directory / "examples.npy", allow_pickle=False)
 
     @cached_property
@@ -66,24 +64,19 @@ class Prepared:
 
     def table(self, family: str) -> DocidTable:
         """The docid table of a family."""
-        tokenizer = load_static("wordllama") if family in TEXT else None
-        return DocidTable.load(self.directory / "docids" / family, tokenizer=tokenizer)
+        return DocidTable.load(self.directory / "docids" / family, tokenizer=FAMILIES[family].tokenizer())
 
     def identity(self) -> str:
         """Hash of everything a task reads."""
         files = {p.relative_to(self.directory): p for p in sorted(self.directory.rglob("*")) if p.is_file()}
-        return digest({str(name): sha256(path) for name, path in files.items() if name.parts[0] != "views"})
-
-    def __getstate__(self) -> dict[str, Path]:
-        return {"directory": self.directory}
+        return digest({str(name): sha256(path) for name, path in files.items() if name.parts[0] != TRAINING})
 
 
 @dataclass
 class DocidTask(Task):
-    """Train one arm on (query view, docid) pairs.
+    """Train one arm on (query, docid) pairs.
 
-    Masked diffusion: masked cross-entropy with the weight ``loss_weight`` (spec 3.3); autoregressive: next-code
-    cross-entropy; classifier: every position masked, no attention (one softmax head a level).
+    What is hidden of a docid and the loss are those of the arm's paradigm, see :mod:`.paradigms`.
 
     ``guarded``: a collapsed model ends the training. One that only tries a learning rate goes on, and dev rejects
     the rate; so do controls, whose codes have no content to learn.
@@ -101,9 +94,9 @@ class DocidTask(Task):
         return self.prepared.table(self.arm.family)
 
     @cached_property
-    def views(self) -> StoredFeatures:
-        """Features of the training views."""
-        return self.prepared.features("views", self.model.reader(self.arm))
+    def queries(self) -> StoredFeatures:
+        """Features of the training queries, pseudo-queries before real ones."""
+        return self.prepared.features(TRAINING, self.model.reader(self.arm))
 
     @cached_property
     def dev(self) -> StoredFeatures:
@@ -129,42 +122,29 @@ class DocidTask(Task):
         return build_model(self.model, self.arm, self.table)
 
     def batch(self, indices: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
-        """Features, codes i64[B, L] and, for diffusion, masked codes z with their rates."""
+        """Features, codes i64[B, L] and what the network sees of them, see :meth:`.Paradigm.corrupt`."""
         pairs = self.prepared.examples[indices.numpy()]
         codes = self.codes[pairs[:, 1]]
-        batch = {**self.views.rows(pairs[:, 0]), "codes": codes}
-        if self.arm.paradigm == "autoregressive":
-            return {**batch, "z": codes}
-        if self.arm.paradigm == "classifier":
-            return {**batch, "z": torch.full_like(codes, -1), "rates": torch.ones(len(codes))}
-        rates = objective.masking_rates(len(codes), generator)
-        return {**batch, "z": objective.mask_codes(codes, rates, generator), "rates": rates}
+        batch = {**self.queries.rows(pairs[:, 0]), "codes": codes}
+        return {**batch, **self.arm.learner.corrupt(codes, generator)}
 
     def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor | float]]:
         """Mean loss of a batch in nats."""
         query = {name: batch[name] for name in batch if name not in ("codes", "z", "rates")}
-        logits = model(query, batch["z"])
-        if self.arm.paradigm == "autoregressive":
-            return objective.autoregressive_loss(logits, batch["codes"]), {}
-        return objective.diffusion_loss(logits, batch["codes"], batch["z"], batch["rates"], self.loss_weight), {}
+        return self.arm.learner.loss(model(query, batch["z"]), batch, self.loss_weight), {}
 
     def evaluate(self, model: DocidModel) -> dict[str, float]:
         """Dev Hit@1 and Hit@10, and the share of distinct top-1 documents (by one_pass, or beam 10)."""
         query = {name: values.to(_device(model)) for name, values in self.dev.all().items()}
-        if self.arm.paradigm == "autoregressive":
-            decoder: Decoder | ArDecoder = ArDecoder(model, self.table)
-            options = SearchOptions(k=10, decoder="beam", beam=10)
-        else:
-            decoder = Decoder(model, self.table)
-            options = SearchOptions(k=10, decoder="one_pass")
+        decoder = self.arm.learner.decoder(model, self.table)
         with one_thread():
-            results = decoder.search(query, [options] * len(self.prepared.dev_gold))
+            results = decoder.search(query, [self.arm.learner.dev] * len(self.prepared.dev_gold))
         found = [[hit.doc_id for hit in result.hits] for result in results]
         return dev_measures(found, self.prepared.dev_gold)
 
     def check(self, metrics: dict[str, float], step: int, steps: int) -> None:
         """See :func:`check_collapse`."""
-        fatal = self.guarded and self.arm.family not in CONTROLS
+        fatal = self.guarded and not self.arm.docids.is_control
         check_collapse(str(self.arm), metrics["distinct_top1"], self.prepared.dev_gold, step, steps, fatal=fatal)
 
 
@@ -220,9 +200,9 @@ class DualTask(Task):
         return torch.from_numpy(np.load(self.prepared.directory / "documents.npy", allow_pickle=False))
 
     @cached_property
-    def view_vectors(self) -> np.ndarray:
-        """Vectors of the training views, memory-mapped f16[V, D]."""
-        return np.load(self.prepared.directory / "view_vectors.npy", mmap_mode="r", allow_pickle=False)
+    def query_vectors(self) -> np.ndarray:
+        """Vectors of the training queries, memory-mapped f16[V, D]."""
+        return np.load(self.prepared.directory / "training_vectors.npy", mmap_mode="r", allow_pickle=False)
 
     @cached_property
     def dev_vectors(self) -> Tensor:
@@ -245,7 +225,7 @@ class DualTask(Task):
     def batch(self, indices: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
         """Query vectors f32[B, D], document vectors f32[B', D] and their rows i64[B'], each query's own first."""
         pairs = self.prepared.examples[indices.numpy()]
-        queries = torch.from_numpy(np.asarray(self.view_vectors[pairs[:, 0]], dtype=np.float32))
+        queries = torch.from_numpy(np.asarray(self.query_vectors[pairs[:, 0]], dtype=np.float32))
         rows = pairs[:, 1] if self.hard is None else np.concatenate([pairs[:, 1], self.hard[indices.numpy()]])
         return {"queries": queries, "documents": self.documents[rows], "rows": torch.from_numpy(rows)}
 

@@ -28,6 +28,7 @@ class TrainingConfig:
     warmup: float = key(0.05, "fraction of the steps with a rising learning rate", ge=0, le=1)
     decay: float = key(0.3, "fraction of the steps, at the end, with a falling learning rate", ge=0, le=1)
     schedule: str = key("linear", "form of the falling part", choices=("linear", "cosine"))
+    combine: str = key("sum", "what becomes of the gradients of a task's named losses", choices=("sum", "pcgrad"))
     precision: str = key("fp32", "fp32, or bf16 for mixed precision")
     zero: int = key(0, "ZeRO stage: what the workers share out (0 nothing ... 3 all states and weights)", ge=0, le=3)
     workers: int | None = key(
@@ -72,6 +73,8 @@ class TrainingConfig:
             yield "precision=fp16: needs loss scaling and does not run on CPU; use bf16 or fp32"
         elif self.precision not in ("fp32", "bf16"):
             yield f"precision={self.precision!r}: expected fp32 or bf16"
+        if self.combine != "sum" and self.zero == 3:
+            yield f"combine={self.combine} does not work with zero=3, which shares out the gradients: use zero <= 2"
         share, rest = divmod(self.batch, self.world)
         if rest:
             yield f"batch={self.batch} does not divide among workers={self.workers}"

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,15 @@ from torch import Tensor, nn
 
 from mobula.environment import in_process_environment
 from mobula.errors import TrainingError
+from mobula.training.combine import LossGradients, Scale, scaled, surrogate, total
 from mobula.training.config import TrainingConfig
 from mobula.training.task import Task
 
 TAG = "deepspeed"
 # DeepSpeed reserves a bucket of this many elements, however small the model is.
 LARGEST_BUCKET = 500_000_000
+
+Extras = dict[str, Tensor | float]
 
 
 class Engine:
@@ -45,27 +49,42 @@ class Engine:
         )
         self._parameters = trained
         self._zero_norm = torch.zeros(())
+        self._gradients = LossGradients(trained) if config.combine == "pcgrad" else None
         settings = _settings(config, sum(p.numel() for p in trained), overlap=device.type == "cuda")
         self._engine, *_ = deepspeed.initialize(
-            model=_Loss(self.model, task), optimizer=self.optimizer, config=settings, dist_init_required=False
+            model=_Differentiated(self.model), optimizer=self.optimizer, config=settings, dist_init_required=False
         )
         if config.zero == 0 and config.world == 1:
             # Alone, a rank has nothing to average; DeepSpeed would still copy all gradients into a bucket and back.
             self._engine.enable_backward_allreduce = False
 
-    def backward(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor | float]]:
-        """Forward and backward pass of a micro-batch; returns its loss (scalar, detached) and further values."""
-        batch = {name: tensor.to(self.device) for name, tensor in batch.items()}
-        loss, extras = self._engine(batch)
-        self._engine.backward(loss)
-        return loss.detach(), extras
+    def backward(self, batch: dict[str, Tensor], scale: Scale) -> tuple[Tensor, Extras]:
+        """Forward and backward pass of a micro-batch, its losses multiplied by ``scale``.
 
-    def step(self, lr: float, *, boundary: bool) -> Tensor:
+        Returns the loss (scalar, detached) and further values, named losses among them; all are scaled likewise.
+        """
+        batch = {name: tensor.to(self.device) for name, tensor in batch.items()}
+        if self._gradients is None:
+            loss, extras = self._engine(self._loss, batch, scale)
+            self._engine.backward(loss)
+            return loss.detach(), extras
+        with self._autocast():
+            losses, extras = self._losses(batch, scale)
+        self._gradients.add(losses, 1 / self.config.accumulation)
+        return total(losses).detach(), extras
+
+    def step(self, lr: float, *, boundary: bool, seed: int) -> tuple[Tensor, Extras]:
         """Count a micro-batch and, at the ``boundary`` of accumulation, update the weights.
 
-        Returns the norm of the gradient before clipping (scalar), zero between boundaries.
+        ``seed`` is for what combines the gradients of named losses at random. Returns the norm of the gradient before
+        clipping (scalar), zero between boundaries, and what there is to log about the combination.
         """
         norm = self._zero_norm
+        extras: Extras = {}
+        if self._gradients is not None:
+            if not boundary:
+                return norm, extras
+            extras = self._backward_combined(self._gradients, seed)
         if boundary:
             for group in self.optimizer.param_groups:
                 group["lr"] = lr * group["lr_scale"]
@@ -75,7 +94,27 @@ class Engine:
         self._engine.step()
         if boundary and self.config.zero > 0:
             norm = torch.as_tensor(self._engine.get_global_grad_norm() or 0.0).detach()
-        return norm
+        return norm, extras
+
+    def _backward_combined(self, gradients: LossGradients, seed: int) -> Extras:
+        """Hand DeepSpeed the combined gradient in the one way that every stage but the third takes: as a loss."""
+        combined, extras = gradients.combine(seed)
+        self._engine.backward(self._engine(surrogate, self._parameters, combined))
+        return extras
+
+    def _loss(self, batch: dict[str, Tensor], scale: Scale) -> tuple[Tensor, Extras]:
+        losses, extras = self._losses(batch, scale)
+        return total(losses), extras
+
+    def _losses(self, batch: dict[str, Tensor], scale: Scale) -> tuple[dict[str, Tensor], Extras]:
+        """The task's losses by name and further values to log, all scaled."""
+        loss, values = self.task.loss(self.model, batch)
+        losses = scaled(loss, scale)
+        if not isinstance(scale, dict):
+            values = {name: value * scale for name, value in values.items()}
+        named = {} if isinstance(loss, Tensor) else losses
+        # Only the loss is differentiated; DeepSpeed would hook every other output that carries a gradient.
+        return losses, {n: v.detach() if isinstance(v, Tensor) else v for n, v in {**values, **named}.items()}
 
     def evaluate(self) -> dict[str, float]:
         """The task's dev metrics."""
@@ -125,18 +164,15 @@ class Engine:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16")
 
 
-class _Loss(nn.Module):
-    """The task's loss as a module, so that the whole of it runs inside DeepSpeed's forward pass."""
+class _Differentiated(nn.Module):
+    """The model in a module whose forward pass is a function's: all that is differentiated runs inside DeepSpeed's."""
 
-    def __init__(self, model: nn.Module, task: Task) -> None:
+    def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
-        self._task = task
 
-    def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor | float]]:
-        loss, extras = self._task.loss(self.model, batch)
-        # Only the loss is differentiated; DeepSpeed would hook every other output that carries a gradient.
-        return loss, {name: v.detach() if isinstance(v, Tensor) else v for name, v in extras.items()}
+    def forward(self, function: Callable[..., Any], *inputs: Any) -> Any:
+        return function(*inputs)
 
 
 def join_process_group() -> None:
@@ -194,7 +230,8 @@ def _settings(config: TrainingConfig, elements: int, *, overlap: bool) -> dict[s
         zero["overlap_comm"] = overlap
     return {
         "train_micro_batch_size_per_gpu": config.micro,
-        "gradient_accumulation_steps": config.accumulation,
+        # Combined gradients have been accumulated before DeepSpeed sees them.
+        "gradient_accumulation_steps": config.accumulation if config.combine == "sum" else 1,
         "gradient_clipping": config.clip if config.zero else 0.0,
         "zero_optimization": zero,
         "torch_autocast": {"enabled": config.precision == "bf16", "dtype": "bfloat16"},

@@ -26,6 +26,7 @@ from torch import Tensor
 from mobula.artifacts import write_json, write_text
 from mobula.errors import ArtifactError, RunConflict, TrainingError
 from mobula.training import checkpoints
+from mobula.training.combine import scale_of
 from mobula.training.config import TrainingConfig
 from mobula.training.engine import Engine, join_process_group
 from mobula.training.task import Task
@@ -136,15 +137,17 @@ class _Loop:
         step = self.state.step
         lr = learning_rate(self.config, step)
         indices = batch_indices(self.task.examples, self.config.batch, step, self.seed)
+        weights = self.task.weights(indices)
         last = self.config.accumulation - 1
         for micro in range(self.config.accumulation):
             part = dist.get_rank() * self.config.accumulation + micro
             generator = seed_slice(self.seed, step, part)
-            mine = indices[part * self.config.micro : (part + 1) * self.config.micro]
-            loss, extras = self.engine.backward(self.task.batch(mine, generator))
-            norm = self.engine.step(lr, boundary=micro == last)
+            mine = slice(part * self.config.micro, (part + 1) * self.config.micro)
+            batch = self.task.batch(indices[mine], generator)
+            loss, extras = self.engine.backward(batch, scale_of(weights, mine))
+            norm, combination = self.engine.step(lr, boundary=micro == last, seed=_mix("combine", self.seed, step))
             self.window.add(loss, extras, 1 / self.config.accumulation)
-        self.window.close(norm, lr)
+        self.window.close(norm, lr, combination)
         self.state.step = step + 1
 
     def _after_step(self) -> None:
@@ -313,14 +316,18 @@ class _Window:
         """Add a micro-batch that makes up this share of a step."""
         part = loss * share
         self._sum = part if self._sum is None else self._sum + part
+        self._extend(extras, share, loss.device)
+
+    def _extend(self, extras: dict[str, Tensor | float], share: float, device: torch.device) -> None:
         for name, value in extras.items():
-            part = torch.as_tensor(value, dtype=torch.float32, device=loss.device).detach() * share
+            part = torch.as_tensor(value, dtype=torch.float32, device=device).detach() * share
             self._named[name] = self._named[name] + part if name in self._named else part
 
-    def close(self, norm: Tensor, lr: float) -> None:
-        """End a step."""
+    def close(self, norm: Tensor, lr: float, extras: dict[str, Tensor | float]) -> None:
+        """End a step; ``extras`` are values of the step as a whole."""
         assert self._sum is not None
         self._pending.append(self._sum)
+        self._extend(extras, 1.0, self._sum.device)
         self._sum, self._last, self.lr = None, norm, lr
 
     def settle(self, step: int) -> None:

@@ -36,9 +36,25 @@ class Task(Portable, ABC):
     def batch(self, indices: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
         """The examples ``indices`` (i64[B]) as tensors on CPU; noise, masks and negatives come from ``generator``."""
 
+    def weights(self, indices: Tensor) -> Tensor | dict[str, Tensor]:
+        """Weights (f[B] or i64[B], at least 0) of the examples ``indices`` in a mean over them; all alike by default.
+
+        A loss that is a mean over tokens says here how many each example has, or short examples would count as much
+        as long ones wherever a step has several micro-batches. Means that differ in what they are over are named
+        losses, with one such tensor for each name; their further values stay means over examples.
+        """
+        return torch.ones(len(indices))
+
     @abstractmethod
-    def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor | float]]:
-        """The mean loss over the batch (scalar) and further values to log, means over the batch as well."""
+    def loss(
+        self, model: nn.Module, batch: dict[str, Tensor]
+    ) -> tuple[Tensor | dict[str, Tensor], dict[str, Tensor | float]]:
+        """The loss (scalar), or several losses by name, and further values to log.
+
+        All are means over the batch, weighted by :meth:`weights`; the loop makes them means over the step's batch, on
+        all micro-batches and ranks. Named losses are logged, and combined as ``combine`` says: by default they are
+        added up. A named loss may be left out of a micro-batch in which all its weights are 0.
+        """
 
     @abstractmethod
     def identity(self) -> str:

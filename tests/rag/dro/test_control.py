@@ -27,5 +27,5 @@ def test_inverted_weights_end_below_uniform_ones(tmp_path: Path, monkeypatch: py
         return -sampled.log_lik / -sampled.log_lik.sum()
 
     monkeypatch.setitem(weights.RULES, "inverted", inverted)
-    found = {rule: em_after(tmp_path / rule, rule) for rule in ("lik_softmax", "uniform", "inverted")}
-    assert found["inverted"] < found["uniform"] < found["lik_softmax"], found
+    found = {rule: em_after(tmp_path / rule, rule) for rule in ("snis", "uniform", "inverted")}
+    assert found["inverted"] < found["uniform"] < found["snis"], found

@@ -286,7 +286,7 @@ def test_questions_that_all_samples_fail_are_counted_and_those_alone_are_skipped
 FACTS_OF = {"unique": 1.0, "ess": 1.0}
 
 
-def setting_of(directory: Path, rule: str = "lik_softmax", samples: int = 2) -> Setting:
+def setting_of(directory: Path, rule: str = "snis", samples: int = 2) -> Setting:
     setting = comparison(directory).setting("dro", 0)
     setting.config.em.weights, setting.config.em.samples = WeightConfig(rule=rule), samples
     return setting
@@ -294,7 +294,7 @@ def setting_of(directory: Path, rule: str = "lik_softmax", samples: int = 2) -> 
 
 def test_weights_that_prefer_nothing_are_refused(directory: Path) -> None:
     equal = [{"query": 0, "orders": [1, 2], "weights": [0.5, 0.5]}]
-    with pytest.raises(EqualWeights, match="lik_softmax gave all samples"):
+    with pytest.raises(EqualWeights, match="snis gave all samples"):
         _check(setting_of(directory), equal, equal, FACTS_OF)
     _check(setting_of(directory, "uniform"), equal, equal, FACTS_OF)
 

@@ -166,8 +166,8 @@ def test_arms_share_all_but_what_they_are(directory: Path) -> None:
 def test_an_m_step_that_lowers_its_objective_is_an_error(directory: Path) -> None:
     made = comparison(directory)
     setting, history = made.setting("exsearch", 0), made.outcome("exsearch", 0).history.until(1)
-    setting.config.em.min_gap = 1e6
-    with pytest.raises(MStepFailed, match=r"em\.min_gap"):
+    setting.config.em.min_q_gain = 1e6
+    with pytest.raises(MStepFailed, match=r"em\.min_q_gain"):
         _row(setting, history, 1)
 
 

@@ -10,8 +10,10 @@ from mobula.data.records import Document
 from mobula.errors import ConfigError, MobulaError
 from mobula.models.text import StaticEmbedding
 from mobula.retrieval.docids import hierarchy, quantised, text
-from mobula.retrieval.docids.config import EMBEDDED, FAMILIES, QUANTISED, TEXT, DocidConfig, HkConfig, RqConfig
-from mobula.retrieval.docids.space import CodebookCollapsed, DocidSpace, entropies, fit_space
+from mobula.retrieval.docids.config import DocidConfig
+from mobula.retrieval.docids.families import FAMILIES, NUMERIC, QUANTISED, TEXT, CodebookCollapsed, entropies
+from mobula.retrieval.docids.settings import HkConfig, RqConfig
+from mobula.retrieval.docids.space import DocidSpace, fit_space
 from mobula.retrieval.search import Unsupported
 
 SMALL = DocidConfig(levels=4, codes=16, iterations=5, hk=HkConfig(branch=4, leaf=20))
@@ -158,7 +160,7 @@ def test_sinkhorn_meets_both_marginals() -> None:
     np.testing.assert_allclose(plan.sum(0), 20.0, rtol=0.05)
 
 
-@pytest.mark.parametrize("family", EMBEDDED)
+@pytest.mark.parametrize("family", NUMERIC)
 def test_codes_carry_meaning(
     family: str, corpus: list[Document], embeddings: np.ndarray, words: StaticEmbedding
 ) -> None:
@@ -286,7 +288,8 @@ def test_keywords_are_the_highest_tf_idf_rarest_first(
 def test_tokens_that_the_fit_has_not_seen_come_behind_the_others(words: StaticEmbedding) -> None:
     space = fit("text.title", [Document("a", "alpha beta gamma", "")], np.zeros((1, 256)), words)
     documents = [Document("b", "zebra gamma", ""), Document("c", "", "")]
-    codes, vocabulary = space.encode_text(documents, space.arrays["vocabulary"])
+    codes, brought = space.kind.insert(space, documents, None, None, np.zeros(0, np.int64))
+    vocabulary = np.append(space.arrays["vocabulary"], brought)
     assert text.tokens(vocabulary, codes)[0] == words.encode(["zebra gamma"])[0][:4]
     assert vocabulary[: space.sizes[0]].tolist() == space.arrays["vocabulary"].tolist()
     assert len(vocabulary) > space.sizes[0]
@@ -296,7 +299,9 @@ def test_tokens_that_the_fit_has_not_seen_come_behind_the_others(words: StaticEm
 def test_a_keyword_of_no_document_of_the_fit_counts_as_the_rarest(words: StaticEmbedding) -> None:
     first = [Document(str(i), "", f"common {word}") for i, word in enumerate(("one", "two", "three"))]
     space = fit("text.keywords", first, np.zeros((3, 256)), words, replace(SMALL, levels=1))
-    codes, vocabulary = space.encode_text([Document("b", "", "common one zebra")], space.arrays["vocabulary"])
+    later = [Document("b", "", "common one zebra")]
+    codes, brought = space.kind.insert(space, later, None, None, np.zeros(0, np.int64))
+    vocabulary = np.append(space.arrays["vocabulary"], brought)
     # log 4 for what no document had, log 3 for what one of three had, 0 for what all had.
     assert words.decode(text.tokens(vocabulary, codes)[0]).strip() in words.decode(words.encode(["zebra"])[0])
     assert space.arrays["idf_documents"].item() == 3

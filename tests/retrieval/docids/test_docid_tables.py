@@ -12,7 +12,9 @@ from mobula.data.records import Document
 from mobula.errors import ArtifactError, ConfigError, DataError
 from mobula.models.text import StaticEmbedding
 from mobula.retrieval.docids.bitset import Bitset
-from mobula.retrieval.docids.config import FAMILIES, DocidConfig, HkConfig
+from mobula.retrieval.docids.config import DocidConfig
+from mobula.retrieval.docids.families import FAMILIES
+from mobula.retrieval.docids.settings import HkConfig
 from mobula.retrieval.docids.space import DocidSpace, fit_space
 from mobula.retrieval.docids.table import ARRAYS, FACTS, DocidSpaceMismatch, DocidTable
 from mobula.retrieval.docids.text import tokens

@@ -12,6 +12,7 @@ from mobula.config import build
 from mobula.data.records import Document, Query, RetrievalData
 from mobula.data.sessions import SessionPlan, SessionRow
 from mobula.experiment import Claim, Report
+from mobula.retrieval.docids.families import FAMILIES, Family
 from mobula.retrieval.dynamic.config import Config
 from mobula.retrieval.dynamic.follow import ORACLE, TENDENCY, Followed, Protocol
 from mobula.retrieval.dynamic.measures import Cells
@@ -78,6 +79,13 @@ def test_claims_follow_from_what_was_measured(tmp_path: Path) -> None:
     assert made["H-better"].verdict == "holds"
     assert made["H-gap"].effect == pytest.approx((0.5 - 0.2) / (0.8 - 0.2))
     assert made["K-bm25 autoregressive/rq"].effect == pytest.approx(0.6)
+
+
+@pytest.mark.parametrize("family", [family for family in FAMILIES.values() if not family.is_control])
+def test_every_family_with_content_takes_part_in_the_claims(family: Family, tmp_path: Path) -> None:
+    system = f"autoregressive/{family.name}"
+    made = _verdicts(_findings({**QUALITY, system: (0.85, 0.3)}, {}, tmp_path))
+    assert f"F1 {system} autoregressive/rq" in made if family.is_text else f"F1 ngram {system}" in made
 
 
 def test_a_text_system_that_has_not_learnt_decides_nothing(tmp_path: Path) -> None:

@@ -61,7 +61,7 @@ CONFIG: dict[str, Any] = {
     "chunks": {"size": 24, "per_document": 2},
     "ngram": {"max_len": 3, "beam": 5, "spans": 3, "dev_queries": 10},
     "model": {"width": 32, "layers": 1, "query_len": 16},
-    "views": {"per_document": 6},
+    "pseudo_queries": {"per_document": 6},
     "learning_rates": {"numeric": [1e-2], "text": [1e-2], "dual": [1e-3]},
     "training": {"steps": 40, "batch": 64, "workers": 0},
     "evaluation": {"beam": 10, "max_rows": 25, "latency_queries": 2, "resamples": 200, "dev_queries": 20,

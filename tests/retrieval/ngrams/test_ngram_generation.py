@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from mobula.models.text import load_static
-from mobula.retrieval.decoding.calls import encode
+from mobula.retrieval.decoding.batched_calls import encode
 from mobula.retrieval.network import DocidTransformer, NetworkShape
 from mobula.retrieval.ngrams.generate import NONE, Generated, generate
 from mobula.retrieval.ngrams.index import NgramIndex, is_key

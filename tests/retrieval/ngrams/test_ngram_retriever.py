@@ -14,7 +14,7 @@ from mobula.data import RetrievalData
 from mobula.data.records import Document
 from mobula.errors import ArtifactError, DataError
 from mobula.models.text import load_static
-from mobula.retrieval.decoding.calls import encode
+from mobula.retrieval.decoding.batched_calls import encode
 from mobula.retrieval.ngrams.config import MULTIVIEW
 from mobula.retrieval.ngrams.generate import generate
 from mobula.retrieval.ngrams.language import MarkedInputs

@@ -47,21 +47,21 @@ ARMS = {
     "uniform": Arm(rule="uniform"),
     "best": Arm(rule="best"),
     "binary": Arm(rule="binary"),
-    "lik_raw": Arm(rule="lik_raw"),
+    "lik_raw": Arm(rule="unnormalised"),
     "m_1": Arm(samples=1),
     "m_2": Arm(samples=2),
     "m_4": Arm(samples=4),
     "m_14": Arm(samples=14),
-    "raw_m_1": Arm(rule="lik_raw", samples=1),
-    "raw_m_2": Arm(rule="lik_raw", samples=2),
-    "raw_m_4": Arm(rule="lik_raw", samples=4),
-    "raw_m_14": Arm(rule="lik_raw", samples=14),
+    "raw_m_1": Arm(rule="unnormalised", samples=1),
+    "raw_m_2": Arm(rule="unnormalised", samples=2),
+    "raw_m_4": Arm(rule="unnormalised", samples=4),
+    "raw_m_14": Arm(rule="unnormalised", samples=14),
     "reward": Arm(rule="reward"),
     "reinforce": Arm(rule="reinforce", greedy=True),
     # What the selector could learn if relevant passages were labelled.
     "supervised": Arm(rule="uniform", samples=1, train=("selector",), taught="gold"),
     # The selector's first choice imitates how likely each passage alone makes the answer (Izacard et al. 2022, Atlas).
-    "distillation": Arm(rule="lik_softmax", taught=EACH, greedy=True),
+    "distillation": Arm(rule="snis", taught=EACH, greedy=True),
     "rag_sft": Arm(rule="uniform", samples=1, train=("generator",), select="retriever"),
     "closed_book": Arm(rule="uniform", samples=1, train=("generator",), select="none"),
 }
@@ -152,7 +152,7 @@ class EmConfig:
 
     samples: int = key(8, "orders sampled a question (m)", ge=1, le=1000)
     shard: int = key(500, "questions sampled and scored together; an interrupted phase goes on at a shard", ge=1)
-    min_gap: float = key(-0.5, "an M-step that raises its own objective by less, in nats a question, is an error")
+    min_q_gain: float = key(-0.5, "an M-step that raises its own objective by less, in nats a question, is an error")
     weights: WeightConfig = section(WeightConfig)
 
 

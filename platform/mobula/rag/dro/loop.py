@@ -22,7 +22,7 @@ from mobula.rag.dro.gap import entropy, objective
 from mobula.rag.dro.pair import STATE, Pair, SnapshotMismatch
 from mobula.rag.dro.source import Measured, Networks, Source
 from mobula.rag.exact import log_marginal, posterior, total_variation
-from mobula.rag.objective import check_gap
+from mobula.rag.objective import check_q_gain
 from mobula.rag.weights import Sampled, weigh
 from mobula.training import fit
 
@@ -240,7 +240,7 @@ def _gap(setting: Setting, context: Context) -> Row:
     """By how much each network's training has raised the objective that it was given, and H(z|x) before it.
 
     Raises:
-        MStepFailed: if a training lowered it by more than ``em.min_gap``.
+        MStepFailed: if a training lowered it by more than ``em.min_q_gain``.
     """
     history, config, source = context.history, setting.config, setting.source
     weights = history.latest("weigh")
@@ -253,7 +253,7 @@ def _gap(setting: Setting, context: Context) -> Row:
         tasks = [source.task(kind, "train", rows, getattr(pair, kind), 0) for pair in (before, after)]
         old, new = (objective(tasks[0], task.build(), config.fit.micro) for task in tasks)
         found[f"gap_{kind}"] = new - old
-        check_gap(new - old, config.em.min_gap, f"iteration {context.iteration}, {kind}", "fit.steps")
+        check_q_gain(new - old, config.em.min_q_gain, f"iteration {context.iteration}, {kind}", "fit.steps")
     if setting.arm.teacher == "selector":
         file = context.directory / SAMPLES
         found["entropy"] = entropy(source, history.rows("sample"), before.selector, file, config.fit.micro)

@@ -81,7 +81,7 @@ def fill(report: Report, found: Findings) -> None:
 def _warnings(found: Findings) -> Iterator[str]:
     for name in found.rows:
         em = found.config.of(ARMS[name])
-        if em.samples == 1 and em.weights.rule == "lik_softmax":
+        if em.samples == 1 and em.weights.rule == "snis":
             yield f"{name}: no signal, one sample has weight 1 whatever its likelihood"
     yield from _overfitted(found)
     if "shown_first" in found.tested:

@@ -60,6 +60,10 @@ class OrdersTask(Task):
     @abstractmethod
     def tokens(self) -> float: ...
 
+    @abstractmethod
+    def loss(self, model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor | float]]:
+        """One loss, linear in the batch's ``weights``."""
+
 
 class Networks(Protocol):
     """Selector and generator, opened."""

@@ -60,7 +60,7 @@ ARMS = {
     "best": Arm(rule="best"),
     "binary": Arm(rule="binary"),
     "reward": Arm(rule="reward"),
-    "lik_raw": Arm(rule="lik_raw"),
+    "lik_raw": Arm(rule="unnormalised"),
     "lik_mean_exp": Arm(rule="lik_mean_exp"),
     "gate_none": Arm(gate="none"),
     "gate_skip": Arm(gate="skip"),
@@ -169,7 +169,7 @@ class EmConfig:
     answer_coef: float = key(1.0, "weight of answer tokens beside those of the trajectory", ge=0)
     mix_warm_up: float = key(0.0, "oracle trajectories beside each M-step's questions, as a share of them", ge=0)
     clip: float = key(0.2, "grpo: how far a token's ratio to the sampling model may go from 1", gt=0, lt=1)
-    min_gap: float = key(-0.5, "an M-step that raises its own objective by less, in nats a question, is an error")
+    min_q_gain: float = key(-0.5, "an M-step that raises its own objective by less, in nats a question, is an error")
 
 
 @dataclass

@@ -23,7 +23,7 @@ from mobula.rag.exsearch.start import warm_up_rows
 from mobula.rag.exsearch.training import DATA, MODEL, QueryRows, RowsTask, tune, write_rows
 from mobula.rag.exsearch.trajectory import TrainRow, Trajectory, own_rows, rows
 from mobula.rag.exsearch.workers import Agent, GapWorker, SampleWorker, ScoreWorker, SolveWorker
-from mobula.rag.objective import check_gap
+from mobula.rag.objective import check_q_gain
 from mobula.rag.weights import Sampled, Weights, weigh
 
 STATE, WEIGHTS = "state.json", "weights.jsonl"
@@ -233,7 +233,7 @@ def _row(setting: Setting, history: History, iteration: int) -> Row:
     """The row of metrics of an iteration.
 
     Raises:
-        MStepFailed: if the training lowered its own objective by more than ``em.min_gap``.
+        MStepFailed: if the training lowered its own objective by more than ``em.min_q_gain``.
     """
     solved, held = history.rows("solve"), by_query(history.rows("held_score"))
     facts = sampled_facts(held, {query: weights_of(setting, mine) for query, mine in held.items()})
@@ -244,5 +244,5 @@ def _row(setting: Setting, history: History, iteration: int) -> Row:
     row |= {**history.facts("weigh"), **history.facts("fit")}
     if setting.arm.learns == "em" and row["steps"]:
         row["gap"] = float(np.mean([found["gap"] for found in history.rows("gap")]))
-        check_gap(row["gap"], setting.config.em.min_gap, f"iteration {iteration}", "em.epochs")
+        check_q_gain(row["gap"], setting.config.em.min_q_gain, f"iteration {iteration}", "em.epochs")
     return row

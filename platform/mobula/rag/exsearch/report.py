@@ -113,7 +113,7 @@ def _warnings(found: Findings) -> Iterator[str]:
     em = found.config.em
     if found.config.rollout.heuristic and em.weights.correction == "none":
         yield "heuristic weights: trajectories are drawn at another temperature or nucleus than the model's own"
-    if em.samples == 1 and em.weights.rule == "lik_softmax":
+    if em.samples == 1 and em.weights.rule == "snis":
         yield "no signal: one sample has weight 1 whatever its likelihood"
     for name, runs in found.rows.items():
         for seed, run in enumerate(runs, found.config.seed):

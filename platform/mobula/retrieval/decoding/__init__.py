@@ -8,7 +8,7 @@ import numpy as np
 from torch import Tensor
 
 from mobula.retrieval.decoding.autoregressive import ArDecoder
-from mobula.retrieval.decoding.calls import Call, Network, require_fit
+from mobula.retrieval.decoding.batched_calls import Call, Network, require_fit
 from mobula.retrieval.decoding.corpus import Corpus
 from mobula.retrieval.decoding.decoders import DECODERS, Ranking, Request, result
 from mobula.retrieval.docids.table import DocidTable

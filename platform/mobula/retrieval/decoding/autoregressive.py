@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from mobula.cancellation import raise_if_cancelled
+from mobula.retrieval.decoding.batched_calls import device_of, encode, require_fit, tiles
 from mobula.retrieval.decoding.beam import best_changed
-from mobula.retrieval.decoding.calls import device_of, encode, require_fit, tiles
 from mobula.retrieval.decoding.corpus import Corpus, top
 from mobula.retrieval.decoding.decoders import Ranking, Request, fill, result
 from mobula.retrieval.docids.scoring import top_k

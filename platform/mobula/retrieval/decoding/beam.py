@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mobula.retrieval.decoding.calls import Decoding
+from mobula.retrieval.decoding.batched_calls import Decoding
 from mobula.retrieval.decoding.corpus import Corpus, top
 from mobula.retrieval.decoding.scores import monte_carlo
 from mobula.retrieval.search import SearchOptions, StepEvent

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from mobula.retrieval.decoding.batched_calls import Decoding, together
 from mobula.retrieval.decoding.beam import beam_search
-from mobula.retrieval.decoding.calls import Decoding, together
 from mobula.retrieval.decoding.corpus import Corpus, top
 from mobula.retrieval.decoding.denoise import Row, denoise
 from mobula.retrieval.decoding.scores import chain

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from mobula.retrieval.decoding import schedule
-from mobula.retrieval.decoding.calls import Decoding
+from mobula.retrieval.decoding.batched_calls import Decoding
 from mobula.retrieval.decoding.corpus import Corpus
 from mobula.retrieval.search import SearchOptions, StepEvent
 

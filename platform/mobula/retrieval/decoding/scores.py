@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from mobula.retrieval.decoding.calls import Decoding
+from mobula.retrieval.decoding.batched_calls import Decoding
 
 
 def draw_masks(levels: int, draws: int, rng: np.random.Generator) -> np.ndarray:

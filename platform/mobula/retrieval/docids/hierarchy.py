@@ -15,8 +15,8 @@ from collections.abc import Hashable, Mapping, Sequence
 import numpy as np
 
 from mobula.data.records import Document
-from mobula.retrieval.docids.config import DocidConfig
 from mobula.retrieval.docids.quantised import kmeans, nearest
+from mobula.retrieval.docids.settings import CodeConfig
 
 END = 0
 
@@ -36,7 +36,7 @@ class FreeIndices:
         return self._next[key] - 1
 
 
-def fit(config: DocidConfig, points: np.ndarray, seed: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+def fit(config: CodeConfig, points: np.ndarray, seed: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """Sizes i32[L] and the tree over points f64[N, D].
 
     A node is split while it holds more than ``hk.leaf`` points, they differ, and the path leaves room for the
@@ -118,7 +118,7 @@ def reconstruct(arrays: dict[str, np.ndarray], codes: np.ndarray) -> np.ndarray:
 
 
 def _split(
-    config: DocidConfig, points: np.ndarray, members: np.ndarray, depth: int, seed: int
+    config: CodeConfig, points: np.ndarray, members: np.ndarray, depth: int, seed: int
 ) -> list[tuple[np.ndarray, np.ndarray]]:
     """The children of a node, each with its members i64[m] and centroid f32[D]; none if it stays a leaf."""
     if len(members) <= config.hk.leaf or depth + 3 > config.levels:

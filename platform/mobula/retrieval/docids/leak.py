@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from mobula.data.records import Query
 from mobula.errors import DataError
 from mobula.retrieval.docids import text
-from mobula.retrieval.docids.config import TEXT
+from mobula.retrieval.docids.families import Text
 from mobula.retrieval.docids.table import DocidTable
 
 
@@ -21,13 +21,14 @@ def docid_leak(queries: Sequence[Query], table: DocidTable) -> float:
     Titles and leads are compared as strings of lower-case alphanumerics (a docid may end within a word),
     keywords as sets of tokens. Gold documents outside the table are passed over.
     """
-    if table.space.family not in TEXT or not queries:
+    family = table.space.kind
+    if not isinstance(family, Text) or not queries:
         return 0.0
     rows = sorted({table.rows[g] for q in queries for g in q.gold if g in table.rows})
     tokens = dict(zip(rows, text.tokens(table.vocabulary, table.codes[rows]), strict=True))
     golds = [[tokens[table.rows[g]] for g in q.gold if g in table.rows] for q in queries]
     tokenizer = table.space.require_tokenizer()
-    if table.space.family == "text.keywords":
+    if family.keywords:
         own = map(set, tokenizer.encode([q.text for q in queries]))
         leaks = [any(row and set(row) <= has for row in gold) for has, gold in zip(own, golds, strict=True)]
     else:

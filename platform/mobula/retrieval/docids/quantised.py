@@ -1,7 +1,7 @@
 """Residual and product quantisation (docid families ``rq``, ``pq``, ``opq``).
 
 Shapes: points N x D, levels L, codebook size K. A final code is always the nearest codebook entry; only the fit
-of an ``rq`` codebook balances. Encoding works in double precision (see ``DocidSpace.centred``).
+of an ``rq`` codebook balances. Encoding works in double precision (see ``Fitted.centred``).
 """
 
 from __future__ import annotations
@@ -10,24 +10,54 @@ import faiss
 import numpy as np
 
 from mobula.errors import ConfigError
-from mobula.retrieval.docids.config import DocidConfig
+from mobula.retrieval.docids.settings import CodeConfig
 
 SINKHORN_SWEEPS = 20  # the marginals are then met to about a percent, which hard assignment cannot tell from exact
 CHUNK = 16_384  # points per distance matrix
 
 
-def fit(config: DocidConfig, points: np.ndarray, seed: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """Sizes i32[L] and codebooks of the family, fitted on points f64[N, D].
+def sizes(config: CodeConfig, points: np.ndarray) -> np.ndarray:
+    """Sizes i32[L] of a space fitted on points f64[N, D].
 
     Raises:
-        ConfigError: if there are fewer points than codes, or D is not a multiple of L for ``pq``/``opq``.
+        ConfigError: if there are fewer points than codes.
     """
     if len(points) < config.codes:
         raise ConfigError([f"codes={config.codes} but only {len(points)} vectors to fit on; use fewer codes"], "docid")
-    sizes = np.full(config.levels, config.codes, np.int32)
-    if config.family == "rq":
-        return sizes, _fit_rq(config, points, seed)
-    return sizes, _fit_pq(config, points, seed)
+    return np.full(config.levels, config.codes, np.int32)
+
+
+def fit_rq(config: CodeConfig, points: np.ndarray, seed: int) -> dict[str, np.ndarray]:
+    """Codebooks of residual quantisation, level by level."""
+    residual = np.array(points, np.float64)
+    shape = (config.levels, config.codes, points.shape[1])
+    arrays = {"codebook": np.zeros(shape, np.float32)}
+    if config.rq.assign == "normalised":
+        arrays["direction"] = np.zeros(shape, np.float32)
+    for level in range(config.levels):
+        _fit_level(config, arrays, level, residual, seed + level)
+        residual -= arrays["codebook"][level][_assign(arrays, level, residual)]
+    return arrays
+
+
+def fit_pq(config: CodeConfig, points: np.ndarray, seed: int) -> dict[str, np.ndarray]:
+    """Codebooks of product quantisation behind a random rotation.
+
+    Raises:
+        ConfigError: if D is not a multiple of L.
+    """
+    _require_slices(config, points)
+    return _fit_slices(config, points, _random_rotation(points.shape[1], seed), seed)
+
+
+def fit_opq(config: CodeConfig, points: np.ndarray, seed: int) -> dict[str, np.ndarray]:
+    """Codebooks of product quantisation behind the rotation that suits the points.
+
+    Raises:
+        ConfigError: if D is not a multiple of L.
+    """
+    _require_slices(config, points)
+    return _fit_slices(config, points, _opq_rotation(config, points, seed), seed)
 
 
 def encode(arrays: dict[str, np.ndarray], points: np.ndarray, prefix: np.ndarray | None = None) -> np.ndarray:
@@ -99,19 +129,7 @@ def sinkhorn(cost: np.ndarray, temperature: float) -> np.ndarray:
     return rows[:, None] * kernel * columns
 
 
-def _fit_rq(config: DocidConfig, points: np.ndarray, seed: int) -> dict[str, np.ndarray]:
-    residual = np.array(points, np.float64)
-    shape = (config.levels, config.codes, points.shape[1])
-    arrays = {"codebook": np.zeros(shape, np.float32)}
-    if config.rq.assign == "normalised":
-        arrays["direction"] = np.zeros(shape, np.float32)
-    for level in range(config.levels):
-        _fit_level(config, arrays, level, residual, seed + level)
-        residual -= arrays["codebook"][level][_assign(arrays, level, residual)]
-    return arrays
-
-
-def _fit_level(config: DocidConfig, arrays: dict[str, np.ndarray], level: int, residual: np.ndarray, seed: int) -> None:
+def _fit_level(config: CodeConfig, arrays: dict[str, np.ndarray], level: int, residual: np.ndarray, seed: int) -> None:
     if config.rq.assign == "normalised":
         # Lengths differ by orders of magnitude deep in the code; directions alone keep every code in use.
         arrays["direction"][level] = kmeans(_directions(residual), config.codes, config.iterations, seed)
@@ -159,11 +177,12 @@ def _directions(residual: np.ndarray) -> np.ndarray:
     return np.divide(residual, norms, out=np.zeros_like(residual), where=norms > 0)
 
 
-def _fit_pq(config: DocidConfig, points: np.ndarray, seed: int) -> dict[str, np.ndarray]:
-    dim = points.shape[1]
-    if dim % config.levels:
-        raise ConfigError([f"levels={config.levels} does not divide the embedding size {dim}"], "docid")
-    rotation = _opq_rotation(config, points, seed) if config.family == "opq" else _random_rotation(dim, seed)
+def _require_slices(config: CodeConfig, points: np.ndarray) -> None:
+    if points.shape[1] % config.levels:
+        raise ConfigError([f"levels={config.levels} does not divide the embedding size {points.shape[1]}"], "docid")
+
+
+def _fit_slices(config: CodeConfig, points: np.ndarray, rotation: np.ndarray, seed: int) -> dict[str, np.ndarray]:
     rotated = (points @ rotation.T.astype(np.float64)).reshape(len(points), config.levels, -1)
     tables = [kmeans(rotated[:, i], config.codes, config.iterations, seed + i) for i in range(config.levels)]
     return {"rotation": rotation, "codebook": np.stack(tables)}
@@ -182,7 +201,7 @@ def _random_rotation(dim: int, seed: int) -> np.ndarray:
     return (q * np.sign(np.diag(r))).astype(np.float32)
 
 
-def _opq_rotation(config: DocidConfig, points: np.ndarray, seed: int) -> np.ndarray:
+def _opq_rotation(config: CodeConfig, points: np.ndarray, seed: int) -> np.ndarray:
     """The OPQ rotation f32[D, D] (Ge et al., 2013), learned by faiss for the last power of two within K codes."""
     dim = points.shape[1]
     quantiser = faiss.ProductQuantizer(dim, config.levels, config.codes.bit_length() - 1)

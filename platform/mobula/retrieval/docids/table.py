@@ -18,9 +18,11 @@ from mobula.artifacts import write_json
 from mobula.config import digest
 from mobula.data.records import Document
 from mobula.errors import ArtifactError, ConfigError, DataError
-from mobula.retrieval.docids.config import COLLISIONS, TEXT
+from mobula.retrieval.docids.config import COLLISIONS
+from mobula.retrieval.docids.families import entropies
 from mobula.retrieval.docids.hierarchy import FreeIndices
-from mobula.retrieval.docids.space import DocidSpace, DocidTokenizer, entropies
+from mobula.retrieval.docids.space import DocidSpace
+from mobula.retrieval.docids.text import DocidTokenizer
 
 ARRAYS = "docids.safetensors"
 FACTS = "docids.json"
@@ -84,7 +86,7 @@ class DocidTable:
         doc_ids = [d.id for d in documents]
         _require_unique(doc_ids)
         nothing = np.zeros(0, np.int64)
-        codes, tokens = _encode(space, documents, embeddings, None, nothing)
+        codes, tokens = space.kind.insert(space, documents, embeddings, None, nothing)
         sizes = space.sizes + np.int32(len(tokens))
         if collision == "append":
             index = _free_index(codes, doc_ids, {})
@@ -147,8 +149,8 @@ class DocidTable:
         if known is not None:
             raise DataError(f"document {known!r} is already in the corpus; delete it first to replace it")
         stay = np.flatnonzero(self.live)
-        taken, levels = self.codes[stay], self.space.levels
-        codes, tokens = _encode(self.space, documents, embeddings, taken[:, :levels], self.tokens)
+        taken, levels, kind = self.codes[stay], self.space.levels, self.space.kind
+        codes, tokens = kind.insert(self.space, documents, embeddings, taken[:, :levels], self.tokens)
         sizes = self.sizes.copy()
         sizes[:levels] += len(tokens) - len(self.tokens)
         if self.collision == "append":
@@ -157,10 +159,10 @@ class DocidTable:
         collisions, repeated = _shared(codes, taken)
         report = InsertReport(
             documents=len(doc_ids),
-            unreachable=len(doc_ids) if self.space.family == "random" else 0,
-            empty=int((codes[:, :levels] == 0).all(1).sum()) if self.space.family in TEXT else 0,
+            unreachable=0 if kind.reachable else len(doc_ids),
+            empty=kind.empty(codes[:, :levels]),
             # Either hands out indices that differ as long as there are any.
-            overflow=repeated if self.collision == "append" or self.space.family == "hkmeans" else 0,
+            overflow=repeated if self.collision == "append" or kind.allots else 0,
             collisions=collisions,
         )
         table = replace(
@@ -259,21 +261,6 @@ class DocidTable:
         if tokenizer is not None and tokenizer.hash != space.meta.get("tokenizer_hash"):
             raise DocidSpaceMismatch(f"{directory}: docids were made with another tokenizer than {tokenizer.hash[:12]}")
         return table
-
-
-def _encode(
-    space: DocidSpace,
-    documents: Sequence[Document],
-    embeddings: np.ndarray | None,
-    taken: np.ndarray | None,
-    tokens: np.ndarray,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Codes i32[N, L] of documents, and the table's ``tokens`` with those that these documents bring behind them."""
-    if space.family not in TEXT:
-        return space.encode(documents, embeddings, taken=taken), tokens
-    first = space.arrays["vocabulary"]
-    codes, vocabulary = space.encode_text(documents, np.append(first, tokens))
-    return codes, vocabulary[len(first) :]
 
 
 def _free_index(codes: np.ndarray, doc_ids: Sequence[str], used: dict[Hashable, set[int]]) -> np.ndarray:

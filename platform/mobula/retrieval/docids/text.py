@@ -10,42 +10,55 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import numpy as np
 
 from mobula.data.records import Document
 
-if TYPE_CHECKING:
-    from mobula.retrieval.docids.space import DocidTokenizer
-
 EOS = 0
 NO_TOKEN = -1
 
 
-def fit(
-    family: str, levels: int, documents: Sequence[Document], tokenizer: DocidTokenizer
-) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+class DocidTokenizer(Protocol):
+    """What text families ask of a tokenizer."""
+
+    hash: str
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of each text, without special tokens."""
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of token ids."""
+
+
+def title_or_lead(document: Document) -> str:
+    """The title; of a document without one, the text."""
+    return document.title.strip() or document.text
+
+
+def lead(document: Document) -> str:
+    """The text."""
+    return document.text
+
+
+def title_and_lead(document: Document) -> str:
+    """Title and text."""
+    return f"{document.title} {document.text}".strip()
+
+
+def fit(rows: list[list[int]], levels: int, *, keywords: bool) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """Sizes i32[L] (all K), the token of each code i64[K] and, for keywords, the idf of every token of the fit."""
-    arrays: dict[str, np.ndarray] = {}
-    if family == "text.keywords":
-        arrays |= _idf(_source(family, documents, tokenizer))
+    arrays: dict[str, np.ndarray] = _idf(rows) if keywords else {}
     known = np.array([NO_TOKEN], np.int64)
-    first = {token for row in docid_tokens(family, levels, arrays, documents, tokenizer) for token in row}
+    first = {token for row in docids(rows, levels, arrays) for token in row}
     arrays["vocabulary"] = np.append(known, sorted(first)).astype(np.int64)
     return np.full(levels, len(arrays["vocabulary"]), np.int32), arrays
 
 
-def docid_tokens(
-    family: str,
-    levels: int,
-    arrays: dict[str, np.ndarray],
-    documents: Sequence[Document],
-    tokenizer: DocidTokenizer,
-) -> list[list[int]]:
-    """The tokens of each document's docid: its first L, or the L of highest tf·idf."""
-    rows = _source(family, documents, tokenizer)
-    if family != "text.keywords":
+def docids(rows: list[list[int]], levels: int, arrays: dict[str, np.ndarray]) -> list[list[int]]:
+    """The docid of each document with tokens ``rows``: the first L, or, with an idf, the L of highest tf·idf."""
+    if "idf" not in arrays:
         return [row[:levels] for row in rows]
     idf = dict(zip(arrays["idf_tokens"].tolist(), arrays["idf"].tolist(), strict=True))
     unseen = float(np.log(arrays["idf_documents"].item() + 1))
@@ -69,14 +82,6 @@ def encode(vocabulary: np.ndarray, levels: int, rows: Sequence[Sequence[int]]) -
 def tokens(vocabulary: np.ndarray, codes: np.ndarray) -> list[list[int]]:
     """The token ids of codes i32[N, L] of a vocabulary i64[K], EOS left out."""
     return [vocabulary[row[row != EOS]].tolist() for row in codes]
-
-
-def _source(family: str, documents: Sequence[Document], tokenizer: DocidTokenizer) -> list[list[int]]:
-    if family == "text.title":
-        return tokenizer.encode([d.title.strip() or d.text for d in documents])
-    if family == "text.lead":
-        return tokenizer.encode([d.text for d in documents])
-    return tokenizer.encode([f"{d.title} {d.text}".strip() for d in documents])
 
 
 def _idf(rows: Sequence[Sequence[int]]) -> dict[str, np.ndarray]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 from mobula.config import key, nearest, section
 from mobula.data.config import DataConfig
@@ -14,8 +15,9 @@ from mobula.experiment import ExperimentConfig
 from mobula.retrieval import arms as arm_names
 from mobula.retrieval.arms import Arm
 from mobula.retrieval.build import LANGUAGE_MODELS, ModelConfig
-from mobula.retrieval.config import LossConfig, ViewsConfig
-from mobula.retrieval.docids.config import QUANTISED, TEXT, DocidConfig
+from mobula.retrieval.config import RENAMED, LossConfig, PseudoQueriesConfig
+from mobula.retrieval.docids.config import DocidConfig
+from mobula.retrieval.docids.families import FAMILIES, QUANTISED
 from mobula.retrieval.dynamic.chunks import ChunksConfig, Expansion
 from mobula.retrieval.dynamic.hybrid import FusionConfig
 from mobula.retrieval.dynamic.multi import MultiConfig
@@ -69,6 +71,8 @@ def _text() -> DocidConfig:
 class Config(ExperimentConfig):
     """Which systems are followed through the sessions. ``paradigm/family`` systems and n-gram systems are trained."""
 
+    RENAMED: ClassVar = RENAMED
+
     systems: list[str] = key(
         ["bm25", "dense", "adc", "autoregressive/rq", "autoregressive/random", "autoregressive/multi_chunk", "ngram"],
         "bm25, dense, dual, dual_hn, adc, paradigm/family, paradigm/multi_chunk, ngram, multiview, hybrid",
@@ -83,7 +87,7 @@ class Config(ExperimentConfig):
     ngram: NgramConfig = section(NgramConfig)
     fusion: FusionConfig = section(FusionConfig)
     model: ModelConfig = section(ModelConfig)
-    views: ViewsConfig = section(ViewsConfig)
+    pseudo_queries: PseudoQueriesConfig = section(PseudoQueriesConfig)
     loss: LossConfig = section(LossConfig)
     learning_rates: LearningRates = section(LearningRates)
     training: TrainingConfig = section(TrainingConfig)
@@ -126,7 +130,7 @@ class Config(ExperimentConfig):
 
     def docid_of(self, family: str) -> DocidConfig:
         """The docid settings of a family."""
-        return replace(self.text if family in TEXT else self.docid, family=family)
+        return replace(self.text if FAMILIES[family].is_text else self.docid, family=family)
 
     def variant(self, text: str) -> MultiConfig:
         """``multi`` with changes such as ``expand=free,tie=residual``."""

@@ -9,7 +9,7 @@ from typing import Any
 
 from mobula.cluster.spec import ClusterSpec
 from mobula.retrieval.arms import Arm
-from mobula.retrieval.docids.config import TEXT
+from mobula.retrieval.docids.families import FAMILIES
 from mobula.retrieval.dynamic.config import MULTI, Config
 from mobula.retrieval.dynamic.prepare import (
     NEGATIVES,
@@ -20,11 +20,11 @@ from mobula.retrieval.dynamic.prepare import (
     require_fitted_on,
     write_negatives,
 )
-from mobula.retrieval.fitting import Plan, Schedule, fit_plans, fit_seed
 from mobula.retrieval.ngrams.config import MULTIVIEW
 from mobula.retrieval.ngrams.task import NgramTask, write_ngrams
 from mobula.retrieval.prepare import Material, training_examples
 from mobula.retrieval.tasks import DocidTask, DualTask
+from mobula.retrieval.train_arms import Plan, Schedule, fit_plans, fit_seed
 from mobula.training import FitResult
 
 KINDS = ("numeric", "text", "dual")
@@ -53,7 +53,7 @@ def prepare_systems(config: Config, sessions: Sessions, directory: Path) -> Trai
     prepared = directory / "prepared"
     documents = prepare_documents(config, sessions, prepared)
     if "dual_hn" in config.systems:
-        texts, _ = training_examples(config.views, sessions.initial, config.seed)
+        texts, _ = training_examples(config.pseudo_queries, sessions.initial, config.seed)
         write_negatives(documents, texts)
     counts = dict.fromkeys([config.chunks.per_document, *config.evaluation.chunk_counts])
     chunks = {m: prepare_chunks(config, sessions, prepared, m) for m in counts} if config.multi_paradigms else {}
@@ -77,19 +77,21 @@ def fit_systems(config: Config, sessions: Sessions, directory: Path, cluster: Cl
     return trained
 
 
-def try_rates(config: Config, trained: Trained, directory: Path, kind: str) -> float:
+def try_rates(config: Config, trained: Trained, directory: Path, kind: str, cluster: ClusterSpec | None) -> float:
     """The rate that the first system of a kind chooses for all of them; finished trials are taken as they are."""
     first = plans(config, trained, directory, kind)[0]
-    return _chosen(fit_plans([replace(first, seeds=0)], _schedule(config), None)[1])
+    return _chosen(fit_plans([replace(first, seeds=0)], _schedule(config), cluster)[1])
 
 
-def train_seed(config: Config, trained: Trained, directory: Path, name: str, seed: int) -> None:
+def train_seed(
+    config: Config, trained: Trained, directory: Path, name: str, seed: int, cluster: ClusterSpec | None
+) -> None:
     """Train one seed of a system, if it has as many, once the rate of its kind is known."""
     for kind in KINDS:
         for plan in plans(config, trained, directory, kind):
             if plan.name == name and seed < plan.seeds:
-                rate = try_rates(config, trained, directory, kind)
-                fit_seed(replace(plan, rates=[rate]), _schedule(config), seed)
+                rate = try_rates(config, trained, directory, kind, cluster)
+                fit_seed(replace(plan, rates=[rate]), _schedule(config), seed, cluster)
 
 
 def plans(config: Config, trained: Trained, directory: Path, kind: str) -> list[Plan]:
@@ -124,7 +126,7 @@ def _prepare_ngrams(config: Config, sessions: Sessions, directory: Path, name: s
         data.queries["dev"],
         held_out=data.queries["test"],
         config=settings,
-        views=config.views,
+        pseudo_queries=config.pseudo_queries,
         model=config.model,
         seed=config.seed,
     )
@@ -143,7 +145,7 @@ def _fit(trained: Trained, plans: list[Plan], schedule: Schedule, cluster: Clust
 
 def _numeric(config: Config, trained: Trained) -> Iterator[tuple[str, Any]]:
     for arm in config.parsed_arms:
-        if arm.family not in TEXT:
+        if not FAMILIES[arm.family].is_text:
             yield str(arm), DocidTask(trained.documents.prepared, arm, config.model, config.loss.weight)
     for paradigm in config.multi_paradigms:
         for count, material in trained.chunks.items():
@@ -156,7 +158,7 @@ def _text(config: Config, trained: Trained) -> Iterator[tuple[str, Any]]:
     # n-gram models first: their rate is the one the spec has the text systems inherit.
     yield from trained.ngrams.items()
     for arm in config.parsed_arms:
-        if arm.family in TEXT:
+        if FAMILIES[arm.family].is_text:
             yield str(arm), DocidTask(trained.documents.prepared, arm, config.model, config.loss.weight)
 
 

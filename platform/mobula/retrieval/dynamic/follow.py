@@ -26,9 +26,8 @@ from mobula.retrieval.dynamic.measures import Cells
 from mobula.retrieval.dynamic.prepare import Sessions
 from mobula.retrieval.dynamic.systems import System
 from mobula.retrieval.ngrams.retriever import NgramRetriever
-from mobula.retrieval.outcomes import System as Timed
-from mobula.retrieval.outcomes import search_all, time_systems
 from mobula.retrieval.prepare import sample
+from mobula.retrieval.results import Timed, search_all, time_systems
 from mobula.retrieval.search import Hit, Retriever, SearchOptions, SearchResult, Unsupported
 
 log = logging.getLogger(__name__)

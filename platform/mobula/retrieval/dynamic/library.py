@@ -15,8 +15,9 @@ from mobula.artifacts import Artifact, read_jsonl, write_json, write_jsonl
 from mobula.config import build
 from mobula.data.records import Document
 from mobula.models.text import load_static
-from mobula.retrieval import library
+from mobula.retrieval import artifact as static
 from mobula.retrieval.arms import Arm
+from mobula.retrieval.artifact import IndexedCorpus
 from mobula.retrieval.build import ModelConfig, load_model, save_model
 from mobula.retrieval.docids.table import DocidTable
 from mobula.retrieval.dynamic.chunks import ChunksConfig
@@ -24,11 +25,10 @@ from mobula.retrieval.dynamic.config import Config
 from mobula.retrieval.dynamic.fitting import Trained, multi_name
 from mobula.retrieval.dynamic.multi import MultiConfig, MultiDocidRetriever
 from mobula.retrieval.dynamic.prepare import Sessions
-from mobula.retrieval.fitting import Fitted, load_arm
-from mobula.retrieval.library import Library
 from mobula.retrieval.ngrams.retriever import load as load_ngrams
 from mobula.retrieval.prepare import make_inputs
 from mobula.retrieval.search import Retriever
+from mobula.retrieval.train_arms import Fitted, load_arm
 
 KIND = "retriever"
 MULTI_FOLDER, NGRAM_FOLDER, ARRIVALS = "multi", "ngrams", "arrivals.jsonl"
@@ -37,7 +37,7 @@ MULTI_FOLDER, NGRAM_FOLDER, ARRIVALS = "multi", "ngrams", "arrivals.jsonl"
 def write(config: Config, sessions: Sessions, trained: Trained, directory: Path) -> Artifact:
     """Write the servable artifact, of the first seed of every system."""
     meta = {
-        **library.facts(config, trained.documents),
+        **static.facts(config, trained.documents),
         "multi": [f"{paradigm}-{config.docid.family}" for paradigm in config.multi_paradigms],
         "ngrams": config.grams,
         "sessions": sessions.plan.hash,
@@ -51,13 +51,13 @@ def write(config: Config, sessions: Sessions, trained: Trained, directory: Path)
     )
 
 
-def load(artifact: Artifact) -> Library:
+def load(artifact: Artifact) -> IndexedCorpus:
     """Open every retriever of an artifact and let the later sessions' documents arrive.
 
     Raises:
         ArtifactError: if a part does not fit another.
     """
-    opened = library.load(artifact)
+    opened = static.load(artifact)
     retrievers = dict(opened.retrievers)
     for folder in artifact.meta["multi"]:
         found = _load_multi(artifact, folder, opened)
@@ -73,7 +73,7 @@ def load(artifact: Artifact) -> Library:
 def _fill(folder: Path, config: Config, sessions: Sessions, trained: Trained) -> None:
     arms = {arm: trained.results[str(arm)] for arm in config.parsed_arms}
     dual = trained.results.get("dual", [None])[0]
-    library.fill(folder, config, trained.documents, Fitted(arms, dual, trained.rates))
+    static.fill(folder, config, trained.documents, Fitted(arms, dual, trained.rates))
     count = config.chunks.per_document
     for paradigm in config.multi_paradigms:
         _write_multi(folder / MULTI_FOLDER, config, trained, paradigm, count)
@@ -98,7 +98,7 @@ def _write_multi(folder: Path, config: Config, trained: Trained, paradigm: str, 
     write_json(directory / "multi.json", facts)
 
 
-def _load_multi(artifact: Artifact, folder: str, opened: Library) -> Retriever:
+def _load_multi(artifact: Artifact, folder: str, opened: IndexedCorpus) -> Retriever:
     directory = artifact.directory / MULTI_FOLDER / folder
     facts = artifact.read_json(f"{MULTI_FOLDER}/{folder}/multi.json")
     table = DocidTable.load(directory / "docids")

@@ -23,6 +23,7 @@ from mobula.retrieval.dynamic.chunks import ChunksConfig, Expansion, chunk_docum
 from mobula.retrieval.inputs import QueryInputs
 from mobula.retrieval.lexical import extended, remaining
 from mobula.retrieval.network import DocidModel
+from mobula.retrieval.paradigms import PARADIGMS
 from mobula.retrieval.search import Hit, SearchOptions, SearchResult
 
 AGGREGATES = ("max", "sumexp", "top2")
@@ -173,8 +174,7 @@ class MultiDocidRetriever:
         return _State(self._decoder(fewer), owners, doc_ids, state.vectors[rows])
 
     def _decoder(self, table: DocidTable) -> Decoder | ArDecoder:
-        kind = ArDecoder if self.model.paradigm == "autoregressive" else Decoder
-        return kind(self.model, table)
+        return PARADIGMS[self.model.paradigm].decoder(self.model, table)
 
     def _documents(
         self, state: _State, rows: dict[str, int], result: SearchResult, vector: np.ndarray | None, k: int

@@ -74,7 +74,7 @@ def divide(config: Config, data: RetrievalData, directory: Path) -> Sessions:
 
 
 def prepare_documents(config: Config, sessions: Sessions, directory: Path) -> Material:
-    """What systems of one docid per document, the dual encoders and the look-ups are fitted on."""
+    """What systems of one docid per document, the dual encoders and code-only retrieval are fitted on."""
     return _prepare(config, sessions.initial, directory / DOCUMENTS, sessions)
 
 
@@ -122,19 +122,19 @@ def require_fitted_on(directory: Path, ids: Sequence[str]) -> None:
 def write_negatives(material: Material, texts: Sequence[str]) -> None:
     """For each training example the row i64[M] of a document that BM25 ranks high and that is not its own.
 
-    ``texts`` are the training views in the order of their rows.
+    ``texts`` are the training queries in the order of their rows.
     """
     path = material.prepared.directory / NEGATIVES
     if path.is_file():
         return
-    log.info("hard negatives of %d training views", len(texts))
+    log.info("hard negatives of %d training queries", len(texts))
     bm25, _ = tune(material.data.documents, material.data.queries["dev"])
     rows = {document.id: row for row, document in enumerate(material.data.documents)}
     negatives = np.zeros(len(material.prepared.examples), np.int64)
     wrong = _ranked(bm25, texts, rows)
     random = np.random.default_rng(0)
-    for place, (view, own) in enumerate(material.prepared.examples.tolist()):
-        others = [row for row in wrong[view] if row != own]
+    for place, (query, own) in enumerate(material.prepared.examples.tolist()):
+        others = [row for row in wrong[query] if row != own]
         negatives[place] = others[0] if others else random.integers(len(rows))
     np.save(path, negatives, allow_pickle=False)
 

@@ -13,13 +13,12 @@ import numpy as np
 from mobula.evaluation.claims import compare
 from mobula.evaluation.ranking import MEASURES
 from mobula.experiment import Claim, Measure, Report
+from mobula.retrieval.docids.families import NUMERIC, TEXT
 from mobula.retrieval.dynamic import measures
-from mobula.retrieval.dynamic.config import MULTI, Config
+from mobula.retrieval.dynamic.config import MULTI, NGRAMS, Config
 from mobula.retrieval.dynamic.follow import ORACLE, TENDENCY, Followed, Protocol
 from mobula.retrieval.dynamic.measures import STATISTICS, Resampler, Statistic, claim, interval
 
-TEXTS = ("ngram", "multiview", "text.")
-NUMERIC = ("rq", "pq", "opq", "hkmeans")
 MATCHES = 0.02  # "matches": not worse by two points or more
 SEED = 0
 
@@ -83,7 +82,7 @@ class Findings:
     @property
     def texts(self) -> list[str]:
         """Trained systems with text docids."""
-        return [n for n in self.followed if n in TEXTS or n.partition("/")[2].startswith("text.")]
+        return [n for n in self.followed if n in NGRAMS or n.partition("/")[2] in TEXT]
 
     @property
     def multi(self) -> str | None:
@@ -129,12 +128,12 @@ def _ga(found: Findings, name: str, statement: str, better: str, worse: str, mar
     text = f"{statement} ({better} against {worse}, GA of {evaluation.primary})"
     learnt = better not in found.texts or _learnt(found, better)
     if not learnt:
-        text += f"; {better} has not learnt the initial documents as well as look-up by codes finds them"
+        text += f"; {better} has not learnt the initial documents as well as code-only retrieval finds them"
     return claim(name, text, effect, margin=margin, decisive=evaluation.decisive and learnt)
 
 
 def _learnt(found: Findings, system: str) -> bool:
-    """Whether a text system finds initial documents as well as look-up by codes: if not, it shows nothing of docids."""
+    """Whether a text system finds initial documents as well as code-only retrieval, or shows nothing of docids."""
     primary = found.config.evaluation.primary
     reference = [float(found.p(name, primary)[0, 0]) for name in found.followed if name.startswith("adc/")]
     return not reference or float(found.p(system, primary)[0, 0]) >= max(reference)

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 from mobula.cluster.pool import Pool
 from mobula.cluster.spec import ClusterSpec
+from mobula.portable import Portable
 from mobula.retrieval.dynamic.config import Config
 from mobula.retrieval.dynamic.fitting import (
     KINDS,
@@ -27,7 +27,7 @@ from mobula.threads import one_thread
 
 
 @dataclass
-class Study:
+class Study(Portable):
     """The systems of a run in its directory. What is finished there is found and not done again."""
 
     config: Config
@@ -75,12 +75,12 @@ class Study:
     def choose(self, kind: str, seed: int) -> None:
         """Try the learning rates of a kind."""
         with one_thread():
-            try_rates(self.config, self._prepared, self.directory, kind)
+            try_rates(self.config, self._prepared, self.directory, kind, self.cluster)
 
     def train(self, name: str, seed: int) -> None:
         """Train a seed of a system."""
         with one_thread():
-            train_seed(self.config, self._prepared, self.directory, name, seed)
+            train_seed(self.config, self._prepared, self.directory, name, seed, self.cluster)
 
     def follow(self, name: str, seed: int) -> None:
         """Follow a seed of a system; one that is not trained has one."""
@@ -99,6 +99,3 @@ class Study:
 
     def _place(self, name: str, seed: int) -> Path:
         return self.directory / "followed" / f"{name}-s{seed}".replace("/", "-").replace(" ", "-")
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in ("config", "sessions", "directory", "cluster")}

@@ -10,8 +10,8 @@ from mobula.data.views import body
 from mobula.models.text import load_static
 from mobula.retrieval.build import load_weights
 from mobula.retrieval.dense import Dense
-from mobula.retrieval.docids.config import QUANTISED
-from mobula.retrieval.docids.lookup import LookupRetriever
+from mobula.retrieval.docids.code_only import CodeOnlyRetriever
+from mobula.retrieval.docids.families import FAMILIES
 from mobula.retrieval.docids.table import DocidTable
 from mobula.retrieval.dynamic.config import HYBRID, MULTI, Config
 from mobula.retrieval.dynamic.fitting import Trained, multi_name
@@ -19,6 +19,7 @@ from mobula.retrieval.dynamic.hybrid import HybridRetriever, tune_weight
 from mobula.retrieval.dynamic.multi import MultiConfig, MultiDocidRetriever
 from mobula.retrieval.lexical import Bm25, tune
 from mobula.retrieval.ngrams.retriever import load as load_ngrams
+from mobula.retrieval.paradigms import PARADIGMS
 from mobula.retrieval.prepare import Material
 from mobula.retrieval.retrievers import DocidRetriever, DualRetriever
 from mobula.retrieval.search import Retriever, SearchOptions
@@ -50,8 +51,7 @@ def systems(config: Config, trained: Trained) -> list[System]:
 
 def search_options(config: Config, paradigm: str) -> SearchOptions:
     """How docid models of a paradigm search: a beam of ``evaluation.beam``, or all documents by one pass."""
-    decoder = "beam" if paradigm == "autoregressive" else "one_pass"
-    return SearchOptions(k=config.evaluation.depth, decoder=decoder, beam=config.evaluation.beam)
+    return replace(PARADIGMS[paradigm].dev, k=config.evaluation.depth, beam=config.evaluation.beam)
 
 
 def _bm25(config: Config, trained: Trained, name: str) -> list[System]:
@@ -78,14 +78,14 @@ def _dual(config: Config, trained: Trained, name: str) -> list[System]:
 
 
 def _adc(config: Config, trained: Trained, name: str) -> list[System]:
-    """One look-up for every quantised family of the arms."""
+    """Code-only retrieval for every quantised family of the arms."""
     material = trained.documents
 
     def make(family: str) -> Callable[[int], Retriever]:
         table = material.prepared.table(family)
-        return lambda _: LookupRetriever("adc", table, material.encoder, body)
+        return lambda _: CodeOnlyRetriever("adc", table, material.encoder, body)
 
-    families = dict.fromkeys(arm.family for arm in config.parsed_arms if arm.family in QUANTISED)
+    families = dict.fromkeys(arm.family for arm in config.parsed_arms if FAMILIES[arm.family].is_quantised)
     return [_baseline(config, f"{name}/{family}", make(family)) for family in families]
 
 

@@ -23,9 +23,8 @@ from mobula.retrieval.dynamic.config import HYBRID, MULTI, NGRAMS, Config
 from mobula.retrieval.dynamic.fitting import Trained, fit_systems
 from mobula.retrieval.dynamic.prepare import Sessions
 from mobula.retrieval.dynamic.systems import System, systems
-from mobula.retrieval.outcomes import System as Timed
-from mobula.retrieval.outcomes import search_all, time_systems
 from mobula.retrieval.prepare import sample
+from mobula.retrieval.results import Timed, search_all, time_systems
 from mobula.threads import one_thread
 
 HELD_OUT = 0.2
@@ -91,7 +90,7 @@ def _alone(config: Config) -> Any:
 def _trained(config: Config, sessions: Sessions, shared: Path, name: str) -> Trained:
     """One system's training, in a folder named by all that decides it."""
     alone = replace(config, systems=[name], evaluation=_alone(config))
-    parts: list[Any] = [alone.docid, alone.text, alone.model, alone.views, alone.loss]
+    parts: list[Any] = [alone.docid, alone.text, alone.model, alone.pseudo_queries, alone.loss]
     parts += [alone.learning_rates, alone.training]
     parts += [alone.chunks] if name.endswith(MULTI) else []
     parts += [alone.ngram] if name in NGRAMS else []

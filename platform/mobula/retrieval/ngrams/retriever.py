@@ -21,7 +21,7 @@ from mobula.data.records import Document
 from mobula.errors import ArtifactError, DataError
 from mobula.models.text import StaticEmbedding, load_static
 from mobula.retrieval.build import load_weights
-from mobula.retrieval.decoding.calls import encode
+from mobula.retrieval.decoding.batched_calls import encode
 from mobula.retrieval.lexical import extended, remaining
 from mobula.retrieval.network import DocidTransformer, NetworkShape
 from mobula.retrieval.ngrams.config import NgramConfig

@@ -21,7 +21,7 @@ from mobula.config import digest
 from mobula.data.records import Document, Query, RetrievalData
 from mobula.errors import DataError
 from mobula.retrieval.build import ModelConfig
-from mobula.retrieval.config import ViewsConfig
+from mobula.retrieval.config import PseudoQueriesConfig
 from mobula.retrieval.inputs import StoredFeatures
 from mobula.retrieval.network import DocidTransformer, TokenCodes
 from mobula.retrieval.ngrams.config import NgramConfig
@@ -160,13 +160,13 @@ def write_ngrams(
     *,
     held_out: Sequence[Query] = (),
     config: NgramConfig,
-    views: ViewsConfig,
+    pseudo_queries: PseudoQueriesConfig,
     model: ModelConfig,
     seed: int,
 ) -> NgramTask:
     """Prepare ``directory``, unless that is done, and return the task that reads it.
 
-    Everything is fitted on ``documents``: those that are there from the beginning. ``views`` says which pseudo-queries
+    Everything is fitted on ``documents``: those that are there from the beginning. ``pseudo_queries`` says which
     stand beside the training queries; none of them is a near-duplicate of a dev or ``held_out`` query of the same
     document.
 
@@ -181,7 +181,7 @@ def write_ngrams(
         inputs = MarkedInputs(corpus.tokenizer, model.query_len)
         asked = {"train": list(train_queries), "dev": list(dev_queries), "held_out": list(held_out)}
         data = RetrievalData("ngrams", "", "", list(documents), asked)
-        _write_examples(directory, corpus, *training_examples(views, data, seed), inputs, seed)
+        _write_examples(directory, corpus, *training_examples(pseudo_queries, data, seed), inputs, seed)
         _write_dev(directory, sample(asked["dev"], config.dev_queries, seed), inputs, config.views)
         write_text(directory / DONE, corpus.fitted_on)
     return NgramTask(directory)

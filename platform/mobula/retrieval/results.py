@@ -3,33 +3,35 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 
 from mobula.data.records import Query
+from mobula.errors import MobulaError
 from mobula.evaluation import ranking
 from mobula.evaluation.intervals import mean_interval
 from mobula.experiment import Measure
 from mobula.retrieval.search import SearchOptions, SearchResult
+from mobula.study import System
 
 BATCH = 64
 WARM_UP = 5
 
+K = TypeVar("K", bound=Hashable)
 Search = Callable[[Sequence[str], Sequence[SearchOptions]], list[SearchResult]]
 
 
 @dataclass
-class System:
-    """A retriever with fixed options, as one row of the table. ``search`` is the full path from text to hits."""
+class Timed(Generic[K]):
+    """A retriever with fixed options under the key of its times. ``search`` is the full path from text to hits."""
 
-    name: str
+    key: K
     search: Search
     options: SearchOptions
-    width: int | None = None
 
 
 @dataclass
@@ -59,7 +61,7 @@ class Split:
         self.documents = documents
         self.directory = directory
         self.resamples = resamples
-        self.outcomes: dict[str, Outcome] = {}
+        self.outcomes: dict[System, Outcome] = {}
 
     @property
     def texts(self) -> list[str]:
@@ -71,34 +73,47 @@ class Split:
         """Gold document ids."""
         return [set(query.gold) for query in self.queries]
 
-    def record(self, name: str, results: Sequence[SearchResult], *, seed: int = 0, width: int | None = None) -> None:
+    def record(
+        self, system: System, results: Sequence[SearchResult], *, seed: int = 0, width: int | None = None
+    ) -> None:
         """Add one seed's results of a system; writes them as a TREC run file if there is a folder."""
         hits = [result.hits for result in results]
         if self.directory is not None:
-            tag = f"{name}-s{seed}".replace("/", "-").replace(" ", "-")
+            tag = f"{system.slug}-s{seed}"
             ranking.write_run(self.directory / f"{tag}.trec", hits, self.queries, tag)
-        outcome = self.outcomes.setdefault(name, Outcome())
+        outcome = self.outcomes.setdefault(system, Outcome())
         for measure, values in ranking.per_query(hits, self.queries, documents=self.documents, width=width).items():
             outcome.values.setdefault(measure, []).append(values)
         for fact, value in _facts(results).items():
             outcome.facts.setdefault(fact, []).append(value)
 
-    def measure(self, name: str, measure: str) -> Measure:
-        """A measure of a system with its interval over queries and seeds."""
-        return mean_interval(self.outcomes[name].per_query(measure), resamples=self.resamples)
+    def outcome(self, system: System) -> Outcome:
+        """What a system did.
 
-    def table(self, names: Sequence[str] | None = None) -> list[list[Any]]:
+        Raises:
+            MobulaError: if it was not measured.
+        """
+        if system not in self.outcomes:
+            known = ", ".join(each.label for each in self.outcomes)
+            raise MobulaError(f"{system.label} was not measured on {self.name} (there are: {known})")
+        return self.outcomes[system]
+
+    def measure(self, system: System, measure: str) -> Measure:
+        """A measure of a system with its interval over queries and seeds."""
+        return mean_interval(self.outcome(system).per_query(measure), resamples=self.resamples)
+
+    def table(self) -> list[list[Any]]:
         """Rows for the report: quality in per cent, raw rates, cost."""
         header = ["system", *ranking.MEASURES, "raw valid %", "raw exact %", "NFE", "rows", "p50 ms", "p95 ms"]
-        return [header, *(self._row(name) for name in names or self.outcomes)]
+        return [header, *(self._row(system) for system in self.outcomes)]
 
-    def _row(self, name: str) -> list[Any]:
-        outcome = self.outcomes[name]
+    def _row(self, system: System) -> list[Any]:
+        outcome = self.outcomes[system]
         quality = [_percent(outcome, measure) for measure in ranking.MEASURES]
         rates = [_scaled(outcome.fact(fact), 100) for fact in ("raw_valid", "raw_exact")]
         cost = [_scaled(outcome.fact(fact), 1) for fact in ("nfe", "rows")]
         timed = [round(float(np.percentile(outcome.ms, p)), 2) if len(outcome.ms) else None for p in (50, 95)]
-        return [name, *quality, *rates, *cost, *timed]
+        return [system.label, *quality, *rates, *cost, *timed]
 
 
 def search_all(search: Search, texts: Sequence[str], options: SearchOptions) -> list[SearchResult]:
@@ -110,21 +125,21 @@ def search_all(search: Search, texts: Sequence[str], options: SearchOptions) -> 
     return results
 
 
-def time_systems(systems: Sequence[System], texts: Sequence[str]) -> dict[str, np.ndarray]:
+def time_systems(systems: Sequence[Timed[K]], texts: Sequence[str]) -> dict[K, np.ndarray]:
     """Milliseconds f64[Q] per query at batch 1, tokenisation and encoding included.
 
     Systems take turns on every query, so that a machine that slows down slows all of them; the first queries
     warm up and are dropped.
     """
-    times: dict[str, list[float]] = {system.name: [] for system in systems}
+    times: dict[K, list[float]] = {system.key: [] for system in systems}
     warm = list(texts[:WARM_UP])
     for position, text in enumerate([*warm, *texts]):
         for system in systems:
             started = time.perf_counter()
             system.search([text], [system.options])
             if position >= len(warm):
-                times[system.name].append((time.perf_counter() - started) * 1000)
-    return {name: np.array(values) for name, values in times.items()}
+                times[system.key].append((time.perf_counter() - started) * 1000)
+    return {key: np.array(values) for key, values in times.items()}
 
 
 def _facts(results: Sequence[SearchResult]) -> dict[str, float]:

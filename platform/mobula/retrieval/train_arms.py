@@ -87,10 +87,10 @@ def fit_plans(
         return [[next(results) for _ in range(plan.seeds)] for plan in plans], tried
 
 
-def fit_seed(plan: Plan, schedule: Schedule, seed: int) -> FitResult:
-    """The training of one seed of a plan with one rate, in this process; taken as it is if finished."""
+def fit_seed(plan: Plan, schedule: Schedule, seed: int, cluster: Spec) -> FitResult:
+    """The training of one seed of a plan with one rate; taken as it is if finished."""
     (rate,) = plan.rates
-    return _fit([_final(plan, rate, schedule, seed)], None)[0]
+    return _fit([_final(plan, rate, schedule, seed)], cluster)[0]
 
 
 def _ray(training: TrainingConfig, cluster: Spec) -> contextlib.AbstractContextManager[None]:

@@ -1,4 +1,4 @@
-"""Code look-up without any language model: what the codes alone retrieve.
+"""Code-only retrieval (ADC, Hamming): what the codes find without any language model.
 
 The query goes through the quantiser of the documents. A generative model that ranks below ``hamming`` has learned
 nothing; below ``adc`` its weights add nothing to the quantised encoder.
@@ -24,7 +24,7 @@ CHUNK_CELLS = 1 << 22  # cells of one [queries, documents] block; bounds memory 
 
 
 class Embedder(Protocol):
-    """What look-up asks of an encoder."""
+    """What code-only retrieval asks of an encoder."""
 
     def embed(self, texts: Sequence[str]) -> np.ndarray:
         """Unit-norm embeddings f32[N, D]."""
@@ -61,7 +61,7 @@ class _Index:
         return distinct.astype(np.float32)[:, vector_of]
 
 
-class LookupRetriever:
+class CodeOnlyRetriever:
     """Ranks documents by the codes of a quantised family (a ``Retriever``).
 
     ``hamming``: minus the number of levels at which query and document code differ. ``adc`` (asymmetric
@@ -76,7 +76,7 @@ class LookupRetriever:
 
     def __init__(self, name: str, table: DocidTable, encoder: Embedder, text_of: Callable[[Document], str]) -> None:
         if name not in RANKERS:
-            raise Unsupported(f"unknown look-up {name!r}; expected one of {', '.join(RANKERS)}")
+            raise Unsupported(f"unknown code-only ranking {name!r}; expected one of {', '.join(RANKERS)}")
         self.name = name
         self.encoder = encoder
         self.text_of = text_of

@@ -20,20 +20,20 @@ from mobula.artifacts import Artifact, open_artifact, read_jsonl, write_json, wr
 from mobula.data.records import Document, Query
 from mobula.data.views import body
 from mobula.models.encoders import TextEncoder, load_encoder
-from mobula.models.text import load_static
 from mobula.retrieval.arms import Arm, parse
 from mobula.retrieval.build import ModelConfig, base_hash, load_model, load_weights, save_model
 from mobula.retrieval.dense import Dense
-from mobula.retrieval.docids.config import QUANTISED, TEXT, DocidConfig
-from mobula.retrieval.docids.lookup import RANKERS, LookupRetriever
+from mobula.retrieval.docids.code_only import RANKERS, CodeOnlyRetriever
+from mobula.retrieval.docids.config import DocidConfig
+from mobula.retrieval.docids.families import FAMILIES
 from mobula.retrieval.docids.table import DocidTable
-from mobula.retrieval.fitting import Fitted, Trained, docid_task, load_arm, load_dual
 from mobula.retrieval.inputs import QueryInputs
 from mobula.retrieval.lexical import Bm25, tune
 from mobula.retrieval.prepare import Material, make_inputs
 from mobula.retrieval.retrievers import DocidRetriever, DualRetriever
-from mobula.retrieval.search import Admission, Retriever, SearchOptions, SearchResult, StepEvent
+from mobula.retrieval.search import InsertSummary, Retriever, SearchOptions, SearchResult, StepEvent
 from mobula.retrieval.tasks import DualEncoder
+from mobula.retrieval.train_arms import Fitted, Trained, docid_task, load_arm, load_dual
 
 SPLITS = ("dev", "test")
 
@@ -72,8 +72,8 @@ class AddingEncoder:
 
 
 @dataclass(frozen=True, eq=False)
-class Library:
-    """An opened artifact: one version of its documents, and the retrievers over them (a ``Searchable``).
+class IndexedCorpus:
+    """An opened artifact: one version of its documents, indexed by every retriever (a ``Searchable``).
 
     Insertions may run in one thread while others search.
     """
@@ -107,7 +107,7 @@ class Library:
         document = self.documents[doc_id]
         return {"title": document.title, "text": document.text, "code": self._code(doc_id)}
 
-    def insert(self, documents: Sequence[Document]) -> tuple[Library, Admission]:
+    def insert(self, documents: Sequence[Document]) -> tuple[IndexedCorpus, InsertSummary]:
         """With documents in the default retriever and in all others that can take them, without training.
 
         Raises:
@@ -125,9 +125,9 @@ class Library:
         report = grown.main.last_insert
         assert report is not None
         codes = {doc_id: grown._code(doc_id) for doc_id in added}
-        return grown, Admission(codes, report.overflow, report.collisions)
+        return grown, InsertSummary(codes, report.overflow, report.collisions)
 
-    def remove(self, doc_ids: Sequence[str]) -> Library:
+    def remove(self, doc_ids: Sequence[str]) -> IndexedCorpus:
         """Without documents, in every retriever.
 
         Raises:
@@ -193,7 +193,7 @@ def fill(folder: Path, config: Servable, material: Material, fitted: Fitted) -> 
     write_json(folder / "bm25.json", {"k1": bm25.k1, "b": bm25.b})
 
 
-def load(artifact: Artifact) -> Library:
+def load(artifact: Artifact) -> IndexedCorpus:
     """Open every retriever of an artifact.
 
     Raises:
@@ -211,24 +211,24 @@ def load(artifact: Artifact) -> Library:
     for arm in _arms(meta):
         retrievers[str(arm)] = _docid_retriever(artifact, arm, tables[arm.family], inputs[model.reader(arm)], encoder)
     main = tables[_arms(meta)[0].family]
-    if main.space.family in QUANTISED:
-        retrievers.update({name: LookupRetriever(name, main, encoder, body) for name in RANKERS})
+    if main.space.kind.is_quantised:
+        retrievers.update({name: CodeOnlyRetriever(name, main, encoder, body) for name in RANKERS})
     retrievers["bm25"] = Bm25(documents, **artifact.read_json("bm25.json"))
     retrievers["dense"] = Dense(encoder, documents, embeddings)
     if "dual.safetensors" in artifact.files:
         dual = DualEncoder(embeddings.shape[1])
         load_weights(dual, artifact.path("dual.safetensors"))
         retrievers["dual"] = DualRetriever(dual, encoder, [d.id for d in documents], embeddings)
-    return Library({d.id: d for d in documents}, queries, retrievers, meta["default"], encoder)
+    return IndexedCorpus({d.id: d for d in documents}, queries, retrievers, meta["default"], encoder)
 
 
 @functools.lru_cache(maxsize=1)
-def _cached(directory: Path, manifest: str) -> Library:
+def _cached(directory: Path, manifest: str) -> IndexedCorpus:
     return load(open_artifact(directory))
 
 
-def cached(artifact: Artifact) -> Library:
-    """The artifact's library; opened once per process while the manifest stays the same."""
+def cached(artifact: Artifact) -> IndexedCorpus:
+    """The artifact's corpus; opened once per process while the manifest stays the same."""
     return _cached(artifact.directory, json.dumps(artifact.files, sort_keys=True))
 
 
@@ -240,8 +240,7 @@ def _docid_retriever(
 
 
 def _table(artifact: Artifact, family: str) -> DocidTable:
-    tokenizer = load_static("wordllama") if family in TEXT else None
-    return DocidTable.load(artifact.directory / "docids" / family, tokenizer=tokenizer)
+    return DocidTable.load(artifact.directory / "docids" / family, tokenizer=FAMILIES[family].tokenizer())
 
 
 def _arms(meta: dict[str, Any]) -> list[Arm]:
@@ -250,7 +249,7 @@ def _arms(meta: dict[str, Any]) -> list[Arm]:
 
 def _takes_documents(retriever: Retriever) -> bool:
     table = getattr(retriever, "table", None)
-    return table is None or table.space.family != "atomic"
+    return table is None or table.space.kind.growable
 
 
 def _held(retriever: Retriever, doc_ids: Sequence[str]) -> list[str]:

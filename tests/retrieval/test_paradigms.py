@@ -7,8 +7,7 @@ import math
 import pytest
 import torch
 
-from mobula.retrieval import objective
-from mobula.retrieval.objective import EPSILON, autoregressive_loss, diffusion_loss, mask_codes, masking_rates
+from mobula.retrieval.paradigms import EPSILON, autoregressive_loss, diffusion_loss, mask_codes, masking_rates
 
 B, L, K = 6, 4, 8
 
@@ -113,7 +112,7 @@ def test_the_twin_loss_is_the_mean_log_likelihood() -> None:
 def test_masks_depend_on_the_generator_alone() -> None:
     _, codes = example()
     torch.manual_seed(1)
-    a = mask_codes(codes, objective.masking_rates(B, generator(3)), generator(4))
+    a = mask_codes(codes, masking_rates(B, generator(3)), generator(4))
     torch.manual_seed(2)
-    b = mask_codes(codes, objective.masking_rates(B, generator(3)), generator(4))
+    b = mask_codes(codes, masking_rates(B, generator(3)), generator(4))
     assert torch.equal(a, b)

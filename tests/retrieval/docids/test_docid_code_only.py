@@ -6,8 +6,8 @@ import pytest
 from mobula.data.records import Document
 from mobula.errors import DataError
 from mobula.models.text import StaticEmbedding
+from mobula.retrieval.docids.code_only import CodeOnlyRetriever
 from mobula.retrieval.docids.config import DocidConfig
-from mobula.retrieval.docids.lookup import LookupRetriever
 from mobula.retrieval.docids.space import fit_space
 from mobula.retrieval.docids.table import DocidTable
 from mobula.retrieval.search import SearchOptions, Unsupported
@@ -33,9 +33,9 @@ def test_scores_are_their_definitions(
     queries = words.embed([d.title for d in corpus[:5]])
     own = table.space.encode_queries(queries)
     codes = table.codes[:, :4]
-    hamming = LookupRetriever("hamming", table, words, body).scores(queries)
+    hamming = CodeOnlyRetriever("hamming", table, words, body).scores(queries)
     np.testing.assert_array_equal(hamming, -(own[:, None] != codes).sum(2))
-    adc = LookupRetriever("adc", table, words, body).scores(queries)
+    adc = CodeOnlyRetriever("adc", table, words, body).scores(queries)
     difference = table.space.centred(queries)[:, None] - table.space.reconstruct(codes)
     np.testing.assert_allclose(adc, -(difference**2).sum(2), atol=1e-5)
     assert adc.dtype == hamming.dtype == np.float32
@@ -47,7 +47,7 @@ def test_documents_of_equal_code_tie_exactly_in_corpus_order(
 ) -> None:
     twins = [Document(f"{d.id}.twin", d.title, d.text) for d in corpus[:50]]
     table = table_for(corpus + twins, np.concatenate([embeddings, embeddings[:50]]))
-    retriever = LookupRetriever(name, table, words, body)
+    retriever = CodeOnlyRetriever(name, table, words, body)
     scores = retriever.scores(words.embed([d.title for d in corpus[:20]]))
     np.testing.assert_array_equal(scores[:, :50], scores[:, len(corpus) :])
     order = {d: i for i, d in enumerate(table.doc_ids)}
@@ -61,7 +61,7 @@ def test_full_lists_of_live_documents_alone_or_in_a_batch(
     name: str, corpus: list[Document], embeddings: np.ndarray, words: StaticEmbedding
 ) -> None:
     table = table_for(corpus[:60], embeddings[:60]).delete([d.id for d in corpus[:20]])
-    retriever = LookupRetriever(name, table, words, body)
+    retriever = CodeOnlyRetriever(name, table, words, body)
     queries = [d.title for d in corpus[:7]]
     options = [SearchOptions(k=k) for k in (1, 3, 10, 40, 41, 100, 5)]
     together = retriever.search(queries, options)
@@ -81,7 +81,7 @@ def test_lookup_retrieves_and_adc_beats_hamming(
     halves = words.embed([d.text[: len(d.text) // 2] for d in corpus])
     ranks = {}
     for name in ("hamming", "adc"):
-        scores = LookupRetriever(name, table, words, body).scores(halves)
+        scores = CodeOnlyRetriever(name, table, words, body).scores(halves)
         ranks[name] = (scores >= scores.diagonal()[:, None]).sum(1)  # pessimistic: ties count against
     assert np.median(ranks["adc"]) < np.median(ranks["hamming"]) < len(corpus) / 10
 
@@ -94,7 +94,7 @@ def test_inserted_documents_are_found(
     newcomers: tuple[list[Document], np.ndarray],
     words: StaticEmbedding,
 ) -> None:
-    retriever = LookupRetriever(name, table_for(corpus, embeddings), words, body)
+    retriever = CodeOnlyRetriever(name, table_for(corpus, embeddings), words, body)
     assert retriever.insert(newcomers[0]) == 1
     texts = [d.text for d in newcomers[0]]
     results = retriever.search(texts, [SearchOptions(k=20)] * len(texts))
@@ -110,10 +110,10 @@ def test_inserted_documents_are_found(
     assert corpus[0].id in retriever.table.rows
 
 
-def test_families_without_a_quantiser_have_no_lookup(
+def test_families_without_a_quantiser_have_no_code_only_retrieval(
     corpus: list[Document], embeddings: np.ndarray, words: StaticEmbedding
 ) -> None:
     with pytest.raises(Unsupported, match="has no quantiser"):
-        LookupRetriever("adc", table_for(corpus, embeddings, "random"), words, body)
-    with pytest.raises(Unsupported, match="unknown look-up 'cosine'"):
-        LookupRetriever("cosine", table_for(corpus, embeddings), words, body)
+        CodeOnlyRetriever("adc", table_for(corpus, embeddings, "random"), words, body)
+    with pytest.raises(Unsupported, match="unknown code-only ranking 'cosine'"):
+        CodeOnlyRetriever("cosine", table_for(corpus, embeddings), words, body)
