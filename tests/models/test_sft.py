@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from mobula.models.causal import CausalModel, Sampling, SmallShape, word_tokenizer
-from mobula.models.sft import IGNORED, SftTask, collate, read_pairs, target_log_probs, write_pairs
+from mobula.models.finetune import TokenRow, collate, row_log_probs
+from mobula.models.sft import SftTask, read_pairs, write_pairs
 from mobula.training import TrainingConfig, fit, load_weights
 
 WORDS = ["red", "blue", "green", "one", "two", "three", "say"]
@@ -35,10 +36,10 @@ def task(model: CausalModel, pairs: list[tuple[list[int], list[int]]], tmp_path:
 
 
 def test_only_targets_are_learned() -> None:
-    batch = collate([([3, 4], [5, 1]), ([3], [1])])
+    batch = collate([TokenRow.of([3, 4], [5, 1]), TokenRow.of([3], [1])])
     assert batch["ids"].tolist() == [[3, 4, 5, 1], [3, 1, 0, 0]]
-    assert batch["mask"].tolist() == [[1, 1, 1, 1], [1, 1, 0, 0]]
-    assert batch["labels"].tolist() == [[IGNORED, IGNORED, 5, 1], [IGNORED, 1, IGNORED, IGNORED]]
+    assert batch["attention"].tolist() == [[1, 1, 1, 1], [1, 1, 0, 0]]
+    assert batch["mask"].tolist() == [[0, 0, 1, 1], [0, 1, 0, 0]]
 
 
 def test_prompt_tokens_have_no_gradient_of_their_own(model: CausalModel, task: SftTask) -> None:
@@ -49,9 +50,7 @@ def test_prompt_tokens_have_no_gradient_of_their_own(model: CausalModel, task: S
     plain = torch.cat(model.log_probs(prompts, targets))
     assert len(plain) == 6
     torch.testing.assert_close(loss.detach(), -plain.mean(), atol=1e-5, rtol=0)
-    torch.testing.assert_close(
-        target_log_probs(model.network, batch).detach(), plain.view(3, 2).sum(1), atol=1e-5, rtol=0
-    )
+    torch.testing.assert_close(row_log_probs(model.network, batch).detach(), plain.view(3, 2).sum(1), atol=1e-5, rtol=0)
     with torch.no_grad():
         assert task.evaluate(model.network)["nll"] == pytest.approx(float(-plain.mean()), abs=1e-5)
 

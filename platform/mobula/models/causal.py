@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from mobula.artifacts import write_json
 from mobula.errors import ModelError
 from mobula.models.encoders import read_json
-from mobula.models.lora import add_lora, leave_out_frozen
 from mobula.models.pretrained import Pretrained, without_progress
 
 if TYPE_CHECKING:
@@ -128,7 +127,7 @@ class CausalModel:
         """A pretrained one, frozen, with fresh low-rank parts on every linear layer below its output layer.
 
         Raises:
-            ModelError: as :meth:`open`.
+            ModelError: as :meth:`open`, or if there is no such layer.
         """
         return cls._with_adapter(Adapter(base, Pretrained.find(base).hash, rank, alpha), seed)
 
@@ -153,13 +152,13 @@ class CausalModel:
 
     @classmethod
     def _with_adapter(cls, adapter: Adapter, seed: int) -> CausalModel:
+        from mobula.models.lora import add_lora, leave_out_frozen
+
         found = Pretrained.find(adapter.base)
         network: Any = found.load("AutoModelForCausalLM").requires_grad_(False)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            add_lora(network.base_model, adapter.rank, adapter.alpha)
-        if not any(p.requires_grad for p in network.parameters()):
-            raise ModelError(f"model {adapter.base!r} has no linear layer for LoRA; choose another")
+            add_lora(network.base_model, rank=adapter.rank, alpha=adapter.alpha)
         leave_out_frozen(network)
         return cls(network, found.tokenizer(), adapter.base, adapter)
 

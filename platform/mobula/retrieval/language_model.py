@@ -93,11 +93,11 @@ class LanguageModel(DocidModel):
 
     def adapt(self, *parts: nn.Module) -> None:
         """Choose what is trained of the pretrained ``parts``, and leave the rest out of ``state_dict``."""
-        for part in parts:
-            if self.shape.finetune:
+        if not self.shape.finetune:
+            add_lora(*parts, rank=self.shape.lora_rank, alpha=self.shape.lora_alpha)
+        else:
+            for part in parts:
                 part.requires_grad_(True)
-            else:
-                add_lora(part, self.shape.lora_rank, self.shape.lora_alpha)
         for row in self._docid_rows():
             row.requires_grad_(True)
         if next(self.pretrained(), None) is None:

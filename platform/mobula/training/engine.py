@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -118,10 +118,20 @@ class Engine:
 
     def evaluate(self) -> dict[str, float]:
         """The task's dev metrics."""
+        with self._evaluating():
+            return {name: float(value) for name, value in self.task.evaluate(self.model).items()}
+
+    def reference(self) -> dict[str, Tensor]:
+        """The task's reference values under the model as it is, on CPU."""
+        with self._evaluating():
+            return {name: value.cpu() for name, value in self.task.reference(self.model).items()}
+
+    @contextlib.contextmanager
+    def _evaluating(self) -> Iterator[None]:
         self._engine.eval()
         try:
             with torch.no_grad(), self._autocast():
-                return {name: float(value) for name, value in self.task.evaluate(self.model).items()}
+                yield
         finally:
             self._engine.train()
 

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file
 from torch import Tensor
 
 from mobula.artifacts import write_json, write_text
@@ -34,6 +35,7 @@ from mobula.training.task import Task
 METRICS = "metrics.jsonl"
 WEIGHTS = "model.safetensors"
 LAST = "last.safetensors"
+REFERENCE = "reference.safetensors"
 RESULT = "result.json"
 # After its driver was killed, a worker of an earlier attempt may live on for some seconds.
 LOCK_WAIT_S = 60.0
@@ -116,6 +118,7 @@ class _Loop:
     def run(self) -> None:
         """All steps that are left, then the final weights and the result."""
         self._resume()
+        self._refer()
         self.engine.train()
         if self.config.monitor and self.state.step == 0:
             # The weights it starts from may be better than any that training finds.
@@ -233,6 +236,17 @@ class _Loop:
         self.started = time.perf_counter() - self.state.seconds
         self.reported = (time.perf_counter(), self.state.step * self.config.batch)
         self._together(self._cut_metrics)
+
+    def _refer(self) -> None:
+        """Reference values are those of the model before its first step: computed then, read from then on."""
+        path = self.directory / REFERENCE
+        if self.state.step == 0 and not _from_first(path.is_file()):
+            seed_slice(self.seed, 0, -1)
+            values = self.engine.reference()
+            if not values:
+                return
+            self._together(lambda: checkpoints.export_weights(path, values))
+        self.task.refer(_from_first(load_file(path) if self.first and path.is_file() else {}))
 
     def _newest(self) -> tuple[Path, dict[str, Any]] | None:
         """Rank 0 verifies the newest checkpoint for all."""

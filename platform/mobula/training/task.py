@@ -60,6 +60,17 @@ class Task(Portable, ABC):
     def identity(self) -> str:
         """Names everything about the task that decides the result: data, model, loss."""
 
+    def reference(self, model: Any) -> dict[str, Tensor]:
+        """What the loss needs to know of the model before its first step (log-probabilities of a reference policy).
+
+        The loop asks once, as it does :meth:`evaluate`, at the training's own precision; it stores the tensors with
+        the training and hands them to :meth:`refer` before the first batch, on every rank and after a resumption.
+        """
+        return {}
+
+    def refer(self, references: dict[str, Tensor]) -> None:
+        """Take what :meth:`reference` computed, on CPU; the task keeps it for :meth:`batch`."""
+
     def evaluate(self, model: Any) -> dict[str, float]:
         """Metrics on the dev split; none by default. The model is in evaluation mode and gradients are off."""
         return {}

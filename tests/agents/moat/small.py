@@ -13,10 +13,11 @@ from mobula.agents.gate import AgentScores
 from mobula.agents.moat import artifact
 from mobula.agents.moat.config import Config, TasksConfig
 from mobula.agents.moat.data import TaskData
-from mobula.agents.moat.stage import MODEL, Checkpoint, tune
+from mobula.agents.moat.stage import Checkpoint
 from mobula.agents.worlds import Task, WorldSet
 from mobula.agents.worlds.tool_world import generate
 from mobula.models.causal import CausalModel, SmallShape
+from mobula.models.finetune import MODEL, finetune
 from mobula.models.sft import SftTask, write_pairs
 from mobula.running import run_experiment
 from mobula.training import TrainingConfig
@@ -55,7 +56,7 @@ def trained(root: Path) -> Path:
         model.save(path / "fresh")
         known = [(task, str(task.gold_plan), str(task.gold_actions)) for task in known_tasks()]
         write_pairs(path / "pairs.jsonl", data.gold_plans(model) if name == "planner" else data.grounding(model, known))
-        tune(SftTask(path / "fresh", path / "pairs.jsonl"), TRAINING, path, 0, name, None)
+        finetune(SftTask(path / "fresh", path / "pairs.jsonl"), TRAINING, path, seed=0, name=name, cluster=None)
     nothing = np.zeros(1)
     scores = AgentScores(nothing, nothing, 0.0, 1.0)
     checkpoint = Checkpoint(root / "planner" / MODEL, root / "grounder" / MODEL, scores, nothing)

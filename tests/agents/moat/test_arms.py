@@ -139,7 +139,7 @@ def test_random_pairs_are_of_the_same_plans_in_any_order(directory: Path) -> Non
 
 def test_the_best_plan_is_the_target_of_its_arm(directory: Path) -> None:
     pairs = read_pairs(phase(directory, "best_plan", "planner_sft-0") / "pairs.jsonl")
-    chosen = read_jsonl(phase(directory, "moat", "pair") / "preferences.jsonl")
+    chosen = read_jsonl(phase(directory, UNGATED, "pair") / "preferences.jsonl")
     assert [list(target) for _, target in pairs] == [pair["chosen"] for pair in chosen]
 
 

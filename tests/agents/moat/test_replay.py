@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from mobula.agents.moat.agents import Agents, Lengths, TaskWorker, solve
-from mobula.agents.moat.stage import MODEL, tune
 from mobula.agents.worlds import WorldSet
 from mobula.models.causal import CausalModel
+from mobula.models.finetune import MODEL, finetune
 from mobula.models.sft import SftTask, write_pairs
 from tests.agents.moat import small
 
@@ -44,7 +44,7 @@ def test_without_replay_success_on_gold_plans_falls(root: Path) -> None:
         path.mkdir()
         write_pairs(path / "pairs.jsonl", pairs)
         config = replace(small.TRAINING, steps=40)
-        tune(SftTask(start, path / "pairs.jsonl"), config, path, 0, name, None)
+        finetune(SftTask(start, path / "pairs.jsonl"), config, path, seed=0, name=name, cluster=None)
         success[name] = gold_plan_success(root, path / MODEL)
     assert min(success["start"], success["with"]) > 0.8
     assert success["without"] < 0.6

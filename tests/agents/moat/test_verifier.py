@@ -11,10 +11,10 @@ import pytest
 from mobula.agents.language import execute
 from mobula.agents.moat.critic import CriticSettings, canary_rate, criticise, judge
 from mobula.agents.moat.data import VERDICTS
-from mobula.agents.moat.stage import tune
 from mobula.agents.moat.verifier import Verifier, gold_cases, verifier_pairs
 from mobula.agents.worlds import Task, World, WorldSet
 from mobula.models.causal import CausalModel, SmallShape
+from mobula.models.finetune import finetune
 from mobula.models.sft import SftTask, write_pairs
 from tests.agents.moat import small
 
@@ -37,13 +37,13 @@ def verifier(worlds: dict[str, World], tasks: list[Task], tmp_path_factory: pyte
     model = CausalModel.small(tokenizer, SmallShape(width=64, positions=192), seed=0)
     model.save(folder / "fresh")
     write_pairs(folder / "pairs.jsonl", verifier_pairs(model, list(gold_cases(worlds, tasks))))
-    tune(
+    finetune(
         SftTask(folder / "fresh", folder / "pairs.jsonl"),
         replace(small.TRAINING, batch=24, lr=2e-3, steps=300),
         folder,
-        0,
-        "verifier",
-        None,
+        seed=0,
+        name="verifier",
+        cluster=None,
     )
     return CriticSettings("verifier", verifier=folder / "model")
 

@@ -6,9 +6,9 @@ import random
 from collections.abc import Sequence
 
 from mobula.agents.moat.candidates import PlanSample
-from mobula.agents.moat.dpo import read_preferences
-from mobula.agents.moat.stage import ArmContext, Checkpoint, Prepare, Training, sft
+from mobula.agents.moat.stage import ArmContext, Checkpoint, Prepare, Training, preferences_file, sft
 from mobula.alternation import Context
+from mobula.artifacts import read_jsonl
 from mobula.models.causal import CausalModel
 
 
@@ -20,11 +20,10 @@ def random_ranks(samples: Sequence[PlanSample], seed: int) -> dict[tuple[str, in
 
 def _best_plans(arm: ArmContext, context: Context, checkpoint: Checkpoint) -> Training | str:
     """The chosen plans as targets, with nothing to reject."""
-    count, directory = context.history.facts("pair")["n_pairs"], context.history.latest("pair")
-    if directory is None or count < arm.config.moat.fewest_pairs:
-        return f"{count} pairs"
-    pairs = read_preferences(directory / "preferences.jsonl")
-    return sft(arm, context, checkpoint.planner, [(list(p.prompt), list(p.chosen)) for p in pairs])
+    path = preferences_file(arm, context)
+    if isinstance(path, str):
+        return path
+    return sft(arm, context, checkpoint.planner, [(row["prompt"], row["chosen"]) for row in read_jsonl(path)])
 
 
 def _solved_plans(arm: ArmContext, context: Context, checkpoint: Checkpoint) -> Training | str:

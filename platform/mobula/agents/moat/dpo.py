@@ -11,96 +11,69 @@ log pi is the sum over plan tokens and EOS; pi_ref is the planner at the start o
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from functools import cached_property
-from pathlib import Path
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mobula.artifacts import read_jsonl, sha256, write_jsonl
-from mobula.config import digest
-from mobula.models.causal import CausalModel
-from mobula.models.sft import collate, target_log_probs
-from mobula.training import Task
+from mobula.models.finetune import FinetuneTask, TokenRow, row_log_probs
+
+REFERENCE_BATCH = 32  # pairs
 
 
 @dataclass(frozen=True)
 class Preference:
-    """A pair of plans of one prompt, as token ids with EOS, and log-probabilities of both under the reference."""
+    """A pair of plans of one prompt, as token ids; plans end with EOS."""
 
-    prompt: tuple[int, ...]
-    chosen: tuple[int, ...]
-    rejected: tuple[int, ...]
-    ref_chosen: float
-    ref_rejected: float
-
-
-def write_preferences(path: Path, preferences: Sequence[Preference]) -> None:
-    """Write pairs as JSON lines."""
-    write_jsonl(path, (asdict(preference) for preference in preferences))
-
-
-def read_preferences(path: Path) -> list[Preference]:
-    """Read pairs that :func:`write_preferences` wrote."""
-    return [
-        Preference(tuple(r["prompt"]), tuple(r["chosen"]), tuple(r["rejected"]), r["ref_chosen"], r["ref_rejected"])
-        for r in read_jsonl(path)
-    ]
+    prompt: list[int]
+    chosen: list[int]
+    rejected: list[int]
 
 
 @dataclass
-class DpoTask(Task):
+class DpoTask(FinetuneTask):
     """Tune the model saved in ``start``, which is the reference as well, on the preferences in ``data``.
 
     ``beta`` is the weight of the pull towards the reference, ``chosen_nll`` (lambda; 0 in the paper) that of the mean
     negative log-likelihood of a chosen plan's token, which keeps chosen plans likely.
     """
 
-    start: Path
-    data: Path
     beta: float = 0.2
     chosen_nll: float = 0.0
 
-    @cached_property
-    def preferences(self) -> list[Preference]:
-        """The pairs."""
-        return read_preferences(self.data)
+    def read(self, line: Any) -> Preference:
+        """A pair of plans."""
+        return Preference(**line)
 
-    @property
-    def examples(self) -> int:
-        """Number of pairs."""
-        return len(self.preferences)
-
-    @property
-    def target_tokens(self) -> int:
-        """Tokens of both sides that one pass over the data learns from, EOS included."""
-        return sum(len(p.chosen) + len(p.rejected) for p in self.preferences)
-
-    def identity(self) -> str:
-        """The start's files, the data and both weights."""
-        files = {path.name: sha256(path) for path in sorted(self.start.iterdir()) if path.is_file()}
-        return digest([files, sha256(self.data), self.beta, self.chosen_nll])
+    def rows(self, example: Preference) -> Sequence[TokenRow]:
+        """The chosen plan and the rejected one."""
+        return [TokenRow.of(example.prompt, plan) for plan in (example.chosen, example.rejected)]
 
     def build(self) -> nn.Module:
         """The planner to start with, without dropout: the reference has none either."""
-        network = CausalModel.open(str(self.start)).network.train()
+        network = super().build()
         for module in network.modules():
             if isinstance(module, nn.Dropout):
                 module.p = 0.0
         return network
 
+    def reference(self, model: nn.Module) -> dict[str, Tensor]:
+        """log pi_ref of the chosen and the rejected plan of every pair, f32[P, 2]."""
+        device, log_probs = next(model.parameters()).device, []
+        for indices in torch.arange(self.examples).split(REFERENCE_BATCH):
+            batch = super().batch(indices, torch.Generator())
+            log_probs.append(_log_probs(model, {name: part.to(device) for name, part in batch.items()}))
+        return {"log_probs": torch.cat(log_probs)}
+
+    def refer(self, references: dict[str, Tensor]) -> None:
+        """Keep the reference's log-probabilities."""
+        self._reference = references["log_probs"]
+
     def batch(self, indices: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
-        """Chosen plans above their rejected ones: ids, mask, labels [2B, n]; the reference's sums f32[B] of both."""
-        pairs = [self.preferences[i] for i in indices.tolist()]
-        chosen = [(list(p.prompt), list(p.chosen)) for p in pairs]
-        rejected = [(list(p.prompt), list(p.rejected)) for p in pairs]
-        return {
-            **collate([*chosen, *rejected]),
-            "ref_chosen": torch.tensor([p.ref_chosen for p in pairs]),
-            "ref_rejected": torch.tensor([p.ref_rejected for p in pairs]),
-        }
+        """Every chosen plan above its rejected one, as :func:`.collate`; ``reference`` f32[B, 2]."""
+        return {**super().batch(indices, generator), "reference": self._reference[indices]}
 
     def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor | float]]:
         """Mean of -log sigmoid(beta * margin) + lambda * nll of the chosen plan, in nats.
@@ -108,14 +81,19 @@ class DpoTask(Task):
         Logged: ``preferred``, the share of pairs with a positive margin; ``chosen_shift``, how much likelier the
         chosen plans have become since the reference (negative: likelihood displacement); ``margin``.
         """
-        chosen, rejected = target_log_probs(model, batch).chunk(2)
-        shift, fall = chosen - batch["ref_chosen"], rejected - batch["ref_rejected"]
+        log_probs = _log_probs(model, batch)
+        shift, fall = (log_probs - batch["reference"]).unbind(1)
         margin = shift - fall
-        tokens = (batch["labels"].chunk(2)[0] >= 0).sum(1)
-        loss = -F.logsigmoid(self.beta * margin) - self.chosen_nll * chosen / tokens
+        tokens = (batch["mask"][::2] > 0).sum(1)
+        loss = -F.logsigmoid(self.beta * margin) - self.chosen_nll * log_probs[:, 0] / tokens
         facts: dict[str, Tensor | float] = {
             "preferred": (margin > 0).float().mean(),
             "chosen_shift": shift.mean().detach(),
             "margin": margin.mean().detach(),
         }
         return loss.mean(), facts
+
+
+def _log_probs(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """log pi f32[B, 2] of the chosen and the rejected plans of a batch."""
+    return row_log_probs(model, batch).view(-1, 2)

@@ -32,9 +32,9 @@ from mobula.agents.moat.candidates import PlanSample
 from mobula.agents.moat.config import Arm
 from mobula.agents.moat.critic import CriticSettings, canary_rate
 from mobula.agents.moat.data import VERDICTS
-from mobula.agents.moat.dpo import DpoTask, Preference, write_preferences
+from mobula.agents.moat.dpo import DpoTask, Preference
 from mobula.agents.moat.stage import (
-    MODEL,
+    PREFERENCES,
     ArmContext,
     Checkpoint,
     Stage,
@@ -42,17 +42,18 @@ from mobula.agents.moat.stage import (
     current_checkpoint,
     measured,
     measured_checkpoint,
+    preferences_file,
     sft,
     task_items,
-    tune,
 )
 from mobula.agents.moat.start import fresh
 from mobula.agents.moat.verifier import LabelledProgram, gold_cases, verifier_pairs
 from mobula.alternation import Context, History, Loop, Phase, Row, Sharded, Step, seed_of
-from mobula.artifacts import write_json
+from mobula.artifacts import write_json, write_jsonl
 from mobula.config import digest
 from mobula.experiment import identity
 from mobula.models.causal import CausalModel, Sampling
+from mobula.models.finetune import MODEL, finetune
 
 CANARIES = 20  # known-bad programs an iteration
 Nll = dict[tuple[str, int], float]  # nll by task and plan
@@ -162,7 +163,7 @@ def preferred(samples: Sequence[PlanSample], nll: Sequence[float], margin: float
 
 
 def _pair(arm: ArmContext, context: Context) -> Row:
-    """One pair a task (or a few), with the reference's log-probabilities of both plans."""
+    """One pair a task (or a few)."""
     moat, drawn = arm.config.moat, arm.arm.planner == "random"
     usable = _usable(arm, context.history, "sample")
     nll = baselines.random_ranks(usable, context.seed) if drawn else _nll(context.history)
@@ -177,7 +178,15 @@ def _pair(arm: ArmContext, context: Context) -> Row:
         )
     ]
     write_json(context.directory / "pairs.json", [asdict(pair) for pair in pairs])
-    write_preferences(context.directory / "preferences.jsonl", _with_reference(arm, context.history, pairs))
+    tasks, (model, template) = arm.data.by_id("align"), arm.current_agents(context.history).planning
+    rows = [
+        Preference(
+            template.plan(tasks[pair.task_id]),
+            *([*model.encode(plan.text), model.eos] for plan in (pair.chosen, pair.rejected)),
+        )
+        for pair in pairs
+    ]
+    write_jsonl(context.directory / PREFERENCES, map(asdict, rows))
     facts: Row = {"n_pairs": len(pairs)}
     return facts if drawn or not pairs else {**facts, "margin": float(np.median([p.margin for p in pairs]))}
 
@@ -189,37 +198,20 @@ def _nll(history: History) -> Nll:
 # Stage 1: direct preference optimisation of the planner.
 
 
-def _with_reference(arm: ArmContext, history: History, pairs: Sequence[Pair]) -> list[Preference]:
-    if not pairs:
-        return []
-    model, template = arm.current_agents(history).planning
-    tasks = arm.data.by_id("align")
-    prompts = [template.plan(tasks[pair.task_id]) for pair in pairs]
-    chosen = [[*model.encode(pair.chosen.text), model.eos] for pair in pairs]
-    rejected = [[*model.encode(pair.rejected.text), model.eos] for pair in pairs]
-    sums = [float(s.sum()) for s in model.log_probs([*prompts, *prompts], [*chosen, *rejected])]
-    return [
-        Preference(tuple(prompts[i]), tuple(chosen[i]), tuple(rejected[i]), sums[i], sums[len(pairs) + i])
-        for i in range(len(pairs))
-    ]
-
-
 def _preferences(arm: ArmContext, context: Context, checkpoint: Checkpoint) -> Training | str:
     """Chosen plans against rejected ones; nothing with too few pairs."""
-    count, directory = context.history.facts("pair")["n_pairs"], context.history.latest("pair")
-    if directory is None or count < arm.config.moat.fewest_pairs:
-        return f"{count} pairs"
-    weights = (arm.config.moat.beta, arm.config.moat.chosen_nll)
-    task = DpoTask(checkpoint.planner, directory / "preferences.jsonl", *weights)
+    path = preferences_file(arm, context)
+    if isinstance(path, str):
+        return path
+    task = DpoTask(checkpoint.planner, path, arm.config.moat.beta, arm.config.moat.chosen_nll)
     return Training(task, arm.config.dpo, after=partial(_chosen_shift, task))
 
 
 def _chosen_shift(task: DpoTask, folder: Path) -> Row:
     """How much likelier chosen plans are under a trained planner than under the reference, in nats."""
-    pairs = task.preferences
-    now = CausalModel.open(str(folder)).log_probs([p.prompt for p in pairs], [p.chosen for p in pairs])
-    shifts = [float(s.sum()) - p.ref_chosen for s, p in zip(now, pairs, strict=True)]
-    return {"chosen_lp_shift": float(np.mean(shifts))}
+    prompts, chosen = [pair.prompt for pair in task.items], [pair.chosen for pair in task.items]
+    reference, now = (model.log_probs(prompts, chosen) for model in (task.open(), CausalModel.open(str(folder))))
+    return {"chosen_lp_shift": float(np.mean([float(b.sum() - a.sum()) for a, b in zip(reference, now, strict=True)]))}
 
 
 # Stage 2: the grounder acts on the planner's plans, and learns what the critic leaves of that.
@@ -281,10 +273,10 @@ def _verifier(arm: ArmContext) -> list[Phase]:
             if row["status"] == "ok"
         ]
         programs = [*written, *gold_cases(arm.data.worlds, arm.data.tasks["train"])]
-        tokenizer, seed = arm.data.tokenizer(*VERDICTS), seed_of(arm.seed, "verifier")
-        rows = partial(verifier_pairs, programs=programs)
-        task = fresh(arm.config, rows, tokenizer, context.directory, seed)
-        tune(task, arm.config.sft, context.directory, context.seed, "verifier", context.cluster)
+        rows, tokenizer = partial(verifier_pairs, programs=programs), arm.data.tokenizer(*VERDICTS)
+        task = fresh(arm.config, rows, tokenizer, context.directory, seed_of(arm.seed, "verifier"))
+        seed = context.seed
+        finetune(task, arm.config.sft, context.directory, seed=seed, name="verifier", cluster=context.cluster)
         return {"written": len(written), "right": sum(program.right for program in written)}
 
     return [

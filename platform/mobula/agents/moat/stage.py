@@ -21,19 +21,17 @@ from mobula.agents.moat.agents import Agents, Job, Lengths, TaskWorker, probe, s
 from mobula.agents.moat.config import Arm, Config
 from mobula.agents.moat.critic import CriticSettings
 from mobula.agents.moat.data import TaskData
-from mobula.agents.moat.dpo import DpoTask
 from mobula.agents.worlds import Task
 from mobula.alternation import Context, History, Phase, Row, Sharded, Step, seed_of
 from mobula.artifacts import write_json
-from mobula.cluster.spec import ClusterSpec
 from mobula.environment import secret
 from mobula.errors import ConfigError
-from mobula.models.causal import CausalModel, Sampling
+from mobula.models.causal import Sampling
+from mobula.models.finetune import MODEL, FinetuneTask, finetune
 from mobula.models.sft import Pair, SftTask, write_pairs
-from mobula.training import FitResult, TrainingConfig, fit, load_weights
+from mobula.training import FitResult, TrainingConfig
 
-Trainable = DpoTask | SftTask
-CHECKPOINT, MODEL = "checkpoint.json", "model"
+CHECKPOINT, PREFERENCES = "checkpoint.json", "preferences.jsonl"
 
 
 @dataclass(frozen=True)
@@ -135,7 +133,7 @@ def current_checkpoint(history: History) -> Checkpoint:
 class Training:
     """A training that can begin, facts about its data, and facts about what came of it."""
 
-    task: Trainable
+    task: FinetuneTask
     config: TrainingConfig
     facts: Row = field(default_factory=dict)
     after: Callable[[Path], Row] = lambda model: {}
@@ -195,9 +193,10 @@ class Stage:
             config = arm.config.budget_matched
             config = replace(config, steps=steps_for(tokens, training.task, config.batch))
         seed = seed_of(arm.seed, context.iteration, f"{self.seed_name}-{attempt}")
-        result, tokens = tune(training.task, config, context.directory, seed, self.name, context.cluster)
-        facts = {**training.facts, **training.after(context.directory / MODEL)}
-        return {"trained": True, "tokens": tokens, "steps": result.steps, **facts}
+        task, directory = training.task, context.directory
+        result = finetune(task, config, directory, seed=seed, name=self.name, cluster=context.cluster)
+        facts = {**training.facts, **training.after(directory / MODEL)}
+        return {"trained": True, "tokens": learned_tokens(task, result), "steps": result.steps, **facts}
 
     def _candidate(self, label: str, history: History) -> tuple[Path, Path] | None:
         """Planner and grounder with the one that was just trained; None if none was."""
@@ -274,17 +273,18 @@ def sft(arm: ArmContext, context: Context, start: Path, pairs: list[Pair], **fac
     return Training(SftTask(start, path), arm.config.grounder_sft, {"rows": len(pairs), **facts})
 
 
-def tune(
-    task: Trainable, config: TrainingConfig, directory: Path, seed: int, name: str, cluster: ClusterSpec | None
-) -> tuple[FitResult, int]:
-    """Train from the model the task starts with and save the result in ``directory/model``; target tokens learned."""
-    result = fit(task, config, directory / "fit", seed=seed % 2**31, name=name, cluster=cluster)
-    model = CausalModel.open(str(task.start))
-    load_weights(model.network, result.weights)
-    model.save(directory / MODEL)
-    return result, round(result.examples * task.target_tokens / task.examples)
+def preferences_file(arm: ArmContext, context: Context) -> Path | str:
+    """The iteration's pairs, if there are enough of them."""
+    count, directory = context.history.facts("pair")["n_pairs"], context.history.latest("pair")
+    enough = directory is not None and count >= arm.config.moat.fewest_pairs
+    return directory / PREFERENCES if directory and enough else f"{count} pairs"
 
 
-def steps_for(tokens: int, task: Trainable, batch: int) -> int:
+def learned_tokens(task: FinetuneTask, result: FitResult) -> int:
+    """The target tokens that a training learned from."""
+    return round(result.examples * task.target_tokens / task.examples)
+
+
+def steps_for(tokens: int, task: FinetuneTask, batch: int) -> int:
     """How many steps learn from about ``tokens`` target tokens, one at least."""
     return max(1, round(tokens * task.examples / (task.target_tokens * batch)))

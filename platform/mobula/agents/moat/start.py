@@ -11,12 +11,13 @@ from typing import Any
 
 from mobula.agents.moat.config import ARMS, INTEGRATED, Config
 from mobula.agents.moat.data import TaskData
-from mobula.agents.moat.stage import MODEL, ArmContext, steps_for, tune
+from mobula.agents.moat.stage import ArmContext, learned_tokens, steps_for
 from mobula.alternation import seed_of
 from mobula.artifacts import write_json
 from mobula.cluster.spec import ClusterSpec
 from mobula.locks import alone
 from mobula.models.causal import CausalModel, SmallShape
+from mobula.models.finetune import MODEL, finetune
 from mobula.models.sft import Pair, SftTask, write_pairs
 
 TOKENS = "tokens.json"  # target tokens that models learned from, written when they are there
@@ -34,7 +35,8 @@ def independent(data: TaskData, directory: Path, seed: int, cluster: ClusterSpec
             for name, path in paths.items():
                 task = fresh(config, gold[name], tokenizer, path, seed_of(seed, name))
                 log.info("seed %d: training the %s", seed, name)
-                _, learned[name] = tune(task, config.sft, path, seed_of(seed, name), name, cluster)
+                result = finetune(task, config.sft, path, seed=seed_of(seed, name), name=name, cluster=cluster)
+                learned[name] = learned_tokens(task, result)
             write_json(directory / TOKENS, learned)
     return ArmContext(config, ARMS[config.arms[0]], data, paths["planner"] / MODEL, paths["grounder"] / MODEL, seed)
 
@@ -50,15 +52,15 @@ def integrated(arm: ArmContext, directory: Path, spent: int, cluster: ClusterSpe
     seed, tokenizer = seed_of(arm.seed, INTEGRATED), CausalModel.open(str(arm.planner)).tokenizer
     task, config = fresh(arm.config, arm.data.gold_in_one, tokenizer, directory, seed), arm.config.sft
     config = replace(config, steps=steps_for(sum(apart.values()) + spent, task, config.batch))
-    _, learned = tune(task, config, directory, seed, INTEGRATED, cluster)
-    write_json(directory / TOKENS, {INTEGRATED: learned})
+    result = finetune(task, config, directory, seed=seed, name=INTEGRATED, cluster=cluster)
+    write_json(directory / TOKENS, {INTEGRATED: learned_tokens(task, result)})
 
 
 def fresh(config: Config, rows: Rows, tokenizer: Any, directory: Path, seed: int) -> SftTask:
     """An untrained model in ``directory``, and what it is to learn."""
     shape = config.model
     if shape.base:
-        model = CausalModel.adapted(shape.base, shape.lora_rank, shape.lora_alpha, seed % 2**31)
+        model = CausalModel.adapted(shape.base, shape.lora.rank, shape.lora.alpha, seed % 2**31)
     else:
         small = SmallShape(shape.layers, shape.width, shape.heads, shape.positions)
         model = CausalModel.small(tokenizer, small, seed % 2**31)

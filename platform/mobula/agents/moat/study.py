@@ -16,13 +16,14 @@ from mobula.agents.moat.config import ARMS, INDEPENDENT, INTEGRATED, Config
 from mobula.agents.moat.data import TESTS, TaskData
 from mobula.agents.moat.moat import moat_loop, stages
 from mobula.agents.moat.report import GOLD_PLAN, build_report
-from mobula.agents.moat.stage import MODEL, ArmContext, Checkpoint, current_checkpoint, task_items
+from mobula.agents.moat.stage import ArmContext, Checkpoint, current_checkpoint, task_items
 from mobula.agents.moat.start import independent, integrated, start_identity
 from mobula.agents.worlds import SOURCES
 from mobula.alternation import Outcome, Row
 from mobula.cluster.spec import ClusterSpec
 from mobula.config import digest
 from mobula.experiment import DataFacts, Report, Run
+from mobula.models.finetune import MODEL
 from mobula.portable import Portable
 from mobula.study import Study, System, arm_directory
 

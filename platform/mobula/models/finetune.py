@@ -1,0 +1,170 @@
+"""Fine-tuning of a causal language model on rows of tokens: the task, its batches, and the model that comes of it.
+
+A row is a sequence of token ids, a mask of what is learned in it, and a weight. With l_t = log p(ids_t | ids_<t), a
+subclass of :class:`FinetuneTask` writes its loss over l f32[R, n - 1] and ``mask[:, 1:]``, and little else.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mobula.artifacts import read_jsonl, sha256
+from mobula.cluster.spec import ClusterSpec
+from mobula.config import digest, key
+from mobula.models.causal import CausalModel
+from mobula.training import FitResult, Task, TrainingConfig, fit, load_weights
+
+MODEL = "model"  # the folder of a tuned model, beside its training
+
+
+@dataclass
+class LoraConfig:
+    """Low-rank adaptation of a pretrained model; a section of a config."""
+
+    rank: int = key(16, "rank r of LoRA on a pretrained model", ge=1, le=4096)
+    alpha: float = key(32.0, "weight alpha of LoRA, which is scaled by alpha / r", gt=0)
+
+
+@dataclass(frozen=True)
+class TokenRow:
+    """A training row: token ids, and by token 0 (given) or the kind of what is learned (1, 2, ... as the loss says).
+
+    ``old``: log p of every token under the policy that sampled the row, where a ratio to it is learned.
+    """
+
+    ids: list[int]
+    mask: list[int]
+    weight: float = 1.0
+    old: list[float] | None = None
+
+    @classmethod
+    def of(cls, prompt: Sequence[int], target: Sequence[int]) -> TokenRow:
+        """A target that is learned after its prompt; they are put together as they are."""
+        return cls([*prompt, *target], [0] * len(prompt) + [1] * len(target))
+
+    @property
+    def predicted(self) -> int:
+        """Learned tokens that have a token before them: a row's first token cannot be predicted."""
+        return sum(kind > 0 for kind in self.mask[1:])
+
+
+def collate(rows: Sequence[TokenRow]) -> dict[str, Tensor]:
+    """Rows as tensors, padded on the right with 0.
+
+    ``ids``, ``attention`` (1 on real tokens) and ``mask`` (what is learned) i64[R, n], ``old`` f32[R, n], 0 where
+    there is none, ``weights`` f32[R].
+    """
+    length = max(len(row.ids) for row in rows)
+    ids, attention, mask = (torch.zeros(len(rows), length, dtype=torch.long) for _ in range(3))
+    old = torch.zeros(len(rows), length)
+    for i, row in enumerate(rows):
+        end = len(row.ids)
+        ids[i, :end], mask[i, :end], attention[i, :end] = torch.tensor(row.ids), torch.tensor(row.mask), 1
+        if row.old is not None:
+            old[i, :end] = torch.tensor(row.old)
+    weights = torch.tensor([row.weight for row in rows])
+    return {"ids": ids, "attention": attention, "mask": mask, "old": old, "weights": weights}
+
+
+def next_token_logits(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """Logits f32[R, n - 1, V] of every token but the first, given those before it."""
+    return model(input_ids=batch["ids"], attention_mask=batch["attention"], use_cache=False).logits[:, :-1].float()
+
+
+def token_log_probs(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """log p f32[R, n - 1] of every token but the first, given those before it; of padding too, which is masked."""
+    log_probs = torch.log_softmax(next_token_logits(model, batch), -1)
+    return log_probs.gather(-1, batch["ids"][:, 1:].unsqueeze(-1)).squeeze(-1)
+
+
+def row_log_probs(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """Sum f32[R] of the log-probabilities of each row's learned tokens."""
+    return token_log_probs(model, batch).masked_fill(batch["mask"][:, 1:] == 0, 0.0).sum(1)
+
+
+@dataclass
+class FinetuneTask(Task):
+    """Fine-tune the model saved in ``start`` on the examples in ``data``, JSON lines of one example each.
+
+    A subclass has its loss, and says how a line is read (:meth:`read`) and which rows an example has (:meth:`rows`)
+    where an example is not one :class:`TokenRow`. All its dataclass fields enter :meth:`identity`.
+    """
+
+    start: Path
+    data: Path
+
+    def read(self, line: Any) -> Any:
+        """An example from its line of JSON: a row."""
+        return TokenRow(**line)
+
+    def rows(self, example: Any) -> Sequence[TokenRow]:
+        """The rows of an example, which stay together in a batch."""
+        return [example]
+
+    @cached_property
+    def items(self) -> list[Any]:
+        """The examples."""
+        return [self.read(line) for line in read_jsonl(self.data)]
+
+    @property
+    def examples(self) -> int:
+        """Number of examples."""
+        return len(self.items)
+
+    @property
+    def target_tokens(self) -> int:
+        """Learned tokens of one pass over the data, EOS included."""
+        return sum(sum(kind > 0 for kind in row.mask) for item in self.items for row in self.rows(item))
+
+    def identity(self) -> str:
+        """Every field of the task; of files, what is in them."""
+        return digest([_content(getattr(self, field.name)) for field in fields(self)])
+
+    def open(self) -> CausalModel:
+        """The model to start with."""
+        return CausalModel.open(str(self.start))
+
+    def build(self) -> nn.Module:
+        """Its network."""
+        return self.open().network.train()
+
+    def batch(self, indices: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+        """As :func:`collate`, of all rows of the examples in their order; ``examples`` i64[1] is their number."""
+        rows = [row for i in indices.tolist() for row in self.rows(self.items[i])]
+        return {**collate(rows), "examples": torch.tensor([len(indices)])}
+
+
+def finetune(
+    task: FinetuneTask, config: TrainingConfig, directory: Path, *, seed: int, name: str, cluster: ClusterSpec | None
+) -> FitResult:
+    """Train in ``directory/fit`` and save the tuned model in ``directory/model``; done again, it finds both.
+
+    Raises:
+        As :func:`mobula.training.fit`.
+    """
+    result = fit(task, config, directory / "fit", seed=seed % 2**31, name=name, cluster=cluster)
+    if not (directory / MODEL).is_dir():
+        model = task.open()
+        load_weights(model.network, result.weights)
+        partial = directory / f".{MODEL}.partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        model.save(partial)
+        partial.replace(directory / MODEL)
+    return result
+
+
+def _content(value: Any) -> Any:
+    """A value for :func:`digest`: files and folders are named by their hashes."""
+    if not isinstance(value, Path):
+        return value
+    if value.is_dir():
+        return {path.name: sha256(path) for path in sorted(value.iterdir()) if path.is_file()}
+    return sha256(value)
