@@ -178,16 +178,15 @@ class TaskData(Portable):
         return self.planning(model, rows)
 
     def tokenizer(self, *words: str) -> Any:
-        """A tokenizer of the words of tasks, programs, and plans of every style, and of some more ``words``."""
-        rng = random.Random(0)
+        """A tokenizer of the words of the train split: tasks, programs, plans of every style; and some more ``words``.
+
+        Words of other splits that are not among them are unknown, as they are to a trained model.
+        """
+        rng, shares = random.Random(0), [[float(i == s) for i in range(len(STYLES))] for s in range(len(STYLES))]
         texts = [ACT, *words]
-        for task in (task for split in self.tasks.values() for task in split):
-            texts.append(plan_text(task))
-            if task.gold_actions is None:
-                continue
-            world = self.worlds[task.family]
-            tools = world.offered(task)
-            shares = [[float(i == s) for i in range(len(STYLES))] for s in range(len(STYLES))]
+        for task in self.tasks["train"]:
+            world, actions = self.worlds[task.family], str(task.gold_actions)
             plans = [world.annotated(task, styles, rng) for styles in shares]
-            texts += [task.gold_actions, *(ground_text(task, plan, tools, "full") for plan in plans)]
+            texts += [plan_text(task), actions]
+            texts += [ground_text(task, plan, world.offered(task), "full") for plan in plans]
         return word_tokenizer(texts)
