@@ -78,13 +78,13 @@ def stages(arm: Arm) -> list[Stage]:
     learns_pairs = arm.planner in ("preferred", "random")
     planner = {"preferred": _preferences, "random": _preferences, **baselines.PLANNER}
     grounder = {"criticised": _kept_programs, "solved": _kept_programs, **baselines.GROUNDER}
-    found = []
+    built = []
     if arm.planner:
         name = "dpo" if learns_pairs else "planner_sft"
-        found.append(Stage(name, "planner", "prefer", planner[arm.planner]))
+        built.append(Stage(name, "planner", "prefer", planner[arm.planner]))
     if arm.grounder:
-        found.append(Stage("grounder_sft", "grounder", "improve", grounder[arm.grounder]))
-    return found
+        built.append(Stage("grounder_sft", "grounder", "improve", grounder[arm.grounder]))
+    return built
 
 
 def _begin(arm: ArmContext, context: Context) -> Row:
@@ -164,9 +164,9 @@ def preferred(samples: Sequence[PlanSample], nll: Sequence[float], margin: float
 
 def _pair(arm: ArmContext, context: Context) -> Row:
     """One pair a task (or a few)."""
-    moat, drawn = arm.config.moat, arm.arm.planner == "random"
+    moat, at_random = arm.config.moat, arm.arm.planner == "random"
     usable = _usable(arm, context.history, "sample")
-    nll = baselines.random_ranks(usable, context.seed) if drawn else _nll(context.history)
+    nll = baselines.random_ranks(usable, context.seed) if at_random else _nll(context.history)
     by_task: dict[str, list[PlanSample]] = {}
     for sample in usable:
         by_task.setdefault(sample.task_id, []).append(sample)
@@ -174,7 +174,7 @@ def _pair(arm: ArmContext, context: Context) -> Row:
         pair
         for id, samples in by_task.items()
         for pair in preferred(
-            samples, [nll[id, s.j] for s in samples], 0.0 if drawn else moat.margin, moat.pairs_per_prompt
+            samples, [nll[id, s.j] for s in samples], 0.0 if at_random else moat.margin, moat.pairs_per_prompt
         )
     ]
     write_json(context.directory / "pairs.json", [asdict(pair) for pair in pairs])
@@ -188,7 +188,7 @@ def _pair(arm: ArmContext, context: Context) -> Row:
     ]
     write_jsonl(context.directory / PREFERENCES, map(asdict, rows))
     facts: Row = {"n_pairs": len(pairs)}
-    return facts if drawn or not pairs else {**facts, "margin": float(np.median([p.margin for p in pairs]))}
+    return facts if at_random or not pairs else {**facts, "margin": float(np.median([p.margin for p in pairs]))}
 
 
 def _nll(history: History) -> Nll:
