@@ -22,7 +22,9 @@ from mobula.portable import Portable
 from mobula.threads import one_thread
 
 GREEDY = 0.0
-Tasks, Rows, Plans = Sequence[Task], Sequence[Row], Sequence[str | None]
+Tasks = Sequence[Task]
+Rows = Sequence[Row]
+Plans = Sequence[str | None]
 Job = Callable[["Agents", Tasks, Rows, int], list[Row]]
 
 
@@ -46,14 +48,12 @@ class Agents(Portable):
     @cached_property
     def planning(self) -> tuple[CausalModel, Markers]:
         """The planner and its prompts."""
-        model = CausalModel.open(str(self.planner)).placed()
-        return model, template_of(model, self.view)
+        return self._open(self.planner)
 
     @cached_property
     def grounding(self) -> tuple[CausalModel, Markers]:
         """The grounder and its prompts."""
-        model = CausalModel.open(str(self.grounder)).placed()
-        return model, template_of(model, self.view)
+        return self._open(self.grounder)
 
     @cached_property
     def worlds(self) -> Mapping[str, World]:
@@ -96,6 +96,10 @@ class Agents(Portable):
             texts[i] = self.planning[0].decode(continuation.ids)
         programs = self.programs(tasks, texts, Sampling(most.program, GREEDY), [0] * len(tasks))
         return list(zip(texts, programs, strict=True))
+
+    def _open(self, folder: Path) -> tuple[CausalModel, Markers]:
+        model = CausalModel.open(str(folder)).placed()
+        return model, template_of(model, self.view)
 
     def _prompts(self, tasks: Tasks, plans: Sequence[str]) -> list[list[int]]:
         template = self.grounding[1]

@@ -36,19 +36,13 @@ class PlanSample:
 def examine(samples: Sequence[PlanSample], task: Task, tools: Sequence[Tool]) -> list[PlanSample]:
     """The samples of one task with ``parsed``, ``leak`` and ``duplicate_of`` filled in."""
     first: dict[str, int] = {}
-    rows = []
+    examined = []
     for sample in samples:
-        words = " ".join(sample.text.split())
-        earlier = first.setdefault(words, sample.j)
-        rows.append(
-            replace(
-                sample,
-                parsed=read_plan(sample.text) is not None,
-                leak=leak(sample.text, task, tools),
-                duplicate_of=None if earlier == sample.j else earlier,
-            )
-        )
-    return rows
+        earlier = first.setdefault(" ".join(sample.text.split()), sample.j)
+        duplicate_of = None if earlier == sample.j else earlier
+        parsed, leaked = read_plan(sample.text) is not None, leak(sample.text, task, tools)
+        examined.append(replace(sample, parsed=parsed, leak=leaked, duplicate_of=duplicate_of))
+    return examined
 
 
 def leak(plan: str, task: Task, tools: Sequence[Tool]) -> float:

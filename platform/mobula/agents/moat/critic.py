@@ -85,7 +85,7 @@ def judge(settings: CriticSettings, world: World) -> Judge:
         "always_accept": lambda task, plan, program, done: ("accept", None, "accepts everything"),
         "always_reject": lambda task, plan, program, done: ("drop", None, "rejects everything"),
         "verifier": Verifier(settings.verifier or Path()),
-        "noisy": _Noisy(executable, settings.noise, settings.seed),
+        "noisy": _noisy(settings, executable),
         "llm": LlmCritic(world, settings.url, settings.model, settings.key),
     }
     return critics[settings.kind]
@@ -146,17 +146,14 @@ def _grounded_plan(world: World, task: Task, plan: str) -> Judgement:
     return "drop", None, "wrong, as is what the plan means"
 
 
-@dataclass(frozen=True)
-class _Noisy:
-    inner: Judge
-    noise: float
-    seed: int
+def _noisy(settings: CriticSettings, inner: Judge) -> Judge:
+    def judge(task: Task, plan: str, program: str, done: Execution) -> Judgement:
+        judgement = inner(task, plan, program, done)
+        if random.Random(f"{settings.seed}\0{task.id}\0{plan}").random() >= settings.noise:
+            return judgement
+        return ("drop", None, "flipped") if judgement[0] == "accept" else ("accept", None, "flipped")
 
-    def __call__(self, task: Task, plan: str, program: str, done: Execution) -> Judgement:
-        verdict, correction, reason = self.inner(task, plan, program, done)
-        if random.Random(f"{self.seed}\0{task.id}\0{plan}").random() >= self.noise:
-            return verdict, correction, reason
-        return ("drop", None, "flipped") if verdict == "accept" else ("accept", None, "flipped")
+    return judge
 
 
 def _canonical(program: str) -> str:

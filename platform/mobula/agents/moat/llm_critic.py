@@ -60,16 +60,14 @@ class LlmCritic:
             reply = self._complete(turns)
             try:
                 parsed = json.loads(reply)
-                if isinstance(parsed, dict) and parsed.get("verdict") in ("accept", "correct", "drop"):
-                    return parsed
-                problem = "no verdict in it"
             except json.JSONDecodeError as error:
-                problem = f"no JSON: {error}"
-            turns = [
-                *turns,
-                {"role": "assistant", "content": reply},
-                {"role": "user", "content": f"That was not the JSON asked for ({problem}). Reply with it alone."},
-            ]
+                parsed, problem = None, f"no JSON: {error}"
+            else:
+                problem = "no verdict in it"
+            if isinstance(parsed, dict) and parsed.get("verdict") in ("accept", "correct", "drop"):
+                return parsed
+            repair = f"That was not the JSON asked for ({problem}). Reply with it alone."
+            turns = [*turns, {"role": "assistant", "content": reply}, {"role": "user", "content": repair}]
         raise CriticError(f"{self.model}: {1 + REPAIRS} replies without a verdict ({problem})")
 
     def _complete(self, turns: list[dict[str, str]]) -> str:

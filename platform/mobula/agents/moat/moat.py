@@ -32,7 +32,6 @@ from mobula.agents.moat.candidates import PlanSample
 from mobula.agents.moat.config import Arm
 from mobula.agents.moat.critic import CriticSettings, canary_rate
 from mobula.agents.moat.data import VERDICTS
-from mobula.agents.moat.dpo import DpoTask, Preference
 from mobula.agents.moat.stage import (
     PREFERENCES,
     ArmContext,
@@ -53,10 +52,10 @@ from mobula.artifacts import write_json, write_jsonl
 from mobula.config import digest
 from mobula.experiment import identity
 from mobula.models.causal import CausalModel, Sampling
+from mobula.models.dpo import DpoTask, Preference
 from mobula.models.finetune import MODEL, finetune
 
 CANARIES = 20  # known-bad programs an iteration
-Nll = dict[tuple[str, int], float]  # nll by task and plan
 
 
 def moat_loop(arm: ArmContext) -> Loop:
@@ -64,10 +63,10 @@ def moat_loop(arm: ArmContext) -> Loop:
     begin = [*measured(arm, "start", lambda history: (arm.planner, arm.grounder)), Step("begin", partial(_begin, arm))]
     if arm.arm.grounder == "criticised" and arm.critic.kind == "verifier":
         begin += _verifier(arm)
-    phases = _candidates(arm)
+    phases, canaries = _candidates(arm), Step("canaries", partial(_canaries, arm))
     for stage in stages(arm.arm):
         if stage.agent == "grounder" and arm.arm.grounder == "criticised":
-            phases += [_canaries(arm), _propose(arm, "plans", arm.config.moat.plans_per_task), _ground(arm, "plans")]
+            phases += [canaries, _propose(arm, "plans", arm.config.moat.plans_per_task), _ground(arm, "plans")]
         phases += stage.phases(arm)
     decides = [identity(arm.config), asdict(arm.arm), arm.seed]
     return Loop(digest(decides), begin, phases, partial(_measure, arm))
@@ -103,7 +102,7 @@ def _candidates(arm: ArmContext) -> list[Phase]:
         "preferred": [sample, scores, pair],
         "best": [sample, scores, pair],
         "random": [sample, pair],
-        "solved": [_canaries(arm), sample, _ground(arm, "sample")],
+        "solved": [Step("canaries", partial(_canaries, arm)), sample, _ground(arm, "sample")],
     }.get(arm.arm.planner, [])
 
 
@@ -166,7 +165,10 @@ def _pair(arm: ArmContext, context: Context) -> Row:
     """One pair a task (or a few)."""
     moat, at_random = arm.config.moat, arm.arm.planner == "random"
     usable = _usable(arm, context.history, "sample")
-    nll = baselines.random_ranks(usable, context.seed) if at_random else _nll(context.history)
+    scores = [] if at_random else context.history.rows("score")
+    nll = {(row["task_id"], row["j"]): row["nll_mean"] for row in scores}
+    if at_random:
+        nll = baselines.random_ranks(usable, context.seed)
     by_task: dict[str, list[PlanSample]] = {}
     for sample in usable:
         by_task.setdefault(sample.task_id, []).append(sample)
@@ -191,10 +193,6 @@ def _pair(arm: ArmContext, context: Context) -> Row:
     return facts if at_random or not pairs else {**facts, "margin": float(np.median([p.margin for p in pairs]))}
 
 
-def _nll(history: History) -> Nll:
-    return {(row["task_id"], row["j"]): row["nll_mean"] for row in history.rows("score")}
-
-
 # Stage 1: direct preference optimisation of the planner.
 
 
@@ -217,15 +215,11 @@ def _chosen_shift(task: DpoTask, folder: Path) -> Row:
 # Stage 2: the grounder acts on the planner's plans, and learns what the critic leaves of that.
 
 
-def _canaries(arm: ArmContext) -> Phase:
+def _canaries(arm: ArmContext, context: Context) -> Row:
     """Known-bad programs before the critic, other ones in every iteration."""
-
-    def run(context: Context) -> Row:
-        align = list(arm.data.tasks["align"])
-        tasks = random.Random(context.seed).sample(align, min(CANARIES, len(align)))
-        return {"canary_rate": canary_rate(_critic(arm, context.history), arm.data.worlds, tasks)}
-
-    return Step("canaries", run)
+    align = list(arm.data.tasks["align"])
+    tasks = random.Random(context.seed).sample(align, min(CANARIES, len(align)))
+    return {"canary_rate": canary_rate(_critic(arm, context.history), arm.data.worlds, tasks)}
 
 
 def _critic(arm: ArmContext, history: History) -> CriticSettings:

@@ -67,15 +67,14 @@ def build_report(report: Report, config: Config, results: Results, outcomes: Out
     report.cost["alternation_s"] = sum(row["seconds"] for row in rows)
 
 
-def _tokens(runs: Sequence[Outcome], iterations: int) -> float:
-    """Target tokens that an arm learned from in its first iterations, mean of seeds."""
-    return float(np.mean([sum(row["tokens"] for row in run.rows[1 : iterations + 1]) for run in runs]))
-
-
 def _budget(config: Config, outcomes: Outcomes, arm: str) -> tuple[float, float]:
-    """The target tokens of an arm and, in as many iterations, of the arm that it is compared with."""
-    iterations = config.iterations(arm)
-    return tuple(_tokens(outcomes[name], iterations) for name in (arm, config.counterpart(arm).arm))  # type: ignore
+    """The target tokens of an arm and, in as many iterations, of the arm that it is compared with; mean of seeds."""
+
+    def tokens(run: Outcome) -> float:
+        return sum(row["tokens"] for row in run.rows[1 : config.iterations(arm) + 1])
+
+    own, other = (np.mean([*map(tokens, outcomes[name])]) for name in (arm, config.counterpart(arm).arm))
+    return float(own), float(other)
 
 
 def _training(config: Config, outcomes: Outcomes) -> tables.Table:

@@ -15,7 +15,7 @@ from mobula.agents.moat.agents import Agents, Integrated, TaskWorker, solve
 from mobula.agents.moat.config import ARMS, INDEPENDENT, INTEGRATED, Config
 from mobula.agents.moat.data import TESTS, TaskData
 from mobula.agents.moat.moat import moat_loop, stages
-from mobula.agents.moat.report import GOLD_PLAN, build_report
+from mobula.agents.moat.report import GOLD_PLAN, METRICS, build_report
 from mobula.agents.moat.stage import ArmContext, Checkpoint, current_checkpoint, task_items
 from mobula.agents.moat.start import independent, integrated, start_identity
 from mobula.agents.worlds import SOURCES
@@ -60,8 +60,12 @@ def train_trial(config: Config, directory: Path, report: Callable[[dict[str, Any
     are never looked at.
     """
     shared = directory.parent / "prepared" / digest(start_identity(config))[:16]
+
+    def facts(row: Row) -> Row:
+        return {name: row[name] for name in ("iteration", "dev_success", "J")}
+
     loop = moat_loop(independent(TaskData(config), shared, config.seed, None))
-    alternation.report_iterations(loop, config.alternation, directory / "loop", config.seed, _trial_facts, report)
+    alternation.report_iterations(loop, config.alternation, directory / "loop", config.seed, facts, report)
 
 
 def systems(config: Config) -> list[System]:
@@ -99,7 +103,6 @@ class Arms(Portable):
     def evaluate(self, system: System, seed: int, directory: Path) -> list[Row]:
         """Success, valid plans and exact calls of every test task, each metric under the name of its split."""
         worker = TaskWorker(self.agents(system, seed), partial(solve, most=self.independent(seed).lengths))
-        metrics = [f"{name}{split}" for split in TESTS for name in ("", "valid_", "calls_")]
         rows: list[Row] = []
         for split in TESTS:
             items = task_items(self.data.tasks[split])
@@ -108,9 +111,8 @@ class Arms(Portable):
             for start in range(0, len(items), SHARD):
                 for row in worker.process(items[start : start + SHARD], 0):
                     values = {split: row["success"], f"valid_{split}": row["valid"], f"calls_{split}": row["calls"]}
-                    rows.append(
-                        {"query": row["task_id"], "stratum": row["family"], **dict.fromkeys(metrics), **values, **row}
-                    )
+                    names = {"query": row["task_id"], "stratum": row["family"]}
+                    rows.append({**names, **dict.fromkeys(METRICS), **values, **row})
         return rows
 
     def curve(self, arm: str, seed: int) -> list[Row]:
@@ -144,7 +146,9 @@ class Arms(Portable):
         """The target tokens that an arm learned from, by agent and iteration."""
         outcome = self.outcome(other, seed)
         iterations = [outcome.history.only(i) for i in range(self.config.alternation.iterations + 1)]
-        spent = {stage.agent: [stage.tokens(this) for this in iterations] for stage in stages(ARMS[other])}
+        spent: dict[str, list[int]] = {
+            stage.agent: [stage.tokens(this) for this in iterations] for stage in stages(ARMS[other])
+        }
         return {"planner": [0] * len(iterations), "grounder": [0] * len(iterations), **spent}
 
     def agents(self, system: System, seed: int) -> Agents:
@@ -163,10 +167,6 @@ class Arms(Portable):
         outcome = self.outcome(system.arm, seed)
         rows = outcome.rows[: dict(system.options).get("iterations", len(outcome.rows)) + 1]
         return current_checkpoint(outcome.history.until(alternation.best_iteration(rows, self.config.alternation)))
-
-
-def _trial_facts(row: Row) -> Row:
-    return {name: row[name] for name in ("iteration", "dev_success", "J")}
 
 
 def _data_facts(data: TaskData) -> DataFacts:

@@ -98,7 +98,7 @@ class Arith(Generated):
         return Form(composition, _program(operators, numbers), (operators, tuple(numbers), distractor))
 
     def render(self, form: Form, rng: random.Random) -> str:
-        """A beginning, a sentence for every operation, a distractor after sentence ``position`` or none, the question."""
+        """A beginning, a sentence an operation, perhaps a distractor (after sentence ``position``), the question."""
         operators, numbers, distractor = form.extra
         words = {"name": rng.choice(NAMES), "things": rng.choice(THINGS)}
         sentences = [rng.choice(BEGINNINGS).format(n=numbers[0], **words)]

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from mobula.agents.moat.dpo import DpoTask, Preference
 from mobula.artifacts import write_jsonl
 from mobula.models.causal import CausalModel, SmallShape, word_tokenizer
+from mobula.models.dpo import DpoTask, Preference
 from mobula.models.finetune import row_log_probs
 from mobula.training import TrainingConfig, fit, load_weights
 

@@ -1,11 +1,12 @@
-"""Direct preference optimisation of the planner (Rafailov et al. 2023, arXiv 2305.18290, equation 7).
+"""Direct preference optimisation of a causal language model (Rafailov et al. 2023, arXiv 2305.18290, equation 7).
 
 ::
 
-    margin = [log pi(s_w|x) - log pi_ref(s_w|x)] - [log pi(s_l|x) - log pi_ref(s_l|x)]
-    L = mean of -log sigmoid(beta * margin) - lambda * log pi(s_w|x) / |s_w|
+    margin = [log pi(y_w|x) - log pi_ref(y_w|x)] - [log pi(y_l|x) - log pi_ref(y_l|x)]
+    L = mean of -log sigmoid(beta * margin) - lambda * log pi(y_w|x) / |y_w|
 
-log pi is the sum over plan tokens and EOS; pi_ref is the planner at the start of the iteration.
+log pi is the sum over the tokens of a continuation and EOS; pi_ref is the model before its first step, scored by the
+trainer at the training's precision, so that the margin begins at 0.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ REFERENCE_BATCH = 32  # pairs
 
 @dataclass(frozen=True)
 class Preference:
-    """A pair of plans of one prompt, as token ids; plans end with EOS."""
+    """Two continuations of one prompt, as token ids that end with EOS."""
 
     prompt: list[int]
     chosen: list[int]
@@ -37,22 +38,22 @@ class DpoTask(FinetuneTask):
     """Tune the model saved in ``start``, which is the reference as well, on the preferences in ``data``.
 
     ``beta`` is the weight of the pull towards the reference, ``chosen_nll`` (lambda; 0 in the paper) that of the mean
-    negative log-likelihood of a chosen plan's token, which keeps chosen plans likely.
+    negative log-likelihood of a chosen continuation's token, which keeps what is chosen likely.
     """
 
     beta: float = 0.2
     chosen_nll: float = 0.0
 
     def read(self, line: Any) -> Preference:
-        """A pair of plans."""
+        """A pair."""
         return Preference(**line)
 
     def rows(self, example: Preference) -> Sequence[TokenRow]:
-        """The chosen plan and the rejected one."""
-        return [TokenRow.of(example.prompt, plan) for plan in (example.chosen, example.rejected)]
+        """The chosen continuation and the rejected one."""
+        return [TokenRow.of(example.prompt, target) for target in (example.chosen, example.rejected)]
 
     def build(self) -> nn.Module:
-        """The planner to start with, without dropout: the reference has none either."""
+        """The network to start with, without dropout: the reference has none either."""
         network = super().build()
         for module in network.modules():
             if isinstance(module, nn.Dropout):
@@ -60,7 +61,7 @@ class DpoTask(FinetuneTask):
         return network
 
     def reference(self, model: nn.Module) -> dict[str, Tensor]:
-        """log pi_ref of the chosen and the rejected plan of every pair, f32[P, 2]."""
+        """log pi_ref of both continuations of every pair, f32[P, 2]."""
         device, log_probs = next(model.parameters()).device, []
         for indices in torch.arange(self.examples).split(REFERENCE_BATCH):
             batch = super().batch(indices, torch.Generator())
@@ -72,14 +73,14 @@ class DpoTask(FinetuneTask):
         self._reference = references["log_probs"]
 
     def batch(self, indices: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
-        """Every chosen plan above its rejected one, as :func:`.collate`; ``reference`` f32[B, 2]."""
+        """Every chosen continuation above its rejected one, as :func:`.collate`; ``reference`` f32[B, 2]."""
         return {**super().batch(indices, generator), "reference": self._reference[indices]}
 
     def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor | float]]:
-        """Mean of -log sigmoid(beta * margin) + lambda * nll of the chosen plan, in nats.
+        """Mean of -log sigmoid(beta * margin) + lambda * nll of the chosen continuation, in nats.
 
-        Logged: ``preferred``, the share of pairs with a positive margin; ``chosen_shift``, how much likelier the
-        chosen plans have become since the reference (negative: likelihood displacement); ``margin``.
+        Logged: ``preferred``, the share of pairs with a positive margin; ``chosen_shift``, how much likelier
+        what is chosen has become since the reference (negative: likelihood displacement); ``margin``.
         """
         log_probs = _log_probs(model, batch)
         shift, fall = (log_probs - batch["reference"]).unbind(1)
@@ -95,5 +96,5 @@ class DpoTask(FinetuneTask):
 
 
 def _log_probs(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    """log pi f32[B, 2] of the chosen and the rejected plans of a batch."""
+    """log pi f32[B, 2] of both continuations of every pair of a batch."""
     return row_log_probs(model, batch).view(-1, 2)
