@@ -32,13 +32,15 @@ def run_experiment(
         MobulaError: for anything the user can mend.
     """
     environment.driver_environment()
+    from mobula import training
     from mobula.evaluation import report as reports
 
     config = methods.load_config(experiment, list(overrides))
     method = methods.get(config.method)
     cluster = find_cluster(cluster_file)
     with Run.open(out or run_directory(experiment, cluster), config, resume=resume, cluster=cluster) as run:
-        report = method.run(run)
+        with training.group(cluster):
+            report = method.run(run)
         report.cost["wall_s"] = round(run.seconds, 3)
         reports.write(report, run.directory)
     reports.print_report(report)

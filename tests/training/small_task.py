@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional
 
+from mobula.errors import TrainingError
 from mobula.training import Task
 
 LENGTH = 16
@@ -120,3 +121,25 @@ class Diverging(ByteTask):
         loss, extras = super().loss(model, batch)
         self.drawn += 1
         return (loss * float("nan") if self.drawn == 3 else loss), extras
+
+
+@dataclass
+class Begun(ByteTask):
+    """The same task, which leaves the time at which its training began in the file ``begun``."""
+
+    begun: str = ""
+
+    def build(self) -> nn.Module:
+        if dist.get_rank() == 0:
+            Path(self.begun).write_text(str(time.time()))
+        return super().build()
+
+
+@dataclass
+class Broken(ByteTask):
+    """The same task; one rank gives up while the other one waits for it."""
+
+    def batch(self, indices: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+        if dist.get_rank() == 1:
+            raise TrainingError("rank 1 gives up")
+        return super().batch(indices, generator)

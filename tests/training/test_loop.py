@@ -409,12 +409,5 @@ def test_trainings_of_one_call_end_as_each_alone(tmp_path: Path) -> None:
         assert_same(ours, theirs)
 
 
-def test_trainings_of_one_call_share_their_workers(tmp_path: Path) -> None:
-    configs = [dataclasses.replace(CONFIG, workers=workers) for workers in (0, 1)]
-    trainings = [Training(ByteTask(), config, tmp_path / str(i), 3, "test") for i, config in enumerate(configs)]
-    with pytest.raises(ConfigError, match=r"training.workers: .*found 0 and 1"):
-        fit_all(trainings)
-
-
 def test_nothing_to_train_is_no_error() -> None:
     assert fit_all([]) == []

@@ -69,8 +69,8 @@ def test_the_whole_batch_is_learned_as_without_weights_bit_for_bit(
 
 def test_weights_are_the_tokens_that_the_loss_is_a_mean_over(task: SftTask) -> None:
     indices = torch.arange(task.examples)
-    labels = task.batch(indices, torch.Generator())["labels"][:, 1:]
-    assert task.weights(indices).tolist() == (labels != IGNORED).sum(1).tolist()
+    learned = task.batch(indices, torch.Generator())["mask"][:, 1:]
+    assert task.weights(indices).tolist() == learned.sum(1).tolist()
     assert len(set(task.weights(indices).tolist())) > 5
 
 
@@ -78,6 +78,7 @@ def test_the_logged_loss_is_the_mean_over_the_tokens_of_the_step(task: SftTask, 
     result = fit(task, dataclasses.replace(CONFIG, steps=1, micro_batch=2), tmp_path, seed=1, name="one")
     model = task.build().eval()
     batch = task.batch(batch_indices(task.examples, 8, 0, 1), seed_slice(1, 0, 0))
-    logits = model(input_ids=batch["ids"], attention_mask=batch["mask"]).logits[:, :-1]
-    mean = functional.cross_entropy(logits.flatten(0, 1), batch["labels"][:, 1:].flatten(), ignore_index=IGNORED)
+    logits = model(input_ids=batch["ids"], attention_mask=batch["attention"]).logits[:, :-1]
+    labels = batch["ids"].masked_fill(batch["mask"] == 0, IGNORED)[:, 1:].flatten()
+    mean = functional.cross_entropy(logits.flatten(0, 1), labels, ignore_index=IGNORED)
     assert read_metrics(result.history)[0]["loss"] == pytest.approx(mean.item(), abs=1e-6)

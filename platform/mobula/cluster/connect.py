@@ -7,8 +7,11 @@ import logging
 from collections.abc import Iterator
 
 from mobula import environment
-from mobula.cluster.resources import WorkerResources
+from mobula.cluster.resources import WorkerResources, fitting
 from mobula.errors import ClusterError
+
+# Open blocks that share the Ray of the first of them.
+_blocks = 0
 
 
 @contextlib.contextmanager
@@ -17,17 +20,33 @@ def connect(cpus: int | None = None) -> Iterator[None]:
 
     Nothing happens where Ray is connected already (an outer block, a Tune trial). With RAY_ADDRESS set, as inside
     a job, the process attaches to that cluster. Otherwise a Ray of this machine's resources runs until the block
-    ends; ``cpus`` overrides its number of CPUs, which Ray uses for bookkeeping alone.
+    ends, and every block that was entered in it; ``cpus`` overrides its number of CPUs, which Ray uses for
+    bookkeeping alone.
 
     Raises:
         ClusterError: the cluster cannot be reached or started.
     """
+    global _blocks
     environment.driver_environment()
     import ray
 
-    if ray.is_initialized():
+    if ray.is_initialized() and not _blocks:
         yield
         return
+    if not ray.is_initialized():
+        _start(cpus)
+    _blocks += 1
+    try:
+        yield
+    finally:
+        _blocks -= 1
+        if not _blocks:
+            ray.shutdown()
+
+
+def _start(cpus: int | None) -> None:
+    import ray
+
     address = environment.ray_address()
     environment.secure_token_file()
     try:
@@ -40,10 +59,6 @@ def connect(cpus: int | None = None) -> Iterator[None]:
         what = f"cannot reach the Ray cluster at {address}" if address else "cannot start Ray on this machine"
         raise ClusterError(f"{what}: {reason}") from error
     environment.secure_token_file(fresh=True)
-    try:
-        yield
-    finally:
-        ray.shutdown()
 
 
 def check_resources(request: WorkerResources) -> None:
@@ -58,9 +73,7 @@ def check_resources(request: WorkerResources) -> None:
     for resource, each in request.bundle().items():
         total = sum(node.get(resource, 0.0) for node in nodes)
         largest = max((node.get(resource, 0.0) for node in nodes), default=0.0)
-        # Workers do not straddle nodes.
-        fits = sum(int(node.get(resource, 0.0) / each + 1e-9) for node in nodes)
-        if fits < request.workers:
+        if fitting(nodes, resource, each) < request.workers:
             raise ClusterError(
                 f"{resource}: {request.workers} workers x {each:g} = {request.workers * each:g} asked for, but the "
                 f"cluster has {total:g} on {len(nodes)} node(s), {largest:g} on the largest: lower training.workers or "

@@ -5,11 +5,11 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from mobula.cluster.connect import check_resources, connect
-from mobula.cluster.resources import WorkerResources
+from mobula.cluster.resources import WorkerResources, holding, make_room
 from mobula.cluster.spec import ClusterSpec, Train
 from mobula.errors import ClusterError
 
@@ -77,8 +77,10 @@ class ActorPool(Pool):
         import ray
 
         shared = [ray.put(worker)]  # in a list, so that an actor fetches it once and not with every shard
-        wanted = min(self.resources.workers, len(shards))
-        self.actors += [self._start() for _ in range(wanted - len(self.actors))]
+        missing = min(self.resources.workers, len(shards)) - len(self.actors)
+        if missing > 0:
+            make_room(replace(self.resources, workers=missing), self)
+            self.actors += [self._start() for _ in range(missing)]
         return self._process(shared, list(reversed(shards)))
 
     def rest(self) -> None:
@@ -124,9 +126,9 @@ class ActorPool(Pool):
     def _start(self) -> Any:
         import ray
 
-        # An actor that names no resource needs a free CPU to start and then holds none: training finds them all.
+        # Actors ask for no CPU, not even to start: training workers, which rest while actors work, may hold them all.
         needs = {"num_gpus": self.resources.gpus} if self.resources.gpus else {}
-        return ray.remote(_Actor).options(scheduling_strategy="SPREAD", **needs).remote()
+        return ray.remote(_Actor).options(num_cpus=0, scheduling_strategy="SPREAD", **needs).remote()
 
 
 @contextlib.contextmanager
@@ -148,7 +150,8 @@ def pool(actors: int | None, cluster: ClusterSpec | None, *, max_failures: int =
         check_resources(resources)
         found = ActorPool(resources, max_failures)
         try:
-            yield found
+            with holding(found):
+                yield found
         finally:
             found.close()
 

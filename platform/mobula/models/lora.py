@@ -21,6 +21,10 @@ class LoraLinear(nn.Linear):
     ``bias``, which some networks look at.
     """
 
+    lora_a: nn.Parameter
+    lora_b: nn.Parameter
+    scale: float
+
     def __init__(self, linear: nn.Linear, rank: int, alpha: float) -> None:
         super().__init__(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
         self.weight, self.bias = linear.weight, linear.bias
@@ -34,6 +38,10 @@ class LoraLinear(nn.Linear):
 
 class LoraConv1D(Conv1D):
     """The same of GPT-2's linear layer, whose weight is f32[in, out]."""
+
+    lora_a: nn.Parameter
+    lora_b: nn.Parameter
+    scale: float
 
     def __init__(self, linear: Conv1D, rank: int, alpha: float) -> None:
         nn.Module.__init__(self)

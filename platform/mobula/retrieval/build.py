@@ -72,18 +72,18 @@ class ModelConfig:
 
     def problems(self) -> list[str]:
         """Contradictions between keys of this section."""
-        found = []
+        problems = []
         if self.width % self.attention_heads:
-            found.append(f"width={self.width} is not a multiple of heads={self.attention_heads}")
+            problems.append(f"width={self.width} is not a multiple of heads={self.attention_heads}")
         if (self.backbone in LANGUAGE_MODELS) != bool(self.base):
-            found.append(
+            problems.append(
                 f"backbone={self.backbone} with base={self.base!r}: base names the pretrained model of "
                 f"{', '.join(LANGUAGE_MODELS)}, and of no other backbone"
             )
         static = self.backbone == "small" or (self.backbone, self.encoder) == ("encoder", "wordllama")
         if self.finetune and static and not self.ar_base:
-            found.append(f"finetune=true: backbone={self.backbone} has no pretrained network; set finetune=false")
-        return found
+            problems.append(f"finetune=true: backbone={self.backbone} has no pretrained network; set finetune=false")
+        return problems
 
     def of(self, arm: Arm) -> ModelConfig:
         """What an arm is built from; autoregressive ones may stand on an encoder-decoder of their own."""
@@ -277,9 +277,9 @@ def _constructed(shape: NetworkShape, table: DocidTable) -> DocidModel:
     return construct(shape, table, codewords)
 
 
-def _require_base(name: str, expected: str, found: str) -> None:
-    if found != expected:
+def _require_base(name: str, expected: str, actual: str) -> None:
+    if actual != expected:
         raise ArtifactError(
-            f"pretrained model {name!r} has hash {found[:12]}, the docid model was trained on {expected[:12]}; "
+            f"pretrained model {name!r} has hash {actual[:12]}, the docid model was trained on {expected[:12]}; "
             "put the files back that it was trained on"
         )

@@ -112,22 +112,22 @@ class Config(ExperimentConfig):
 
     def problems(self) -> list[str]:
         """Contradictions across sections."""
-        found = []
+        problems = []
         for text in self.arms:
             try:
                 arm_names.parse(text)
             except ValueError as error:
-                found.append(str(error))
+                problems.append(str(error))
         if not self.arms:
-            found.append("arms is empty; name at least one paradigm/family")
-        found.extend(self._misplaced_arms() if not found else [])
+            problems.append("arms is empty; name at least one paradigm/family")
+        problems.extend(self._misplaced_arms() if not problems else [])
         if self.model.backbone == "encoder" and self.model.codeword_prior and self.docid.encoder != self.model.encoder:
-            found.append(
+            problems.append(
                 f"docid.encoder={self.docid.encoder} but model.encoder={self.model.encoder}: "
                 "the codeword prior needs one encoder for both; or set model.codeword_prior=false"
             )
-        found.extend(self._misplaced_families() if not found else [])
-        return found or [f"decode: {problem}" for problem in self.decode.misfits(self.code_length)]
+        problems.extend(self._misplaced_families() if not problems else [])
+        return problems or [f"decode: {problem}" for problem in self.decode.misfits(self.code_length)]
 
     def _misplaced_families(self) -> Iterator[str]:
         """Families of docids that do not go with other sections."""

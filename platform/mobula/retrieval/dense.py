@@ -89,8 +89,8 @@ class FlatRetriever(ABC):
     def search(self, queries: Sequence[str], options: Sequence[SearchOptions]) -> list[SearchResult]:
         """As :class:`mobula.retrieval.search.Retriever`; ``nfe`` is the one call of the query encoder."""
         index = self._index
-        found = zip(self._of_queries(self.encoder.embed(list(queries))), options, strict=True)
-        return [SearchResult(index.search(v, o.k), nfe=1, rows=1, scored_by="inner product") for v, o in found]
+        queried = zip(self._of_queries(self.encoder.embed(list(queries))), options, strict=True)
+        return [SearchResult(index.search(v, o.k), nfe=1, rows=1, scored_by="inner product") for v, o in queried]
 
     def insert(self, documents: Sequence[Document]) -> int:
         """Embed documents and add them.

@@ -83,9 +83,9 @@ class Evaluation:
         options = SearchOptions(k=self.config.evaluation.depth)
         timed = [Timed(system, search, options) for system, search in self.baselines.items()]
         for system, arm in self.systems.items():
-            asked = system.search_options(self.base)
-            if arm in (self.config.main, self.config.twin) and asked.decoder != "exhaustive":
-                timed.append(Timed(system, self.models[arm][0].search, asked))
+            decoding = system.search_options(self.base)
+            if arm in (self.config.main, self.config.twin) and decoding.decoder != "exhaustive":
+                timed.append(Timed(system, self.models[arm][0].search, decoding))
         for each, ms in time_systems(timed, texts).items():
             split.outcome(each).ms = ms
 

@@ -131,8 +131,8 @@ class PromptInputs:
 
 def _special_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
     """Tokens that a tokenizer puts before and after a text."""
-    found = tokenizer("a", return_special_tokens_mask=True)
-    ids, special = found["input_ids"], found["special_tokens_mask"]
+    encoded = tokenizer("a", return_special_tokens_mask=True)
+    ids, special = encoded["input_ids"], encoded["special_tokens_mask"]
     opening = len(list(takewhile(bool, special)))
     closing = len(list(takewhile(bool, reversed(special))))
     return ids[:opening], ids[len(ids) - closing :]
@@ -141,9 +141,9 @@ def _special_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
 def _padded(ids: Sequence[Sequence[int]], length: int, *, left: bool = False) -> dict[str, Tensor]:
     """Token ids i64[B, length], 0 where the mask bool[B, length] says that there is none."""
     rows, mask = np.zeros((len(ids), length), dtype=np.int64), np.zeros((len(ids), length), dtype=bool)
-    for i, found in enumerate(ids):
-        place = slice(length - len(found), length) if left else slice(0, len(found))
-        rows[i, place], mask[i, place] = found, True
+    for i, row in enumerate(ids):
+        span = slice(length - len(row), length) if left else slice(0, len(row))
+        rows[i, span], mask[i, span] = row, True
     return {"ids": torch.from_numpy(rows), "mask": torch.from_numpy(mask)}
 
 
@@ -170,10 +170,10 @@ class StoredFeatures(Portable):
         """Compute and store the features of ``texts`` in order."""
         directory.mkdir(parents=True, exist_ok=True)
         arrays: dict[str, np.ndarray] = {}
-        told = time.monotonic()
+        logged = time.monotonic()
         for start in range(0, len(texts), chunk):
-            if time.monotonic() - told > PROGRESS_S:
-                told = time.monotonic()
+            if time.monotonic() - logged > PROGRESS_S:
+                logged = time.monotonic()
                 log.info("features of %d of %d texts", start, len(texts))
             for name, values in inputs.features(texts[start : start + chunk]).items():
                 if name not in arrays:

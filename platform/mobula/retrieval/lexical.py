@@ -77,8 +77,8 @@ class Bm25:
     def search(self, queries: Sequence[str], options: Sequence[SearchOptions]) -> list[SearchResult]:
         """As :class:`mobula.retrieval.search.Retriever`."""
         index = self._index
-        found = zip(queries, options, strict=True)
-        return [SearchResult(_top(index, query, option.k), scored_by="BM25") for query, option in found]
+        queried = zip(queries, options, strict=True)
+        return [SearchResult(_top(index, query, option.k), scored_by="BM25") for query, option in queried]
 
     def insert(self, documents: Sequence[Document]) -> int:
         """Add documents; the next search builds the index anew, since their words change all document frequencies.
@@ -119,8 +119,8 @@ def tune(documents: Sequence[Document], dev: Sequence[Query]) -> tuple[Bm25, dic
     for k1, b in GRID:
         index = indexes[k1, b] = _Index(base.doc_ids, base.corpus, k1, b)
         hits = [_top(index, text, option.k) for text, option in zip(texts, options, strict=True)]
-        found = per_query(hits, dev, documents=len(documents), measures=[MEASURE])
-        values[k1, b] = float(found[MEASURE].mean())
+        measured = per_query(hits, dev, documents=len(documents), measures=[MEASURE])
+        values[k1, b] = float(measured[MEASURE].mean())
     # max keeps the first of equals, so the choice does not depend on rounding order.
     retriever.k1, retriever.b = best = max(GRID, key=values.__getitem__)
     retriever._index = indexes[best]
@@ -142,7 +142,7 @@ def extended(doc_ids: list[str], documents: Sequence[Document]) -> list[str]:
 
 
 def remaining(doc_ids: list[str], removed: Sequence[str]) -> list[int]:
-    """The places of the ids that stay.
+    """The positions of the ids that stay.
 
     Raises:
         DataError: for a removed id that is not there, or given twice.

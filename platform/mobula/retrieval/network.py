@@ -313,8 +313,8 @@ class CodewordPrior(nn.Module):
 
     def words(self, z: Tensor, levels: Tensor) -> Tensor:
         """Codewords [..., l, D] of codes z [..., l]; a masked position contributes nothing."""
-        found = self.codewords[levels, z.clamp(min=0)]
-        return found * (z >= 0).unsqueeze(-1)
+        codewords = self.codewords[levels, z.clamp(min=0)]
+        return codewords * (z >= 0).unsqueeze(-1)
 
     def score(self, residual: Tensor, levels: slice) -> Tensor:
         """Logits [R, l, K] for residuals [R, l, D]."""

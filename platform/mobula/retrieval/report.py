@@ -69,8 +69,8 @@ def strata(run: Measured) -> list[list[Any]]:
         for label, mask in ((SEEN, seen), (UNSEEN, ~seen)):
             if mask.any():
                 values = test.outcomes[system].per_query(primary)[:, mask]
-                found = mean_interval(values, resamples=config.evaluation.resamples)
-                rows.append([system.label, label, found.n, found.value, found.low, found.high])
+                mean = mean_interval(values, resamples=config.evaluation.resamples)
+                rows.append([system.label, label, mean.n, mean.value, mean.low, mean.high])
     return rows
 
 

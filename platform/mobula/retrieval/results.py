@@ -48,8 +48,8 @@ class Outcome:
 
     def fact(self, name: str) -> float | None:
         """Mean over seeds of a cost or of a rate; None where the system has none."""
-        found = self.facts.get(name)
-        return float(np.mean(found)) if found else None
+        seeds = self.facts.get(name)
+        return float(np.mean(seeds)) if seeds else None
 
 
 class Split:

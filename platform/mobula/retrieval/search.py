@@ -64,28 +64,32 @@ class SearchOptions:
 
     def problems(self) -> list[str]:
         """Contradictions that need no model to find; see :meth:`check` for the rest."""
-        found = []
+        problems = []
         if self.threshold is not None and self.steps is not None:
-            found.append("threshold and steps exclude each other; give one budget")
+            problems.append("threshold and steps exclude each other; give one budget")
         if self.threshold is not None and self.sampler == "ancestral":
-            found.append("threshold needs sampler=confidence")
+            problems.append("threshold needs sampler=confidence")
         if self.threshold is not None and self.remask != "none":
-            found.append("threshold and remask exclude each other")
+            problems.append("threshold and remask exclude each other")
         if self.sampler == "ancestral" and self.remask != "none":
-            found.append("remask needs sampler=confidence")
+            problems.append("remask needs sampler=confidence")
         if self.order != "confidence" and (self.sampler == "ancestral" or self.remask != "none"):
-            found.append(f"order={self.order} has no effect with sampler=ancestral or remask; leave it at confidence")
+            problems.append(
+                f"order={self.order} has no effect with sampler=ancestral or remask; leave it at confidence"
+            )
         if self.schedule != "linear" and (
             self.threshold is not None or self.sampler == "ancestral" or self.remask != "none"
         ):
-            found.append(f"schedule={self.schedule} has no effect with threshold, sampler=ancestral or remask")
+            problems.append(f"schedule={self.schedule} has no effect with threshold, sampler=ancestral or remask")
         if self.remask_conf != "at_commit" and self.remask == "none":
-            found.append(f"remask_conf={self.remask_conf} needs remask=low_conf or remdm")
+            problems.append(f"remask_conf={self.remask_conf} needs remask=low_conf or remdm")
         if self.decoder == "best_of_n" and not self.is_random:
-            found.append("best_of_n with temperature=0 repeats one run; set temperature, order=random or remask=remdm")
+            problems.append(
+                "best_of_n with temperature=0 repeats one run; set temperature, order=random or remask=remdm"
+            )
         if any(isinstance(v, float) and not math.isfinite(v) for v in vars(self).values()):
-            found.append("every number must be finite")
-        return found
+            problems.append("every number must be finite")
+        return problems
 
     def check(self, levels: int) -> None:
         """Check against a code of ``levels`` positions.
@@ -93,24 +97,24 @@ class SearchOptions:
         Raises:
             BadSearch: naming what does not fit (``StepsAboveLength`` for a budget over the code length).
         """
-        found = [*self.problems(), *self.misfits(levels)]
-        if found:
-            raise BadSearch("; ".join(found))
+        problems = [*self.problems(), *self.misfits(levels)]
+        if problems:
+            raise BadSearch("; ".join(problems))
 
     def misfits(self, levels: int) -> list[str]:
         """What does not fit a code of ``levels`` positions."""
-        found = []
+        problems = []
         limit = levels if self.remask == "none" and self.sampler == "confidence" else 4 * levels
         if self.steps is not None and self.steps > limit:
-            found.append(f"StepsAboveLength: steps={self.steps} but codes have {levels} positions (at most {limit})")
+            problems.append(f"StepsAboveLength: steps={self.steps} but codes have {levels} positions (at most {limit})")
         block = self.block or levels
         if levels % block:
-            found.append(f"block={block} does not divide the code length {levels}")
+            problems.append(f"block={block} does not divide the code length {levels}")
         elif self.threshold is None and self.budget(levels) * block % levels:
-            found.append(f"steps={self.budget(levels)} cannot be shared by {levels // block} blocks")
+            problems.append(f"steps={self.budget(levels)} cannot be shared by {levels // block} blocks")
         if self.decoder == "beam" and levels % self.beam_per_step:
-            found.append(f"beam_per_step={self.beam_per_step} does not divide the code length {levels}")
-        return found
+            problems.append(f"beam_per_step={self.beam_per_step} does not divide the code length {levels}")
+        return problems
 
     @property
     def noise(self) -> float:

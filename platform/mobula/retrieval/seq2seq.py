@@ -98,9 +98,11 @@ class Seq2SeqLM(LanguageModel):
             x = self._start_row().expand(memory.size * cache.width, 1, -1)
         else:
             x = self.rows(previous.reshape(-1, 1), self.index[level - 1 : level])
-        found = self._decode(memory, cache.width, x, past_key_values=cache.past(), use_cache=True)
-        scores = self.head(found.last_hidden_state * self.scale, here).masked_fill(self.impossible[here], float("-inf"))
-        past = found.past_key_values
+        decoded = self._decode(memory, cache.width, x, past_key_values=cache.past(), use_cache=True)
+        scores = self.head(decoded.last_hidden_state * self.scale, here).masked_fill(
+            self.impossible[here], float("-inf")
+        )
+        past = decoded.past_key_values
         pairs = zip(past.self_attention_cache.layers, past.cross_attention_cache.layers, strict=True)
         layers = [(own.keys, own.values, prompt.keys, prompt.values) for own, prompt in pairs]
         return scores.squeeze(1).unflatten(0, (memory.size, cache.width)), Seq2SeqCache(layers, level + 1, cache.width)

@@ -48,10 +48,10 @@ def decoded(arm: Arm, **options: Any) -> Decoded:
 
 def systems(config: Config, documents: int) -> dict[Decoded, Arm]:
     """Every docid system of an experiment on so many documents, with its arm, in the order of the report."""
-    found: dict[Decoded, Arm] = {}
+    every: dict[Decoded, Arm] = {}
     for arm in config.parsed_arms:
-        found |= dict.fromkeys(DECODINGS[arm.paradigm](config, arm, documents), arm)
-    return found | dict.fromkeys(_sweeps(config), config.main)
+        every |= dict.fromkeys(DECODINGS[arm.paradigm](config, arm, documents), arm)
+    return every | dict.fromkeys(_sweeps(config), config.main)
 
 
 def budgets(config: Config) -> list[int]:

@@ -139,8 +139,8 @@ class DocidTask(Task):
         decoder = self.arm.learner.decoder(model, self.table)
         with one_thread():
             results = decoder.search(query, [self.arm.learner.dev] * len(self.prepared.dev_gold))
-        found = [[hit.doc_id for hit in result.hits] for result in results]
-        return dev_measures(found, self.prepared.dev_gold)
+        rankings = [[hit.doc_id for hit in result.hits] for result in results]
+        return dev_measures(rankings, self.prepared.dev_gold)
 
     def check(self, metrics: dict[str, float], step: int, steps: int) -> None:
         """See :func:`check_collapse`."""
@@ -264,25 +264,27 @@ def check_collapse(name: str, distinct: float, gold: list[set[str]], step: int, 
     wanted = min(len(gold), len(set().union(*gold))) / len(gold)
     if step <= steps / 2 or distinct >= SUSPICIOUS * wanted:
         return
-    found = f"{name}: {distinct:.1%} distinct top-1 documents on dev at step {step}, perfect answers have {wanted:.1%}"
+    finding = (
+        f"{name}: {distinct:.1%} distinct top-1 documents on dev at step {step}, perfect answers have {wanted:.1%}"
+    )
     if fatal and distinct < COLLAPSED * wanted:
-        raise ModelCollapsed(f"{found}; the model has collapsed: the learning rate is probably too high")
-    log.warning("%s; the model may be collapsing", found)
+        raise ModelCollapsed(f"{finding}; the model has collapsed: the learning rate is probably too high")
+    log.warning("%s; the model may be collapsing", finding)
 
 
-def dev_measures(found: list[list[str]], gold: list[set[str]]) -> dict[str, float]:
+def dev_measures(rankings: list[list[str]], gold: list[set[str]]) -> dict[str, float]:
     """Hit@1, Hit@10, MRR@10 and the share of distinct top-1 documents of ranked ids (at most 10 per query)."""
     ranks = np.array(
         [
             next((1 + i for i, doc_id in enumerate(ids) if doc_id in g), np.inf)
-            for ids, g in zip(found, gold, strict=True)
+            for ids, g in zip(rankings, gold, strict=True)
         ]
     )
     return {
         "hit@1": float(np.mean(ranks == 1)),
         "hit@10": float(np.mean(ranks <= 10)),
         "mrr@10": float(np.mean(1 / ranks)),
-        "distinct_top1": len({ids[0] for ids in found}) / len(found),
+        "distinct_top1": len({ids[0] for ids in rankings}) / len(rankings),
     }
 
 

@@ -37,7 +37,7 @@ class Fitted:
     @property
     def results(self) -> list[FitResult]:
         """Every final training."""
-        return [r for found in self.arms.values() for r in found] + ([self.dual] if self.dual else [])
+        return [r for seeds in self.arms.values() for r in seeds] + ([self.dual] if self.dual else [])
 
 
 @dataclass(frozen=True)
@@ -63,8 +63,8 @@ class Schedule:
 def fit_arms(config: Config, prepared: Prepared, directory: Path, cluster: Spec) -> Fitted:
     """Train every arm with every seed, and the dual encoder; finished trainings are taken as they are."""
     plans = list(_plans(config, prepared, directory))
-    found, rates = fit_plans(plans, Schedule(config.training, config.learning_rates.share, config.seed), cluster)
-    *by_arm, (dual,) = found
+    results, rates = fit_plans(plans, Schedule(config.training, config.learning_rates.share, config.seed), cluster)
+    *by_arm, (dual,) = results
     return Fitted(dict(zip(config.parsed_arms, by_arm, strict=True)), dual, rates)
 
 
@@ -164,8 +164,8 @@ def _choose_rates(plans: Sequence[Plan], schedule: Schedule, cluster: Spec) -> t
         if on_dev.get((plan.name, best)) == -math.inf:
             raise TrainingError(f"{plan.name}: the loss became NaN or infinite with every rate of {plan.rates}")
         values = {rate: on_dev.get((plan.name, rate)) for rate in plan.rates}
-        told = {rate: "diverged" if value == -math.inf else value for rate, value in values.items()}
-        rows.extend([plan.name, rate, told[rate], rate == best] for rate in plan.rates)
+        shown = {rate: "diverged" if value == -math.inf else value for rate, value in values.items()}
+        rows.extend([plan.name, rate, shown[rate], rate == best] for rate in plan.rates)
         chosen.append(best)
     return chosen, rows
 

@@ -15,8 +15,10 @@ from mobula.cluster.resources import WorkerResources
 from mobula.cluster.spec import ClusterSpec, Train
 from mobula.config import differences
 from mobula.errors import ArtifactError, ConfigError, RunConflict
-from mobula.training import checkpoints, loop, ray_backend
+from mobula.training import checkpoints, loop
 from mobula.training.config import TrainingConfig
+from mobula.training.group import Group, group
+from mobula.training.ray_backend import Work
 from mobula.training.task import Task
 
 FINGERPRINT = "fingerprint.json"
@@ -76,33 +78,36 @@ def fit(
 def fit_all(trainings: Sequence[Training], cluster: ClusterSpec | None = None) -> list[FitResult]:
     """Train one after another, each in its directory; go on where an interrupted call stopped.
 
-    ``cluster`` says what a worker gets, and how many there are unless ``config.workers`` does. All share one start
-    of the workers, which costs more than a small training does; ``max_failures`` of all add up.
+    ``cluster`` says what a worker gets, and how many there are unless ``config.workers`` does; without one it is that
+    of the open group. A start of the workers costs more than a small training does: those of the run's open
+    :func:`~mobula.training.group.group` are used, or else all trainings of this call share one.
 
     Raises:
-        ConfigError: the keys of a config contradict each other, or two ask for different numbers of workers.
+        ConfigError: the keys of a config contradict each other.
         RunConflict: a directory holds another training, or another process trains there.
         ClusterError: the cluster cannot give what the workers need.
         TrainingError: a loss is not finite, workers were lost too often, or the storage refuses.
         ArtifactError: the checkpoint to resume from is damaged.
     """
-    requested = cluster.platform.train if cluster else Train(workers=0)
-    trainings = [_resolved(training, requested) for training in trainings]
-    pending = [training for training in trainings if not (training.directory / loop.RESULT).is_file()]
-    workers = {training.config.workers for training in pending}
-    if len(workers) > 1:
-        found = " and ".join(str(t.config.workers) for t in pending)
-        problem = f"training.workers: trainings of one call share their workers, found {found}"
-        raise ConfigError([problem], _title(pending))
-    if workers == {0}:
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        for t in pending:
-            loop.train(t.task, t.config, t.directory, t.seed, device, t.progress or _silent, t.trial)
-    elif pending:
-        resources = WorkerResources(pending[0].config.world, requested.cpus_per_worker, requested.gpus_per_worker)
-        works = [ray_backend.Work(t.task, t.config, t.directory, t.seed, t.trial) for t in pending]
-        ray_backend.train(works, _title(pending), resources, [t.progress or _silent for t in pending])
+    with group(cluster) as standing:
+        cluster = cluster or standing.cluster
+        requested = cluster.platform.train if cluster else Train(workers=0)
+        trainings = [_resolved(training, requested) for training in trainings]
+        for training in trainings:
+            if not (training.directory / loop.RESULT).is_file():
+                _train(training, requested, standing)
     return [_result(training.directory) for training in trainings]
+
+
+def _train(training: Training, requested: Train, standing: Group) -> None:
+    """Train in this process, or on the group's workers."""
+    t, progress = training, training.progress or _silent
+    if t.config.workers == 0:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        loop.train(t.task, t.config, t.directory, t.seed, device, progress, t.trial)
+        return
+    resources = WorkerResources(t.config.world, requested.cpus_per_worker, requested.gpus_per_worker)
+    standing.train(Work(t.task, t.config, t.directory, t.seed, t.trial), t.name, resources, progress)
 
 
 def _resolved(training: Training, requested: Train) -> Training:
@@ -118,11 +123,6 @@ def _resolved(training: Training, requested: Train) -> Training:
     directory = training.directory.resolve()
     _bind(directory, {"task": training.task.identity(), "seed": training.seed, "training": config.identity()})
     return replace(training, config=config, directory=directory)
-
-
-def _title(trainings: Sequence[Training]) -> str:
-    more = len(trainings) - 1
-    return f"{trainings[0].name} and {more} more" if more else trainings[0].name
 
 
 def _bind(directory: Path, fingerprint: dict[str, Any]) -> None:

@@ -13,7 +13,7 @@ import ray
 from ray import tune
 from ray.tune.logger import JsonLoggerCallback
 
-from mobula import artifacts, environment, methods
+from mobula import artifacts, environment, methods, training
 from mobula.cluster.connect import connect
 from mobula.cluster.spec import ClusterSpec, Tune
 from mobula.errors import ClusterError, ConfigError
@@ -64,14 +64,16 @@ def sweep(
     points = [] if space.config.searcher == "optuna" else space.points()
     with connect():
         limits = _limits(space.config, cluster)
-        return _in_run(space, points, limits, Path(out), resume)
+        return _in_run(space, points, limits, Path(out), resume, cluster)
 
 
-def _in_run(space: Space, points: list[Point], limits: Tune, out: Path, resume: str) -> SweepResult:
+def _in_run(
+    space: Space, points: list[Point], limits: Tune, out: Path, resume: str, cluster: ClusterSpec | None
+) -> SweepResult:
     with Run.open(out, space.config, resume=resume) as run:
         run.bind("experiment", {name: value for name, value in space.base.items() if name != "about"})
         run.bind("objectives", list(space.config.objectives))
-        artifact = _artifact(space, run) if space.config.mode == "inference" else None
+        artifact = _artifact(space, run, cluster) if space.config.mode == "inference" else None
         trials = _trials(space, run, artifact)
         outcomes = _run(space, points, trials, limits, run)
         return SweepResult(run.directory, outcomes, reports.write(run, space, outcomes))
@@ -102,13 +104,13 @@ def _check_fits(limits: Tune) -> None:
             )
 
 
-def _artifact(space: Space, run: Run) -> Path:
+def _artifact(space: Space, run: Run, cluster: ClusterSpec | None) -> Path:
     """The artifact that every trial measures: the given one, or that of a run under ``training/``."""
     given = space.config.artifact
     directory = Path(given).resolve() if given else run.directory / "training" / "artifact"
     if not given and not (directory.parent / "report.json").is_file():
         log.info("training the artifact that all trials share")
-        _train_once(space, directory.parent)
+        _train_once(space, directory.parent, cluster)
     artifact = artifacts.open_artifact(directory)
     if artifact.method != space.config.method:
         problem = f"artifact {given} is one of {artifact.method}, but the experiment's method is {space.config.method}"
@@ -117,8 +119,8 @@ def _artifact(space: Space, run: Run) -> Path:
     return directory
 
 
-def _train_once(space: Space, directory: Path) -> None:
-    with Run.open(directory, space.experiment({})) as run:
+def _train_once(space: Space, directory: Path, cluster: ClusterSpec | None) -> None:
+    with Run.open(directory, space.experiment({}), cluster=cluster) as run, training.group(cluster):
         report = methods.get(run.config.method).run(run)
         artifacts.write_json(directory / "report.json", report.to_dict())
 

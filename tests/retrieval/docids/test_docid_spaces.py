@@ -11,7 +11,8 @@ from mobula.errors import ConfigError, MobulaError
 from mobula.models.text import StaticEmbedding
 from mobula.retrieval.docids import hierarchy, quantised, text
 from mobula.retrieval.docids.config import DocidConfig
-from mobula.retrieval.docids.families import FAMILIES, NUMERIC, QUANTISED, TEXT, CodebookCollapsed, entropies
+from mobula.retrieval.docids.families import FAMILIES, NUMERIC, QUANTISED, TEXT
+from mobula.retrieval.docids.quantised import CodebookCollapsed, entropies
 from mobula.retrieval.docids.settings import HkConfig, RqConfig
 from mobula.retrieval.docids.space import DocidSpace, fit_space
 from mobula.retrieval.search import Unsupported

@@ -12,8 +12,8 @@ from mobula.data.records import Document
 from mobula.errors import ArtifactError, ConfigError, DataError
 from mobula.models.text import StaticEmbedding
 from mobula.retrieval.docids.bitset import Bitset
-from mobula.retrieval.docids.config import DocidConfig
-from mobula.retrieval.docids.families import FAMILIES
+from mobula.retrieval.docids.config import COLLISIONS, DocidConfig, code_length
+from mobula.retrieval.docids.families import FAMILIES, Family
 from mobula.retrieval.docids.settings import HkConfig
 from mobula.retrieval.docids.space import DocidSpace, fit_space
 from mobula.retrieval.docids.table import ARRAYS, FACTS, DocidSpaceMismatch, DocidTable
@@ -50,6 +50,18 @@ def test_bucket_shares_codes_and_append_separates_them(
         by_id = sorted(rows, key=lambda row: corpus[row].id)
         assert apart.codes[by_id, 2].tolist() == list(range(len(rows)))
     assert apart.hash != shared.hash
+
+
+@pytest.mark.parametrize("collision", COLLISIONS)
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=lambda family: family.name)
+def test_the_code_length_is_known_before_any_corpus(
+    family: Family, collision: str, corpus: list[Document], embeddings: np.ndarray, words: StaticEmbedding
+) -> None:
+    """Which systems a run evaluates is decided from its configuration alone."""
+    config = DocidConfig(family=family.name, levels=4, codes=16, collision=collision)
+    space = fit_space(config, corpus, embeddings, seed=0, tokenizer=words)
+    table = DocidTable.build(space, corpus, embeddings, family.collision(collision))
+    assert table.levels == code_length(config, family.name)
 
 
 @pytest.mark.parametrize("collision", ["bucket", "append"])

@@ -53,7 +53,7 @@ class Decoder:
         if not len(self.corpus):
             return [_nothing(one) for one in options]
         network, calls = self._start(query, requests)
-        while under_way := [call for call in calls if call.asked is not None]:
+        while under_way := [call for call in calls if call.pending is not None]:
             network.round(under_way)
         golds = [None] * len(requests) if gold is None else gold
         return [_finish(*row) for row in zip(requests, calls, golds, strict=True)]
@@ -65,12 +65,12 @@ class Decoder:
             yield _nothing(options)
             return
         network, (call,) = self._start(query, [request])
-        told = 0
-        while call.asked is not None:
+        sent = 0
+        while call.pending is not None:
             network.round([call])
             events = request.events or []
-            yield from events[told:]
-            told = len(events)
+            yield from events[sent:]
+            sent = len(events)
         yield _finish(request, call, None)
 
     def _request(self, options: SearchOptions, trace: bool) -> Request:
@@ -93,10 +93,10 @@ class Decoder:
 
 
 def _finish(request: Request, call: Call[Ranking], gold: set[str] | None) -> SearchResult:
-    found = result(request, call.result, gold)
-    found.nfe, found.rows = call.nfe, call.rows
-    found.trace = request.events or []
-    return found
+    search_result = result(request, call.result, gold)
+    search_result.nfe, search_result.rows = call.nfe, call.rows
+    search_result.trace = request.events or []
+    return search_result
 
 
 def _nothing(options: SearchOptions) -> SearchResult:

@@ -108,9 +108,9 @@ class ArDecoder:
         by_document = scores[code_of]
         rows = top(by_document, request.options.k)
         raw = codes[scores.argmax()]
-        found = result(request, Ranking(rows, by_document[rows], "log_likelihood", raw=raw), gold)
-        found.nfe, found.rows, found.constraint = len(starts), len(codes), "trie"
-        return found
+        search_result = result(request, Ranking(rows, by_document[rows], "log_likelihood", raw=raw), gold)
+        search_result.nfe, search_result.rows, search_result.constraint = len(starts), len(codes), "trie"
+        return search_result
 
 
 class TrieBeam:
@@ -173,14 +173,14 @@ class TrieBeam:
 
     def results(self, gold: Sequence[set[str]] | None) -> list[SearchResult]:
         """The documents of the finished hypotheses, for each request."""
-        found = []
+        results = []
         for i, request in enumerate(self.requests):
             ranking = self._ranking(i, request.options.k)
             one = result(request, ranking, None if gold is None else gold[self.index[i]])
             one.nfe, one.rows, one.constraint = self.corpus.levels, int(self.rows[i]), "trie"
             one.trace = self.events[i]
-            found.append(one)
-        return found
+            results.append(one)
+        return results
 
     @torch.inference_mode()
     def _step(self) -> np.ndarray:
@@ -215,7 +215,7 @@ class TrieBeam:
         for node, score in zip(self.nodes[i].tolist(), self.scores[i].tolist(), strict=True):
             if score == -np.inf or len(scores) >= k:
                 break
-            bucket = self.corpus.place[self.corpus.trie.documents(node)]
+            bucket = self.corpus.position[self.corpus.trie.documents(node)]
             rows.append(bucket)
             scores.extend([score] * len(bucket))
         best = self.codes[i, 0]

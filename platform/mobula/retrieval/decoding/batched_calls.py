@@ -45,7 +45,7 @@ class Call(Generic[T]):
     query: int
     decoding: Decoding[T]
     guidance: float = 0.0
-    asked: np.ndarray | None = None
+    pending: np.ndarray | None = None
     nfe: int = 0
     rows: int = 0
     _results: list[T] = field(default_factory=list)
@@ -53,9 +53,9 @@ class Call(Generic[T]):
     def advance(self, answer: np.ndarray | None) -> None:
         """Hand over the answer and run to the next question or to the end."""
         try:
-            self.asked = self.decoding.send(answer)  # type: ignore[arg-type]
+            self.pending = self.decoding.send(answer)  # type: ignore[arg-type]
         except StopIteration as stop:
-            self.asked = None
+            self.pending = None
             self._results.append(stop.value)
 
     @property
@@ -69,10 +69,10 @@ def together(decodings: Sequence[Decoding[T]]) -> Decoding[list[T]]:
     calls = [Call(0, decoding) for decoding in decodings]
     for call in calls:
         call.advance(None)
-    while waiting := [(call, z) for call in calls if (z := call.asked) is not None]:
-        asked = [z for _, z in waiting]
-        answer = yield np.concatenate(asked)
-        ends = np.cumsum([len(z) for z in asked])[:-1]
+    while waiting := [(call, z) for call in calls if (z := call.pending) is not None]:
+        pending = [z for _, z in waiting]
+        answer = yield np.concatenate(pending)
+        ends = np.cumsum([len(z) for z in pending])[:-1]
         for (call, _), part in zip(waiting, np.split(answer, ends), strict=True):
             call.advance(part)
     return [call.result for call in calls]
@@ -94,20 +94,20 @@ class Network:
     def round(self, calls: Sequence[Call[Any]]) -> None:
         """Answer the questions of every call, all in as few network calls as the tiles allow, and advance them."""
         raise_if_cancelled()
-        asked = [(call, z) for call in calls if (z := call.asked) is not None]
-        answers = self._log_probs(asked)
-        for (call, z), answer in zip(asked, answers, strict=True):
+        pending = [(call, z) for call in calls if (z := call.pending) is not None]
+        answers = self._log_probs(pending)
+        for (call, z), answer in zip(pending, answers, strict=True):
             call.nfe += 1
             call.rows += len(z) * (2 if call.guidance else 1)
             call.advance(answer)
 
-    def _log_probs(self, asked: list[tuple[Call[Any], np.ndarray]]) -> list[np.ndarray]:
+    def _log_probs(self, pending: list[tuple[Call[Any], np.ndarray]]) -> list[np.ndarray]:
         """Log-probabilities f64[R, L, K] for the question of each call."""
-        z = np.concatenate([rows for _, rows in asked])
-        index = np.repeat([call.query for call, _ in asked], [len(rows) for _, rows in asked])
-        guidance = np.repeat([call.guidance for call, _ in asked], [len(rows) for _, rows in asked])
+        z = np.concatenate([rows for _, rows in pending])
+        index = np.repeat([call.query for call, _ in pending], [len(rows) for _, rows in pending])
+        guidance = np.repeat([call.guidance for call, _ in pending], [len(rows) for _, rows in pending])
         narrow, wide = tiles(device_of(self.model))
-        is_wide = np.concatenate([np.arange(len(rows)) < len(rows) // wide * wide for _, rows in asked])
+        is_wide = np.concatenate([np.arange(len(rows)) < len(rows) // wide * wide for _, rows in pending])
         out = np.empty((len(z), z.shape[1], self.model.width))
         for tile, of_tile in ((narrow, ~is_wide), (wide, is_wide)):
             for guided in (False, True):
@@ -118,7 +118,7 @@ class Network:
                     full = part[np.minimum(np.arange(tile), len(part) - 1)]
                     weight = guidance[full] if guided else None
                     out[part] = self._tile(index[full], z[full], weight)[: len(part)]
-        return np.split(out, np.cumsum([len(rows) for _, rows in asked])[:-1])
+        return np.split(out, np.cumsum([len(rows) for _, rows in pending])[:-1])
 
     @torch.inference_mode()
     def _tile(self, index: np.ndarray, z: np.ndarray, guidance: np.ndarray | None) -> np.ndarray:

@@ -56,11 +56,11 @@ class Corpus:
         return codes, code_of
 
     @cached_property
-    def place(self) -> np.ndarray:
+    def position(self) -> np.ndarray:
         """Document of each row of the table, i64; -1 for a deleted one."""
-        place = np.full(len(self.table), -1, np.int64)
-        place[self.table.live] = np.arange(len(self))
-        return place
+        position = np.full(len(self.table), -1, np.int64)
+        position[self.table.live] = np.arange(len(self))
+        return position
 
     @cached_property
     def end(self) -> np.ndarray | None:

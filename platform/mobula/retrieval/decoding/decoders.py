@@ -157,7 +157,7 @@ def result(request: Request, ranking: Ranking, gold: set[str] | None) -> SearchR
     """The ranking as hits; ``raw_*`` say what the generated code was before matching or projection."""
     corpus, options = request.corpus, request.options
     pairs = zip(ranking.rows.tolist(), ranking.scores.tolist(), strict=True)
-    found = SearchResult(
+    search_result = SearchResult(
         [Hit(corpus.doc_ids[row], score) for row, score in pairs],
         steps_used=ranking.steps,
         decoder=options.decoder,
@@ -167,11 +167,11 @@ def result(request: Request, ranking: Ranking, gold: set[str] | None) -> SearchR
     )
     if ranking.raw is not None:
         owners = corpus.bucket(ranking.raw)
-        found.raw_code = tuple(ranking.raw.tolist())
-        found.raw_valid = len(owners) > 0
+        search_result.raw_code = tuple(ranking.raw.tolist())
+        search_result.raw_valid = len(owners) > 0
         if gold is not None:
-            found.raw_exact = any(corpus.doc_ids[row] in gold for row in owners.tolist())
-    return found
+            search_result.raw_exact = any(corpus.doc_ids[row] in gold for row in owners.tolist())
+    return search_result
 
 
 def _projected(request: Request, code: np.ndarray, first: np.ndarray) -> np.ndarray:
@@ -201,15 +201,15 @@ def _documents(
 ) -> tuple[np.ndarray, np.ndarray]:
     """The first k documents of ``codes`` i64[B, L], best first, with their code's score."""
     rows: list[np.ndarray] = []
-    found: list[float] = []
+    code_scores: list[float] = []
     taken: set[bytes] = set()
     for code, score in zip(codes, scores.tolist(), strict=True):
         code = _projected(request, code, first)
-        if code.tobytes() in taken or len(found) >= request.options.k:
+        if code.tobytes() in taken or len(code_scores) >= request.options.k:
             continue
         taken.add(code.tobytes())
         bucket = request.corpus.bucket(code)
         rows.append(bucket)
-        found.extend([score] * len(bucket))
+        code_scores.extend([score] * len(bucket))
     all_rows = np.concatenate(rows)[: request.options.k]
-    return all_rows, np.array(found[: request.options.k])
+    return all_rows, np.array(code_scores[: request.options.k])

@@ -46,16 +46,16 @@ def recovery(
         raise BadSearch(f"decoder={options.decoder}: an error can be forced with {', '.join(FORCIBLE)} or an AR beam")
     forbidden = [_right_codes(decoder.corpus, relevant) for relevant in gold]
     results = decoder.search(query, [replace(options, k=TOP)] * len(gold), gold, forbidden=forbidden)
-    found = [{hit.doc_id for hit in one.hits} for one in results]
+    hits = [{hit.doc_id for hit in one.hits} for one in results]
     return Recovery(
         np.array([bool(one.raw_exact) for one in results]),
-        np.array([not ids.isdisjoint(relevant) for ids, relevant in zip(found, gold, strict=True)]),
+        np.array([not ids.isdisjoint(relevant) for ids, relevant in zip(hits, gold, strict=True)]),
     )
 
 
 def _right_codes(corpus: Corpus, relevant: set[str]) -> np.ndarray:
     """Codes bool[L, K] that some relevant document has."""
-    rows = [corpus.place[corpus.table.rows[doc_id]] for doc_id in relevant if doc_id in corpus.table.rows]
+    rows = [corpus.position[corpus.table.rows[doc_id]] for doc_id in relevant if doc_id in corpus.table.rows]
     if not rows:
         raise BadSearch(f"none of the relevant documents {sorted(relevant)[:3]} is in the corpus; drop the query")
     right = np.zeros((corpus.levels, corpus.table.width), bool)

@@ -14,8 +14,8 @@ def draw_masks(levels: int, draws: int, rng: np.random.Generator) -> np.ndarray:
     """Masks bool[m, L] with l ~ U{1..L} masked positions, l stratified over the draws, positions uniform."""
     uniform = (np.arange(draws) + rng.random(draws)) / draws
     counts = np.minimum((uniform * levels).astype(np.int64), levels - 1) + 1
-    places = rng.random((draws, levels)).argsort(1).argsort(1)
-    return places < counts[:, None]
+    ranks = rng.random((draws, levels)).argsort(1).argsort(1)
+    return ranks < counts[:, None]
 
 
 def bound(log_probs: np.ndarray, code: np.ndarray, masks: np.ndarray) -> float:

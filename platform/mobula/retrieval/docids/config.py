@@ -21,12 +21,12 @@ class DocidConfig(CodeConfig):
 
     def problems(self) -> list[str]:
         """Contradictions between keys of this section."""
-        family, found = FAMILIES[self.family], []
+        family, problems = FAMILIES[self.family], []
         if self.levels < family.fewest_levels:
-            found.append(f"levels={self.levels}: {family.name} needs {family.fewest_levels} ({family.why_fewest})")
+            problems.append(f"levels={self.levels}: {family.name} needs {family.fewest_levels} ({family.why_fewest})")
         if self.fit_on == "windows" and not family.is_numeric:
-            found.append(f"fit_on=windows has no meaning for family={self.family}; use documents")
-        return found
+            problems.append(f"fit_on=windows has no meaning for family={self.family}; use documents")
+        return problems
 
 
 def code_length(config: DocidConfig, family: str) -> int:

@@ -18,21 +18,16 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 
 from mobula.data.records import Document
-from mobula.errors import MobulaError, TrainingError
+from mobula.errors import MobulaError
 from mobula.models.text import load_static
 from mobula.retrieval.docids import controls, hierarchy, quantised, text
 from mobula.retrieval.docids.settings import CodeConfig
 from mobula.retrieval.docids.text import DocidTokenizer
 from mobula.retrieval.search import Unsupported
 
-GUARDED_DOCUMENTS_PER_CODE = 8  # below this a level's entropy says little about its codebook
 TITLE_LEAK = 0.5  # share of queries that may hold their docid by chance; queries that are titles hold it always
 Role = Literal["quantised", "tree", "text", "control"]
 Parts = tuple[np.ndarray, dict[str, np.ndarray], dict[str, Any]]  # sizes i32[L], arrays, meta of a fitted space
-
-
-class CodebookCollapsed(TrainingError):
-    """A level uses so few of its codes that it tells documents apart poorly."""
 
 
 @dataclass(frozen=True)
@@ -228,7 +223,7 @@ class Quantised(Numeric):
         """As :meth:`Numeric.fit_points`."""
         sizes = quantised.sizes(config, points)
         arrays = self.fit_codebooks(config, points, seed)
-        check_entropy(quantised.encode(arrays, points[:documents]), sizes, config.min_entropy)
+        quantised.check_entropy(quantised.encode(arrays, points[:documents]), sizes, config.min_entropy)
         return sizes, arrays
 
     def encode(
@@ -394,31 +389,6 @@ def unit(embeddings: np.ndarray) -> np.ndarray:
     vectors = np.asarray(embeddings, np.float64)
     norms = np.linalg.norm(vectors, axis=1, keepdims=True)
     return np.divide(vectors, norms, out=np.zeros_like(vectors), where=norms > 0)
-
-
-def entropies(codes: np.ndarray, sizes: np.ndarray) -> np.ndarray:
-    """Entropy in bits of each level of codes i32[N, L], f64[L]."""
-    bits = np.zeros(len(sizes))
-    for level, size in enumerate(sizes):
-        share = np.bincount(codes[:, level], minlength=size) / max(1, len(codes))
-        share = share[share > 0]
-        bits[level] = -(share * np.log2(share)).sum()
-    return bits
-
-
-def check_entropy(codes: np.ndarray, sizes: np.ndarray, least: float) -> None:
-    """Refuse a collapsed level.
-
-    Raises:
-        CodebookCollapsed: naming the level, its entropy and what would be enough.
-    """
-    for level, (bits, size) in enumerate(zip(entropies(codes, sizes), sizes, strict=True)):
-        wanted = least * np.log2(size)
-        if len(codes) >= GUARDED_DOCUMENTS_PER_CODE * size and bits < wanted:
-            raise CodebookCollapsed(
-                f"docid level {level} has {bits:.2f} bits, expected at least {wanted:.2f} of {np.log2(size):.2f}; "
-                "use docid.rq.assign=balanced, fewer levels, or lower docid.min_entropy"
-            )
 
 
 def _of_each(space: Fitted, documents: Sequence[Document], embeddings: np.ndarray | None) -> np.ndarray:

@@ -9,11 +9,16 @@ from __future__ import annotations
 import faiss
 import numpy as np
 
-from mobula.errors import ConfigError
+from mobula.errors import ConfigError, TrainingError
 from mobula.retrieval.docids.settings import CodeConfig
 
 SINKHORN_SWEEPS = 20  # the marginals are then met to about a percent, which hard assignment cannot tell from exact
+GUARDED_DOCUMENTS_PER_CODE = 8  # below this a level's entropy says little about its codebook
 CHUNK = 16_384  # points per distance matrix
+
+
+class CodebookCollapsed(TrainingError):
+    """A level uses so few of its codes that it tells documents apart poorly."""
 
 
 def sizes(config: CodeConfig, points: np.ndarray) -> np.ndarray:
@@ -95,6 +100,31 @@ def codewords(arrays: dict[str, np.ndarray]) -> np.ndarray:
     return np.einsum("lks,lsd->lkd", codebook, slices).astype(np.float32)
 
 
+def entropies(codes: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    """Entropy in bits of each level of codes i32[N, L], f64[L]."""
+    bits = np.zeros(len(sizes))
+    for level, size in enumerate(sizes):
+        share = np.bincount(codes[:, level], minlength=size) / max(1, len(codes))
+        share = share[share > 0]
+        bits[level] = -(share * np.log2(share)).sum()
+    return bits
+
+
+def check_entropy(codes: np.ndarray, sizes: np.ndarray, least: float) -> None:
+    """Refuse a collapsed level.
+
+    Raises:
+        CodebookCollapsed: naming the level, its entropy and what would be enough.
+    """
+    for level, (bits, size) in enumerate(zip(entropies(codes, sizes), sizes, strict=True)):
+        wanted = least * np.log2(size)
+        if len(codes) >= GUARDED_DOCUMENTS_PER_CODE * size and bits < wanted:
+            raise CodebookCollapsed(
+                f"docid level {level} has {bits:.2f} bits, expected at least {wanted:.2f} of {np.log2(size):.2f}; "
+                "use docid.rq.assign=balanced, fewer levels, or lower docid.min_entropy"
+            )
+
+
 def kmeans(points: np.ndarray, k: int, iterations: int, seed: int) -> np.ndarray:
     """Centroids f32[k, D] by faiss."""
     clustering = faiss.Kmeans(points.shape[1], k, niter=iterations, seed=seed, min_points_per_centroid=1)
@@ -104,8 +134,8 @@ def kmeans(points: np.ndarray, k: int, iterations: int, seed: int) -> np.ndarray
 
 def nearest(points: np.ndarray, centroids: np.ndarray) -> np.ndarray:
     """Index i64[N] of the nearest centroid (the lowest of several)."""
-    found = [distances(points[i : i + CHUNK], centroids).argmin(1) for i in range(0, len(points), CHUNK)]
-    return np.concatenate(found) if found else np.empty(0, np.int64)
+    chunks = [distances(points[i : i + CHUNK], centroids).argmin(1) for i in range(0, len(points), CHUNK)]
+    return np.concatenate(chunks) if chunks else np.empty(0, np.int64)
 
 
 def distances(points: np.ndarray, centroids: np.ndarray) -> np.ndarray:

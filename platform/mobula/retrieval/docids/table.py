@@ -19,8 +19,8 @@ from mobula.config import digest
 from mobula.data.records import Document
 from mobula.errors import ArtifactError, ConfigError, DataError
 from mobula.retrieval.docids.config import COLLISIONS
-from mobula.retrieval.docids.families import entropies
 from mobula.retrieval.docids.hierarchy import FreeIndices
+from mobula.retrieval.docids.quantised import entropies
 from mobula.retrieval.docids.space import DocidSpace
 from mobula.retrieval.docids.text import DocidTokenizer
 

@@ -87,10 +87,10 @@ def tokens(vocabulary: np.ndarray, codes: np.ndarray) -> list[list[int]]:
 def _idf(rows: Sequence[Sequence[int]]) -> dict[str, np.ndarray]:
     """Tokens i64[V] in order, the idf f32[V] of each, and the number of documents i64[1]."""
     counts = Counter(token for row in rows for token in set(row))
-    found = sorted(counts)
-    shares = [len(rows) / counts[token] for token in found]
+    tokens = sorted(counts)
+    shares = [len(rows) / counts[token] for token in tokens]
     return {
-        "idf_tokens": np.array(found, np.int64),
+        "idf_tokens": np.array(tokens, np.int64),
         "idf": np.log(shares).astype(np.float32),
         "idf_documents": np.array([len(rows)], np.int64),
     }

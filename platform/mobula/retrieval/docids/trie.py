@@ -71,8 +71,8 @@ class Trie:
             return np.full(nodes.shape, OUTSIDE, np.int64)
         wanted = nodes * self.width + codes
         edge = np.minimum(np.searchsorted(self._edge_key, wanted), len(self._edge_key) - 1)
-        found = (nodes != OUTSIDE) & (codes >= 0) & (codes < self.width) & (self._edge_key[edge] == wanted)
-        return np.where(found, self.child_node[edge], OUTSIDE)
+        exists = (nodes != OUTSIDE) & (codes >= 0) & (codes < self.width) & (self._edge_key[edge] == wanted)
+        return np.where(exists, self.child_node[edge], OUTSIDE)
 
     def documents(self, leaf: int) -> np.ndarray:
         """Table rows of the documents at a leaf, in corpus order; none for any other node."""

@@ -71,8 +71,8 @@ def generate(
         part = torch.arange(start, min(start + together, memory.size), device=memory.mask.device)
         beam = _Beam(_Steps(speaker, memory.rows(part), width, together), index, width, max_len)
         beam.begin(titles_only)
-        found = [step for _ in range(1, beam.longest) if (step := beam.advance()) is not None]
-        results.extend(_by_query(found, beam))
+        steps = [step for _ in range(1, beam.longest) if (step := beam.advance()) is not None]
+        results.extend(_by_query(steps, beam))
     return results
 
 
@@ -114,9 +114,9 @@ class _Beam:
             return None
         raise_if_cancelled()
         totals = self.log_p[row] + self.network.step(self.parents, self.codes[:, -1], row, code)
-        asked = np.bincount(np.unique(row) // self.width, minlength=self.queries)
-        self.steps += asked > 0
-        self.rows += asked
+        extended = np.bincount(np.unique(row) // self.width, minlength=self.queries)
+        self.steps += extended > 0
+        self.rows += extended
         chosen, alive = self._best(row // self.width, totals)
         row, code = row[chosen], code[chosen]
         self.parents = np.where(alive, row % self.width, 0).reshape(self.queries, self.width)
@@ -137,7 +137,7 @@ class _Beam:
         return self.ranges.rows(np.arange(len(self.titles)), self.titles)
 
     def _best(self, query: np.ndarray, totals: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """For each query the ``width`` largest of its ``totals`` f64[C], best first: places i64[H], and bool[H] which
+        """For each query the ``width`` largest of its ``totals`` f64[C], best first: indices i64[H], and bool[H] which
         of them there are. Of equals the first wins."""
         bounds = np.searchsorted(query, np.arange(self.queries + 1))
         chosen = np.zeros((self.queries, self.width), np.int64)
@@ -166,8 +166,8 @@ class _Steps:
         """Log-probabilities f64[Q, V] of the first code."""
         hidden, self._cache = self.speaker.network.step(self._memory, self._cache, None)
         # Copied, since the bits of a product can depend on where in memory its factors begin.
-        found = torch.cat([self.speaker.log_probs(one.clone()) for one in hidden[: self.queries]])
-        return found.double().cpu().numpy()
+        log_probs = torch.cat([self.speaker.log_probs(one.clone()) for one in hidden[: self.queries]])
+        return log_probs.double().cpu().numpy()
 
     @torch.inference_mode()
     def step(self, parents: np.ndarray, previous: np.ndarray, row: np.ndarray, code: np.ndarray) -> np.ndarray:
@@ -179,39 +179,39 @@ class _Steps:
         cache = self._cache.reorder(torch.from_numpy(parents[self._filled]).to(device))
         last = torch.from_numpy(previous.reshape(-1, self.width)[self._filled]).to(device)
         hidden, self._cache = self.speaker.network.step(self._memory, cache, last)
-        alive, place = np.unique(row, return_inverse=True)
+        alive, slot = np.unique(row, return_inverse=True)
         of_query = np.searchsorted(alive, np.arange(self.queries + 1) * self.width)
-        bounds = np.searchsorted(place, of_query)
-        rows, places, codes = (torch.from_numpy(array).to(device) for array in (alive, place, code))
-        found = []
+        bounds = np.searchsorted(slot, of_query)
+        rows, slots, codes = (torch.from_numpy(array).to(device) for array in (alive, slot, code))
+        scored = []
         for query in np.flatnonzero(np.diff(bounds)).tolist():
-            mine, part = (slice(*ends[query : query + 2]) for ends in (of_query, bounds))
-            log_probs = self.speaker.log_probs(hidden.flatten(0, 1)[rows[mine]])
-            found.append(log_probs[places[part] - mine.start, codes[part]])
-        return torch.cat(found).double().cpu().numpy()
+            own, part = (slice(*ends[query : query + 2]) for ends in (of_query, bounds))
+            log_probs = self.speaker.log_probs(hidden.flatten(0, 1)[rows[own]])
+            scored.append(log_probs[slots[part] - own.start, codes[part]])
+        return torch.cat(scored).double().cpu().numpy()
 
 
 def _largest(values: np.ndarray, count: int) -> np.ndarray:
-    """Places of the ``count`` largest values, largest first; of equals the first."""
-    places = np.arange(len(values))
+    """Indices of the ``count`` largest values, largest first; of equals the first."""
+    indices = np.arange(len(values))
     if len(values) > count:
         least = np.partition(values, len(values) - count)[len(values) - count]
-        places = np.flatnonzero(values >= least)
-    return places[np.argsort(-values[places], kind="stable")][:count]
+        indices = np.flatnonzero(values >= least)
+    return indices[np.argsort(-values[indices], kind="stable")][:count]
 
 
-def _by_query(found: list[_Found], beam: _Beam) -> Iterator[Generated]:
+def _by_query(steps: list[_Found], beam: _Beam) -> Iterator[Generated]:
     """The keys of every query, shorter ones first."""
     longest = beam.longest
     segments = len(beam.index.segments)
-    query = np.concatenate([np.zeros(0, np.int64), *(step.query for step in found)])
-    padded = (np.pad(s.codes, ((0, 0), (0, longest - s.codes.shape[1])), constant_values=NONE) for s in found)
+    query = np.concatenate([np.zeros(0, np.int64), *(step.query for step in steps)])
+    padded = (np.pad(s.codes, ((0, 0), (0, longest - s.codes.shape[1])), constant_values=NONE) for s in steps)
     codes = np.concatenate([np.zeros((0, longest), np.int64), *padded])
-    log_p = np.concatenate([np.zeros(0), *(step.log_p for step in found)])
+    log_p = np.concatenate([np.zeros(0), *(step.log_p for step in steps)])
     empty = np.zeros((segments, 0), np.int64)
-    low = np.concatenate([empty, *(step.ranges.low for step in found)], axis=1)
-    high = np.concatenate([empty, *(step.ranges.high for step in found)], axis=1)
+    low = np.concatenate([empty, *(step.ranges.low for step in steps)], axis=1)
+    high = np.concatenate([empty, *(step.ranges.high for step in steps)], axis=1)
     for i in range(beam.queries):
-        mine = np.flatnonzero(query == i)
-        ranges = Ranges(low[:, mine], high[:, mine], longest)
-        yield Generated(codes[mine], log_p[mine], ranges, beam.first[i], int(beam.steps[i]), int(beam.rows[i]))
+        own = np.flatnonzero(query == i)
+        ranges = Ranges(low[:, own], high[:, own], longest)
+        yield Generated(codes[own], log_p[own], ranges, beam.first[i], int(beam.steps[i]), int(beam.rows[i]))

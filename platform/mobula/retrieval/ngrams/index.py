@@ -91,8 +91,8 @@ class Segment:
         left, right = np.stack([low, low]), np.stack([high, high])
         for _ in range(int((high - low).max(initial=0)).bit_length()):
             middle = (left + right) >> 1
-            found = self.codes[self.suffixes[np.minimum(middle, len(self) - 1)] + depth]
-            above = (found < wanted) & (left < right)
+            codes = self.codes[self.suffixes[np.minimum(middle, len(self) - 1)] + depth]
+            above = (codes < wanted) & (left < right)
             left, right = np.where(above, middle + 1, left), np.where(above, right, middle)
         return left[0], left[1]
 
@@ -103,13 +103,13 @@ class Segment:
         twice. A frequent single code has many suffixes and far fewer successors, hence ``pairs``.
         """
         if depth == 1:
-            row, place = ragged(np.searchsorted(self.pairs, low), np.searchsorted(self.pairs, high))
-            place = self.pairs[place]
+            row, entry = ragged(np.searchsorted(self.pairs, low), np.searchsorted(self.pairs, high))
+            entry = self.pairs[entry]
         else:
-            row, place = ragged(low, high)
-            another = (self.shared[place] <= depth) | (place == low[row])
-            row, place = row[another], place[another]
-        return row, self.codes[self.suffixes[place] + depth]
+            row, entry = ragged(low, high)
+            another = (self.shared[entry] <= depth) | (entry == low[row])
+            row, entry = row[another], entry[another]
+        return row, self.codes[self.suffixes[entry] + depth]
 
 
 @dataclass(frozen=True, eq=False)
@@ -225,11 +225,11 @@ class NgramIndex:
 
     def extend(self, ranges: Ranges, codes: np.ndarray) -> Ranges:
         """The ranges of H n-grams with one more code each."""
-        found = [
+        extended = [
             segment.narrow(low, high, codes, ranges.depth)
             for segment, low, high in zip(self.segments, ranges.low, ranges.high, strict=True)
         ]
-        return Ranges(np.stack([f[0] for f in found]), np.stack([f[1] for f in found]), ranges.depth + 1)
+        return Ranges(np.stack([f[0] for f in extended]), np.stack([f[1] for f in extended]), ranges.depth + 1)
 
     def successors(self, ranges: Ranges, titles: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Row i64[C] and code i32[C] of every way to go on with H n-grams of at least one code, sorted, each once.
@@ -238,12 +238,12 @@ class NgramIndex:
         Enumerating them costs less than testing the model's 64 best codes for existence: 0.3 to 6 ms for 240
         hypotheses over 2 million tokens, against 6 to 13 ms and another 15 ms to find the 64 (one busy core).
         """
-        found = [
+        by_segment = [
             segment.successors(low, high, ranges.depth)
             for segment, low, high in zip(self.segments, ranges.low, ranges.high, strict=True)
         ]
-        row, code = (np.concatenate([f[i] for f in found]) for i in (0, 1))
-        if len(found) > 1:
+        row, code = (np.concatenate([f[i] for f in by_segment]) for i in (0, 1))
+        if len(by_segment) > 1:
             width = len(self.frequencies)
             row, code = np.divmod(np.unique(row * width + code), width)
         legal = (code >= FIRST) | ((code == TITLE_END) & titles[row])
@@ -265,7 +265,7 @@ class NgramIndex:
         return counts
 
     def locate(self, ngram: Sequence[int], limit: int) -> list[tuple[int, int]]:
-        """The first ``limit`` occurrences as (document row, place in its stream)."""
+        """The first ``limit`` occurrences as (document row, position in its stream)."""
         if not is_key(ngram):
             return []
         _, positions = self.positions(self.find(np.array([ngram], np.int32)))
@@ -276,12 +276,12 @@ class NgramIndex:
 
     def positions(self, ranges: Ranges) -> tuple[np.ndarray, np.ndarray]:
         """Row i64[M] and position i64[M] of every occurrence of H n-grams, sorted."""
-        rows, places = [], []
+        rows, positions = [], []
         for segment, low, high, offset in zip(self.segments, ranges.low, ranges.high, self.offsets, strict=True):
-            row, place = ragged(low, high)
+            row, entry = ragged(low, high)
             rows.append(row)
-            places.append(segment.suffixes[place] + offset)
-        row, position = np.concatenate(rows), np.concatenate(places)
+            positions.append(segment.suffixes[entry] + offset)
+        row, position = np.concatenate(rows), np.concatenate(positions)
         order = np.argsort(row * len(self.codes) + position)
         return row[order], position[order]
 
@@ -320,7 +320,7 @@ def sort_suffixes(codes: np.ndarray, depth: int) -> np.ndarray:
 
 
 def ragged(low: np.ndarray, high: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Row and place of everything in the ranges i64[H] from ``low`` to ``high``, row by row."""
+    """Row and position of everything in the ranges i64[H] from ``low`` to ``high``, row by row."""
     sizes = high - low
     row = np.repeat(np.arange(len(sizes)), sizes)
     return row, np.arange(len(row)) + (low - (np.cumsum(sizes) - sizes))[row]

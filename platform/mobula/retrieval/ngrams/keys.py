@@ -51,14 +51,14 @@ def weights(log_p: np.ndarray, frequency: np.ndarray, tokens: int, alpha: float)
     return np.maximum(0.0, log_odds(log_p) - log_odds(expected)) ** alpha
 
 
-def make_keys(found: Generated, index: NgramIndex, config: NgramConfig, *, singles: bool = True) -> Keys:
+def make_keys(generated: Generated, index: NgramIndex, config: NgramConfig, *, singles: bool = True) -> Keys:
     """The keys of a query; without ``singles`` no code is a key by itself."""
-    weight = weights(found.log_p, found.ranges.counts, index.tokens, config.alpha)
+    weight = weights(generated.log_p, generated.ranges.counts, index.tokens, config.alpha)
     order = np.flatnonzero(weight > 0)
-    length = (found.codes[order] != NONE).sum(1)
-    order = order[np.lexsort((*found.codes[order].T[::-1], -length, -weight[order]))]
-    single = _singles(found.first, index, config) if singles else np.zeros(len(found.first))
-    return Keys(found.codes[order], weight[order], found.ranges.rows(order), single)
+    length = (generated.codes[order] != NONE).sum(1)
+    order = order[np.lexsort((*generated.codes[order].T[::-1], -length, -weight[order]))]
+    single = _singles(generated.first, index, config) if singles else np.zeros(len(generated.first))
+    return Keys(generated.codes[order], weight[order], generated.ranges.rows(order), single)
 
 
 def _singles(first: np.ndarray, index: NgramIndex, config: NgramConfig) -> np.ndarray:

@@ -116,8 +116,8 @@ def vectors(embedding: StaticEmbedding, tokens: np.ndarray, *, marks: bool = Fal
     random, always the same, and as long as a token's."""
     rows = embedding.table[tokens]
     if marks:
-        drawn = np.random.default_rng(0).standard_normal((FIRST, embedding.dim))
-        rows = np.concatenate([drawn * embedding.table.std(), rows])
+        noise = np.random.default_rng(0).standard_normal((FIRST, embedding.dim))
+        rows = np.concatenate([noise * embedding.table.std(), rows])
     return torch.from_numpy(rows.astype(np.float32))
 
 
@@ -153,8 +153,8 @@ class Speaker:
     @torch.no_grad()
     def _add(self, tokens: np.ndarray) -> None:
         if len(tokens):
-            found = unseen_vectors(self.codes, vectors(self.embedding, tokens))
-            inputs, outputs = code_rows(self.codes, found)
+            rows = unseen_vectors(self.codes, vectors(self.embedding, tokens))
+            inputs, outputs = code_rows(self.codes, rows)
             self.inputs, self.outputs = torch.cat([self.inputs, inputs]), torch.cat([self.outputs, outputs])
         self._columns = self.outputs.T.contiguous()
         self.network = _with_codes(self.network, FixedCodes(self.inputs))

@@ -68,7 +68,7 @@ class Corpus:
         raw = {view: raw_streams(view, documents, tokenizer, config.max_len, queries) for view in config.views}
         every = [stream for streams in raw.values() for stream in streams]
         vocabulary = Vocabulary.fit(every, len(tokenizer.table), config.most_frequent)
-        streams = {view: vocabulary.encode(found) for view, found in raw.items()}
+        streams = {view: vocabulary.encode(of_view) for view, of_view in raw.items()}
         return cls(config, doc_ids, vocabulary, streams, queries, digest(doc_ids), tokenizer)
 
     def added(self, documents: Sequence[Document]) -> Corpus:
@@ -82,8 +82,8 @@ class Corpus:
             view: raw_streams(view, documents, self.tokenizer, self.config.max_len, self.queries)
             for view in self.config.views
         }
-        vocabulary = self.vocabulary.extended([stream for found in raw.values() for stream in found])
-        streams = {view: vocabulary.encode(found) for view, found in raw.items()}
+        vocabulary = self.vocabulary.extended([stream for of_view in raw.values() for stream in of_view])
+        streams = {view: vocabulary.encode(of_view) for view, of_view in raw.items()}
         return replace(self, doc_ids=doc_ids, vocabulary=vocabulary, streams=streams)
 
     def save(self, directory: Path, shape: NetworkShape) -> None:
@@ -233,7 +233,7 @@ class NgramRetriever:
             rows = remaining(known, doc_ids)
             streams = {view: index.streams.select(rows) for view, index in version.indexes.items()}
             depth = self.config.max_len + MARKS_IN_TITLE
-            indexes = {view: NgramIndex.build(found, depth) for view, found in streams.items()}
+            indexes = {view: NgramIndex.build(of_view, depth) for view, of_view in streams.items()}
             corpus = replace(version.corpus, doc_ids=[known[row] for row in rows], streams=streams)
             self._version = _Version(corpus, indexes, version.speaker, version.number + 1)
             return self._version.number
@@ -287,11 +287,11 @@ class NgramRetriever:
                 together=self.config.together,
                 titles_only=titles_only,
             )
-            for i, found in enumerate(generated):
-                keys = make_keys(found, index, self.config, singles=not titles_only)
+            for i, of_query in enumerate(generated):
+                keys = make_keys(of_query, index, self.config, singles=not titles_only)
                 scores[i] += scorers[view].scores(keys)
-                steps[i] += found.steps
-                rows[i] += found.rows
+                steps[i] += of_query.steps
+                rows[i] += of_query.rows
         return [_ranked(version.corpus.doc_ids, scores[i], k, int(steps[i]), int(rows[i])) for i, k in enumerate(ks)]
 
 
@@ -310,12 +310,12 @@ def load(directory: Path, weights: Path | None = None, name: str = "ngram") -> N
 def _ranked(doc_ids: list[str], scores: np.ndarray, k: int, steps: int, rows: int) -> SearchResult:
     """Documents with a score, best first, ties in corpus order; then others in corpus order until there are k."""
     order = np.argsort(-scores, kind="stable")[:k]
-    found = int((scores[order] > 0).sum())
+    generated = int((scores[order] > 0).sum())
     # A stable sort leaves documents without a score in corpus order; theirs must fall all the same.
-    lowest = scores[order[found - 1]] if found else 0.0
-    values = np.concatenate([scores[order[:found]], lowest - 1 - np.arange(len(order) - found)])
+    lowest = scores[order[generated - 1]] if generated else 0.0
+    values = np.concatenate([scores[order[:generated]], lowest - 1 - np.arange(len(order) - generated)])
     hits = [Hit(doc_ids[row], value) for row, value in zip(order.tolist(), values.tolist(), strict=True)]
     return SearchResult(
         hits, nfe=steps, rows=rows, steps_used=steps, constraint="ngrams", scored_by="n-gram keys",
-        filled=len(hits) - found,
+        filled=len(hits) - generated,
     )  # fmt: skip

@@ -106,8 +106,8 @@ class Vocabulary:
         """With the tokens of raw ``streams`` that have no code yet behind the others; old codes stay."""
         if self.limited:
             return self
-        found = np.unique(np.concatenate([np.zeros(0, np.int64), *streams]))
-        fresh = found[(found >= FIRST) & (self._code[found] == BREAK)] - FIRST
+        tokens = np.unique(np.concatenate([np.zeros(0, np.int64), *streams]))
+        fresh = tokens[(tokens >= FIRST) & (self._code[tokens] == BREAK)] - FIRST
         return replace(self, tokens=np.concatenate([self.tokens, fresh])) if len(fresh) else self
 
     def encode(self, streams: Sequence[np.ndarray]) -> Streams:
@@ -116,8 +116,8 @@ class Vocabulary:
 
     def codes(self, tokens: Sequence[int]) -> np.ndarray:
         """Codes i32[m] of those of ``tokens`` that have one."""
-        found = self._code[np.asarray(tokens, np.int64) + FIRST]
-        return found[found != BREAK]
+        codes = self._code[np.asarray(tokens, np.int64) + FIRST]
+        return codes[codes != BREAK]
 
 
 @dataclass(frozen=True)

@@ -127,8 +127,8 @@ class NgramTask(Task):
         """Vectors of tokens without a code; none for a limited vocabulary, which no token ever joins."""
         corpus = self.opened.corpus
         count = 0 if corpus.vocabulary.limited else min(corpus.config.unseen, len(self.opened.unseen))
-        drawn = torch.randint(max(1, len(self.opened.unseen)), (count,), generator=generator)
-        return vectors(corpus.tokenizer, self.opened.unseen[drawn.numpy()])
+        sampled = torch.randint(max(1, len(self.opened.unseen)), (count,), generator=generator)
+        return vectors(corpus.tokenizer, self.opened.unseen[sampled.numpy()])
 
 
 def _unseen_logits(codes: nn.Module, hidden: Tensor, unseen: Tensor) -> Tensor:
@@ -179,10 +179,10 @@ def write_ngrams(
         shape = network_shape(model, corpus.vocabulary, config.max_len, corpus.tokenizer.dim)
         corpus.save(directory, shape)
         inputs = MarkedInputs(corpus.tokenizer, model.query_len)
-        asked = {"train": list(train_queries), "dev": list(dev_queries), "held_out": list(held_out)}
-        data = RetrievalData("ngrams", "", "", list(documents), asked)
+        queries = {"train": list(train_queries), "dev": list(dev_queries), "held_out": list(held_out)}
+        data = RetrievalData("ngrams", "", "", list(documents), queries)
         _write_examples(directory, corpus, *training_examples(pseudo_queries, data, seed), inputs, seed)
-        _write_dev(directory, sample(asked["dev"], config.dev_queries, seed), inputs, config.views)
+        _write_dev(directory, sample(queries["dev"], config.dev_queries, seed), inputs, config.views)
         write_text(directory / DONE, corpus.fitted_on)
     return NgramTask(directory)
 
@@ -198,9 +198,9 @@ def _write_examples(
     features: list[np.ndarray] = []
     for number, view in enumerate(corpus.config.views):
         targets = SpanTargets(corpus.streams[view], corpus.config, view, np.random.default_rng([seed, number]))
-        drawn = [targets.draw(codes[query], document) for query, document in pairs.tolist()]
-        spans.append(targets.codes(np.concatenate(drawn)))
-        owners.append(number * len(texts) + np.repeat(pairs[:, 0], [len(places) for places in drawn]))
+        sampled = [targets.draw(codes[query], document) for query, document in pairs.tolist()]
+        spans.append(targets.codes(np.concatenate(sampled)))
+        owners.append(number * len(texts) + np.repeat(pairs[:, 0], [len(spans_of) for spans_of in sampled]))
         features.append(inputs.features(texts, view)["ids"].numpy())
     if not any(map(len, spans)):
         raise DataError("nothing to train on: the documents of the training queries have no token")
@@ -225,8 +225,8 @@ class SpanTargets:
     title are also asked for it.
     """
 
-    def __init__(self, streams: Streams, config: NgramConfig, view: str, random: np.random.Generator) -> None:
-        self.streams, self.config, self.random = streams, config, random
+    def __init__(self, streams: Streams, config: NgramConfig, view: str, rng: np.random.Generator) -> None:
+        self.streams, self.config, self.rng = streams, config, rng
         self.windows = {"title": 0, "query": config.query_spans}.get(view, config.spans)
         self.titles = config.titles if view in ("text", "title") else 0
         postings = Postings.of(streams)
@@ -254,13 +254,14 @@ class SpanTargets:
         gain[known] = self.idf[known]
         sums = np.concatenate([[0.0], np.cumsum(gain[codes])])
         overlap = sums[ends - low] - sums[begins - low]
-        chance = np.cumsum(np.exp(self.config.sharpness * (overlap - overlap.max())))
-        drawn = np.searchsorted(chance, self.random.random(self.windows) * chance[-1], side="right")
-        drawn = np.minimum(drawn, len(begins) - 1)  # the largest random number, rounded up, is behind the last window
-        return np.concatenate([title, np.column_stack([begins[drawn], ends[drawn]])])
+        cumulative = np.cumsum(np.exp(self.config.sharpness * (overlap - overlap.max())))
+        sampled = np.searchsorted(cumulative, self.rng.random(self.windows) * cumulative[-1], side="right")
+        # The largest random number, rounded up, is behind the last window.
+        sampled = np.minimum(sampled, len(begins) - 1)
+        return np.concatenate([title, np.column_stack([begins[sampled], ends[sampled]])])
 
-    def codes(self, places: np.ndarray) -> np.ndarray:
-        """The codes i32[m, L] at places i64[m, 2], padded with -1."""
-        position = places[:, :1] + np.arange(self.config.max_len + MARKS_IN_TITLE)
+    def codes(self, spans: np.ndarray) -> np.ndarray:
+        """The codes i32[m, L] of spans i64[m, 2], padded with -1."""
+        position = spans[:, :1] + np.arange(self.config.max_len + MARKS_IN_TITLE)
         codes = self.streams.codes[np.minimum(position, len(self.streams.codes) - 1)]
-        return np.where(position < places[:, 1:], codes, np.int32(NONE))
+        return np.where(position < spans[:, 1:], codes, np.int32(NONE))
