@@ -164,5 +164,7 @@ class Solving:
         agents = self.state.predictor.agents
         with one_thread():
             if what == "plan":
-                return [(text, count) for text, count, _ in agents.plans(tasks, sampling, seeds)]
-            return agents.programs(tasks, plans, sampling, seeds)
+                written = agents.plans(tasks, sampling, seeds)
+            else:
+                written = agents.programs(tasks, plans, sampling, seeds)
+        return [(text, len(continuation.log_probs)) for text, continuation in written]

@@ -64,15 +64,17 @@ class Agents(Portable):
         """I: the tools of a task."""
         return self.worlds[task.family].offered(task)
 
-    def plans(self, tasks: Tasks, sampling: Sampling, seeds: Sequence[int]) -> list[Continuation]:
+    def plans(self, tasks: Tasks, sampling: Sampling, seeds: Sequence[int]) -> list[tuple[str, Continuation]]:
         """s ~ pi_p(. | x), one of every task."""
         model, template = self.planning
-        return model.sample([template.plan(task) for task in tasks], sampling, seeds)
+        return _texts(model, model.sample([template.plan(task) for task in tasks], sampling, seeds))
 
-    def programs(self, tasks: Tasks, plans: Sequence[str], sampling: Sampling, seeds: Sequence[int]) -> list[str]:
+    def programs(
+        self, tasks: Tasks, plans: Sequence[str], sampling: Sampling, seeds: Sequence[int]
+    ) -> list[tuple[str, Continuation]]:
         """a ~ pi_g(. | x, I, s), one for every plan."""
         model = self.grounding[0]
-        return [model.decode(c.ids) for c in model.sample(self._prompts(tasks, plans), sampling, seeds)]
+        return _texts(model, model.sample(self._prompts(tasks, plans), sampling, seeds))
 
     def gold_scores(self, tasks: Tasks, plans: Sequence[str]) -> list[Row]:
         """nll(s) = -1/|a*| sum_i log pi_g(a*_i | a*_<i, x, I, s): ``nll_sum``, ``nll_mean`` (nats) and ``n_scored``.
@@ -92,10 +94,10 @@ class Agents(Portable):
         own = [i for i, plan in enumerate(plans) if plan is None]
         texts = [plan or "" for plan in plans]
         written = self.plans([tasks[i] for i in own], Sampling(most.plan, GREEDY), [0] * len(own)) if own else []
-        for i, continuation in zip(own, written, strict=True):
-            texts[i] = self.planning[0].decode(continuation.ids)
+        for i, (plan, _) in zip(own, written, strict=True):
+            texts[i] = plan
         programs = self.programs(tasks, texts, Sampling(most.program, GREEDY), [0] * len(tasks))
-        return list(zip(texts, programs, strict=True))
+        return [(plan, program) for plan, (program, _) in zip(texts, programs, strict=True)]
 
     def _open(self, folder: Path) -> tuple[CausalModel, Markers]:
         model = CausalModel.open(str(folder)).placed()
@@ -114,9 +116,12 @@ class Integrated(Agents):
         """As :meth:`Agents.solve`; no plan can be given."""
         if any(plan is not None for plan in plans):
             raise ValueError("an integrated agent takes no plan")
-        model, template = self.planning
         written = self.plans(tasks, Sampling(most.plan + most.program, GREEDY), [0] * len(tasks))
-        return [template.split(model.decode(c.ids)) for c in written]
+        return [self.planning[1].split(text) for text, _ in written]
+
+
+def _texts(model: CausalModel, continuations: Sequence[Continuation]) -> list[tuple[str, Continuation]]:
+    return [(model.decode(continuation.ids), continuation) for continuation in continuations]
 
 
 @dataclass
@@ -138,10 +143,10 @@ def propose(agents: Agents, tasks: Tasks, items: Rows, seed: int, *, samples: in
     repeated = [task for task in tasks for _ in range(samples)]
     seeds = [seed_of(seed, task.id, j) for task in tasks for j in range(samples)]
     plans = iter(agents.plans(repeated, sampling, seeds))
-    decode, rows = agents.planning[0].decode, []
+    rows = []
     for task in tasks:
-        drawn = [(j, next(plans)) for j in range(samples)]
-        candidates = [PlanSample(task.id, j, decode(c.ids), len(c.log_probs), sum(c.log_probs)) for j, c in drawn]
+        drawn = [(j, *next(plans)) for j in range(samples)]
+        candidates = [PlanSample(task.id, j, text, len(c.log_probs), sum(c.log_probs)) for j, text, c in drawn]
         rows += [asdict(sample) for sample in examine(candidates, task, agents.offered(task))]
     return rows
 
@@ -158,8 +163,7 @@ def probe(agents: Agents, tasks: Tasks, items: Rows, seed: int, *, sampling: Sam
     ``nll_gold``: their score after the gold plan. Plans are drawn with the items' own seeds and not the shard's, so
     that all stages draw alike.
     """
-    continuations = agents.plans(tasks, sampling, [item["seed"] for item in items])
-    plans = [agents.planning[0].decode(c.ids) for c in continuations]
+    plans = [text for text, _ in agents.plans(tasks, sampling, [item["seed"] for item in items])]
     scores, gold = agents.gold_scores(tasks, plans), agents.gold_scores(tasks, [str(t.gold_plan) for t in tasks])
     rows = []
     for task, plan, scored, best in zip(tasks, plans, scores, gold, strict=True):
@@ -177,7 +181,7 @@ def ground(
     programs = agents.programs(tasks, [item["text"] for item in items], sampling, seeds)
     return [
         asdict(criticise(critic, agents.worlds[task.family], task, item["j"], item["text"], program))
-        for item, task, program in zip(items, tasks, programs, strict=True)
+        for item, task, (program, _) in zip(items, tasks, programs, strict=True)
     ]
 
 

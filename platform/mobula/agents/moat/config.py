@@ -87,7 +87,8 @@ class TasksConfig:
     @property
     def sizes(self) -> dict[str, int]:
         """How many tasks each split has, those that are trained on first."""
-        return {name: getattr(self, name) for name in ("train", "align", "probe", "dev", "test_in", "test_out")}
+        learned = {"train": self.train, "align": self.align, "probe": self.probe, "dev": self.dev}
+        return {**learned, "test_in": self.test_in, "test_out": self.test_out}
 
 
 @dataclass
