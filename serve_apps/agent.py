@@ -5,25 +5,25 @@ from __future__ import annotations
 from fastapi import FastAPI
 
 from mobula.agents.sandbox import SandboxError
-from mobula.serving.application import Spec, application, deployment
+from mobula.serving.application import Route, Spec, application, deployment
 from mobula.serving.metrics import Metrics
 from serve_apps import CONSOLE
 from serve_apps.agent_schema import AgentArgs, Solved, SolveRequest
 from serve_apps.agent_solving import Solving, State
 
 SPEC = Spec(
-    "Mobula agent",
-    CONSOLE,
-    "agent.html",
-    (
+    title="Mobula agent",
+    console=CONSOLE,
+    page="agent.html",
+    ask=Route(
         "/solve",
         "Solve a task. Streams `plan`, `call`, `result`, `answer` or `error`, and `done` with everything. Every "
         "conversation has a sandbox of its own. What goes wrong in one is its status, not an error of the request.",
     ),
-    SolveRequest,
-    Solved,
-    ("/agents", "Which agents these are, and their tools and example tasks by family."),
-    {SandboxError: (503, "no_sandbox")},
+    request=SolveRequest,
+    response=Solved,
+    about=Route("/agents", "Which agents these are, and their tools and example tasks by family."),
+    statuses={SandboxError: (503, "no_sandbox")},
 )
 
 

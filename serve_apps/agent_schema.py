@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pydantic import BaseModel, Field, model_validator
 
-from mobula.serving.app import ModelArgs, Strict, Text
+from mobula.serving.app import ModelArgs, Text
+from mobula.serving.application import Request
 
 MOST_STEPS = 8
 
@@ -16,7 +17,7 @@ class AgentArgs(ModelArgs):
     tool_memory_mb: int = Field(256, ge=16, le=65_536, description="memory that the tools of a conversation may take")
 
 
-class SolveRequest(Strict):
+class SolveRequest(Request):
     """A task for the agents. The task is all that they see of the request, beside the tools."""
 
     task: Text

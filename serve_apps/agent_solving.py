@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -91,7 +91,7 @@ class Solving:
             known = ", ".join(self.state.workshops)
             raise RequestRefused(422, "unknown_family", f"no tools for {request.family!r}; there are {known}")
 
-    async def events(self, request: SolveRequest) -> AsyncIterator[Event]:
+    async def events(self, request: SolveRequest) -> AsyncGenerator[Event, None]:
         """`plan`, then `call` and `result` in turn, `answer` or `error`, for each conversation; `done` at the end."""
         began, tokens = time.perf_counter(), 0
         found: list[Conversation] = []

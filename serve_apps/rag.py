@@ -4,20 +4,20 @@ from __future__ import annotations
 
 from fastapi import FastAPI
 
-from mobula.serving.application import Spec, application, deployment
+from mobula.serving.application import Route, Spec, application, deployment
 from mobula.serving.metrics import Metrics
 from serve_apps import CONSOLE
 from serve_apps.rag_answering import Answering, State
 from serve_apps.rag_schema import Answered, AnswerRequest, RagArgs
 
 SPEC = Spec(
-    "Mobula question answering",
-    CONSOLE,
-    "rag.html",
-    ("/answer", "Answer a question. As a stream: `found`, `selected`, `answer`, and `done` with everything."),
-    AnswerRequest,
-    Answered,
-    ("/about", "Which networks these are, how many passages they find and choose, and questions to try."),
+    title="Mobula question answering",
+    console=CONSOLE,
+    page="rag.html",
+    ask=Route("/answer", "Answer a question. As a stream: `found`, `selected`, `answer`, and `done` with everything."),
+    request=AnswerRequest,
+    response=Answered,
+    about=Route("/about", "Which networks these are, how many passages they find and choose, and questions to try."),
 )
 
 

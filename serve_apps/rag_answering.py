@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,7 +60,7 @@ class Answering:
         """End the batches."""
         self.batcher.close()
 
-    async def events(self, request: AnswerRequest) -> AsyncIterator[Event]:
+    async def events(self, request: AnswerRequest) -> AsyncGenerator[Event, None]:
         """`found`, `selected`, `answer`, and `done` with everything."""
         began, predictor = time.perf_counter(), self.state.predictor
         asked, silent = await self._run(predictor.find, request.question)

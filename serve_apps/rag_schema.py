@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pydantic import BaseModel, Field
 
-from mobula.serving.app import ModelArgs, Strict, Text
+from mobula.serving.app import ModelArgs, Text
+from mobula.serving.application import Request
 
 
 class RagArgs(ModelArgs):
@@ -13,11 +14,10 @@ class RagArgs(ModelArgs):
     select_s: float = Field(10.0, gt=0, le=600, description="time for choosing passages; after it, the retriever's")
 
 
-class AnswerRequest(Strict):
+class AnswerRequest(Request):
     """A question."""
 
     question: Text
-    stream: bool = Field(False, description="server-sent events as things happen; false: one JSON at the end")
 
 
 class Candidate(BaseModel):

@@ -4,24 +4,24 @@ from __future__ import annotations
 
 from fastapi import FastAPI
 
-from mobula.serving.application import Spec, application, deployment
+from mobula.serving.application import Route, Spec, application, deployment
 from mobula.serving.metrics import Metrics
 from serve_apps import CONSOLE
 from serve_apps.searcher_schema import SearcherArgs, Solved, SolveRequest
 from serve_apps.searcher_solving import Solving, State
 
 SPEC = Spec(
-    "Mobula searcher",
-    CONSOLE,
-    "searcher.html",
-    (
+    title="Mobula searcher",
+    console=CONSOLE,
+    page="searcher.html",
+    ask=Route(
         "/solve",
         "Answer a question. Streams `search`, `evidence` and `fact` in turn, `answer`, and `done` with everything. A "
         "search that fails or a turn that cannot be read is the status of the answer, not an error of the request.",
     ),
-    SolveRequest,
-    Solved,
-    ("/agent", "Which agent this is, what it searches, example questions by kind, and its limits."),
+    request=SolveRequest,
+    response=Solved,
+    about=Route("/agent", "Which agent this is, what it searches, example questions by kind, and its limits."),
 )
 
 

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from pydantic import BaseModel, Field
 
-from mobula.serving.app import ModelArgs, Strict, Text
+from mobula.serving.app import ModelArgs, Text
+from mobula.serving.application import Request
 
 
 class SearcherArgs(ModelArgs):
     """Arguments of the application in cluster.yaml; its artifact is that of a finished exsearch run."""
 
 
-class SolveRequest(Strict):
+class SolveRequest(Request):
     """A question for the agent."""
 
     question: Text

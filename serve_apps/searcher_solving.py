@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any
@@ -58,7 +58,7 @@ class Solving:
         """End the batches."""
         self.batcher.close()
 
-    async def events(self, request: SolveRequest) -> AsyncIterator[Event]:
+    async def events(self, request: SolveRequest) -> AsyncGenerator[Event, None]:
         """`search`, `evidence` and `fact` in turn, then `answer`, and `done` with everything."""
         began, limits = time.perf_counter(), self._limits(request)
         episode: Episode = await self.batcher.submit(("begin", limits), Episode(request.question, 0))

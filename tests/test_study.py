@@ -94,6 +94,45 @@ def test_systems_are_equal_by_value_and_have_file_names() -> None:
     assert System.of("retriever/x", gold_plan="on").slug == "retriever-x-gold-plan-on"
 
 
+def test_systems_of_the_same_options_are_one_whatever_their_order() -> None:
+    assert System.of("a", x=1, y=2) == System.of("a", y=2, x=1)
+
+
+def test_systems_that_would_share_a_file_are_refused(tmp_path: Path) -> None:
+    config, arms = build(Config, {"method": "toy", "arms": ["a/b", "a-b"]}), Arms()
+    with Run.open(tmp_path, config) as run, pytest.raises(MobulaError, match="share the name a-b"):
+        Study(run, [], [System("a/b"), System("a-b")], arms.train, arms.evaluate).execute()
+
+
+def test_other_test_examples_or_another_order_are_refused(tmp_path: Path) -> None:
+    results = executed(tmp_path, Arms())
+    runs = [list(reversed(run)) for run in results.runs("plain")]
+    with pytest.raises(MobulaError, match="plain, seed 0: not evaluated on the test examples of the others"):
+        Results(results.config, {**results.rows, System("plain"): runs}, {})
+
+
+def test_an_unknown_metric_or_an_empty_stratum_is_an_error_that_says_so(tmp_path: Path) -> None:
+    results = executed(tmp_path, Arms())
+    with pytest.raises(MobulaError, match="ours was not measured by scroe"):
+        results.values("ours", "scroe")
+    with pytest.raises(MobulaError, match="claim x: no test example has score in nowhere"):
+        results.claim("x", "x", "ours", "plain", "score", stratum="nowhere")
+    assert results.values("ours", "score", "see").shape == (2, 10)
+
+
+def test_claims_on_derived_values_know_the_clusters(tmp_path: Path) -> None:
+    results = executed(tmp_path, Arms())
+    rows = {
+        s: [[{**row, "cluster": i // 10} for i, row in enumerate(run)] for run in results.runs(s)] for s in results.rows
+    }
+    clustered = Results(results.config, rows, results.curves)
+    a, b = (clustered.values(name, "score") for name in ("ours", "plain"))
+    told, own = (clustered.compare("x", "x", 2 * a, b, clusters=c) for c in ([i // 10 for i in range(20)], None))
+    assert (told.low, told.high) == (own.low, own.high)
+    with pytest.raises(MobulaError, match="which clusters its 4 columns belong to"):
+        clustered.compare("x", "x", a[:, :4], b[:, :4])
+
+
 def test_curves_end_where_a_seed_ends_and_tables_where_all_do(tmp_path: Path) -> None:
     results = executed(tmp_path, Arms())
     assert tables.curve(results.curves["ours"], "dev") == [(0.0, 0.5, 0, 1), (1.0, 1.5, 1, 2)]

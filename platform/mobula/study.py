@@ -22,6 +22,8 @@ from mobula.evaluation import claims, tables
 from mobula.evaluation.intervals import mean_interval, paired_difference
 from mobula.experiment import Claim, ExperimentConfig, Measure, Report, Run
 
+CURVES = "curves.jsonl"  # every arm's metrics by seed and iteration
+
 
 @dataclass
 class StudyEvaluation:
@@ -75,7 +77,7 @@ class System:
     def of(cls, system: str | System, **options: Any) -> System:
         """The system of an arm, or a system with further options."""
         base = cls(system) if isinstance(system, str) else system
-        return cls(base.arm, (*base.options, *options.items()))
+        return cls(base.arm, tuple(sorted({**dict(base.options), **options}.items())))
 
     @property
     def label(self) -> str:
@@ -117,6 +119,7 @@ class Study:
     def execute(self) -> Results:
         """Train every arm of every seed, and only then look at the test examples, once."""
         config, directory = _config(self.run), self.run.directory
+        _require_different([system.slug for system in self.systems])
         with pool(config.parallel if config.parallel > 1 else 0, self.run.cluster) as workers:
             for arms in self.stages:
                 workers.map(_Training(self.train, directory), arms, config.seeds)
@@ -126,10 +129,15 @@ class Study:
             for system in self.systems
         }
         curves = {arm: [self.curve(arm, seed) for seed in config.seeds] for arm in self.alternating}
-        for arm, runs in curves.items():
-            for seed, curve in zip(config.seeds, runs, strict=True):
-                for row in curve:
-                    self.run.log(arm=arm, seed=seed, **row)
+        write_jsonl(
+            directory / CURVES,
+            (
+                {"arm": arm, "seed": seed, **row}
+                for arm, runs in curves.items()
+                for seed, curve in zip(config.seeds, runs, strict=True)
+                for row in curve
+            ),
+        )
         return Results(config, rows, curves)
 
 
@@ -150,11 +158,22 @@ def results_path(directory: Path, system: System, seed: int) -> Path:
 
 @dataclass(frozen=True)
 class Results:
-    """Rows by system and seed, one a test example, and rows of metrics by arm, seed and iteration."""
+    """Rows by system and seed, one a test example, and rows of metrics by arm, seed and iteration.
+
+    Raises:
+        MobulaError: systems or seeds have not the same test examples in the same order: pairs would be of others.
+    """
 
     config: StudyConfig
     rows: Mapping[System, Sequence[Sequence[Row]]]
     curves: Mapping[str, Sequence[Sequence[Row]]]
+
+    def __post_init__(self) -> None:
+        first = [_example(row) for row in next(iter(self.rows.values()))[0]]
+        for system, runs in self.rows.items():
+            for seed, run in zip(self.config.seeds, runs, strict=True):
+                if not run or [_example(row) for row in run] != first:
+                    raise MobulaError(f"{system.label}, seed {seed}: not evaluated on the test examples of the others")
 
     @property
     def first(self) -> System:
@@ -182,7 +201,10 @@ class Results:
         return list(dict.fromkeys(row["stratum"] for row in next(iter(self.rows.values()))[0] if "stratum" in row))
 
     def values(self, system: str | System, metric: str, stratum: str = "") -> np.ndarray:
-        """f[S, Q] by seed and test example that has the metric in every seed; ``stratum``: how its stratum begins."""
+        """f[S, Q] by seed and test example that has the metric in every seed.
+
+        ``stratum``: the examples' stratum or, where none is called so, what the strata that are meant begin with.
+        """
         return self._values(system, metric, self._applicable(system, metric, stratum))
 
     def measure(self, system: str | System, metric: str, stratum: str = "") -> Measure | None:
@@ -215,6 +237,8 @@ class Results:
     ) -> Claim:
         """The claim that a exceeds b in a metric, as :func:`mobula.evaluation.claims.compare`."""
         kept = self._shared(a, b, metric, stratum)
+        if not kept:
+            raise MobulaError(f"claim {name}: no test example has {metric}{f' in {stratum}' if stratum else ''}")
         one, other = (self._values(system, metric, kept) for system in (a, b))
         return self.compare(name, statement, one, other, margin=margin, clusters=self._clusters(a, kept))
 
@@ -228,8 +252,18 @@ class Results:
         margin: float = 0.0,
         clusters: Sequence[Hashable] | None = None,
     ) -> Claim:
-        """A claim on values of any kind f[S, Q], as decisive as the run is."""
+        """A claim on values of any kind f[S, Q], as decisive as the run is.
+
+        ``clusters`` of the Q columns; where the examples have clusters and the columns are all examples, theirs.
+
+        Raises:
+            MobulaError: the examples have clusters, and those of the columns are not told.
+        """
         how = self.config.evaluation
+        if clusters is None:
+            clusters = self._clusters(self.first, range(len(self.runs(self.first)[0])))
+            if clusters is not None and len(clusters) != np.shape(a)[-1]:
+                raise MobulaError(f"claim {name}: which clusters its {np.shape(a)[-1]} columns belong to is not said")
         resamples, decisive = how.resamples, how.decisive
         return claims.compare(
             name, statement, a, b, margin=margin, decisive=decisive, resamples=resamples, clusters=clusters
@@ -275,12 +309,22 @@ class Results:
             report.plots[metric] = tables.curves_plot(self.curves, metric, label)
 
     def _applicable(self, system: str | System, metric: str, stratum: str) -> list[int]:
-        """The test examples of a stratum that have a metric in every seed."""
-        examples = zip(*self.runs(system), strict=True)
+        """The test examples of a stratum that have a metric in every seed.
+
+        Raises:
+            MobulaError: if the system's rows do not know the metric.
+        """
+        runs = self.runs(system)
+        if metric not in runs[0][0]:
+            known = ", ".join(runs[0][0])
+            raise MobulaError(f"{System.of(system).label} was not measured by {metric} (there are: {known})")
+        meant = {name for name in self.strata() if name == stratum} or {
+            name for name in self.strata() if name.startswith(stratum)
+        }
         return [
             i
-            for i, rows in enumerate(examples)
-            if rows[0].get("stratum", "").startswith(stratum) and all(row[metric] is not None for row in rows)
+            for i, rows in enumerate(zip(*runs, strict=True))
+            if (not stratum or rows[0].get("stratum") in meant) and all(row[metric] is not None for row in rows)
         ]
 
     def _shared(self, a: str | System, b: str | System, metric: str, stratum: str) -> list[int]:
@@ -293,6 +337,17 @@ class Results:
 
     def _values(self, system: str | System, metric: str, examples: Sequence[int]) -> np.ndarray:
         return np.array([[run[i][metric] for i in examples] for run in self.runs(system)], dtype=float)
+
+
+def _example(row: Row) -> tuple[Any, ...]:
+    return row["query"], row.get("stratum"), row.get("cluster")
+
+
+def _require_different(slugs: Sequence[str]) -> None:
+    """Systems keep their results apart by their slugs."""
+    twice = sorted({slug for slug in slugs if slugs.count(slug) > 1})
+    if twice:
+        raise MobulaError(f"systems share the name {', '.join(twice)} on disk; give them different options")
 
 
 def _config(run: Run) -> StudyConfig:

@@ -282,3 +282,43 @@ def test_a_surrogate_has_the_given_gradients() -> None:
     gradients = [torch.randn(2, 3), torch.randn(4)]
     surrogate(parameters, gradients).backward()
     assert all(torch.equal(p.grad, g) for p, g in zip(parameters, gradients, strict=True))
+
+
+def test_a_loss_that_weighs_nothing_is_zero_whatever_its_value() -> None:
+    assert scaled(torch.tensor(float("nan")), 0.0)[""].item() == 0.0
+    silenced = scaled({"a": torch.tensor(float("nan")), "b": torch.tensor(2.0)}, {"a": 0.0, "b": 0.5})
+    assert [value.item() for value in silenced.values()] == [0.0, 1.0]
+
+
+def test_micro_batches_without_weight_take_part_and_change_nothing(tmp_path: Path) -> None:
+    class Half(ByteTask):
+        """The second half of every batch weighs nothing, and its mean is NaN."""
+
+        def weights(self, indices: Tensor) -> Tensor:
+            return torch.tensor([1.0] * (len(indices) // 2) + [0.0] * (len(indices) - len(indices) // 2))
+
+        def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor | float]]:
+            loss, extras = super().loss(model, batch)
+            return loss * (float("nan") if self.calls % 2 else 1.0), extras
+
+        calls = 0
+
+        def batch(self, indices: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+            type(self).calls += 1
+            type(self).calls %= 2
+            return super().batch(indices, generator)
+
+    config = TrainingConfig(steps=2, batch=8, micro_batch=4, workers=0)
+    Half.calls = 1
+    result = fit(Half(), config, tmp_path, seed=1, name="half")
+    assert all(torch.isfinite(tensor).all() for tensor in safetensors.torch.load_file(result.weights).values())
+    assert read_metrics(result.history)[-1]["loss"] < 10
+
+
+def test_a_value_may_not_take_a_name_that_a_row_has(tmp_path: Path) -> None:
+    class Clash(ByteTask):
+        def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor | float]]:
+            return super().loss(model, batch)[0], {"lr": 1.0}
+
+    with pytest.raises(TrainingError, match="the task logs lr"):
+        fit(Clash(), TrainingConfig(steps=1, batch=4, workers=0), tmp_path, seed=1, name="clash")

@@ -60,11 +60,11 @@ def iterations(curves: Mapping[str, Runs], columns: Sequence[str], *, digits: in
 
 
 def curve(runs: Runs, metric: str) -> list[tuple[float, ...]]:
-    """(iteration, mean, least, greatest) over seeds, of the iterations that every seed has."""
+    """(iteration, mean, least, greatest) over seeds, of the iterations in which every seed has the metric."""
     points: list[tuple[float, ...]] = []
     for iteration in range(min(map(len, runs))):
-        values = [run[iteration][metric] for run in runs if metric in run[iteration]]
-        if values:
+        values = [run[iteration].get(metric) for run in runs]
+        if all(value is not None for value in values):
             points.append((float(iteration), float(np.mean(values)), min(values), max(values)))
     return points
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import math
 from collections.abc import Iterator, Sequence
@@ -10,7 +9,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from mobula.cluster.connect import connect
 from mobula.cluster.spec import ClusterSpec
 from mobula.errors import TrainingError
 from mobula.retrieval.arms import Arm
@@ -18,7 +16,7 @@ from mobula.retrieval.build import ModelConfig, load_weights
 from mobula.retrieval.config import Config, LossConfig
 from mobula.retrieval.network import DocidModel
 from mobula.retrieval.tasks import DocidTask, DualEncoder, DualTask, Prepared
-from mobula.training import FitResult, Training, TrainingConfig, fit_all
+from mobula.training import FitResult, Training, TrainingConfig, fit_all, group
 
 log = logging.getLogger(__name__)
 Spec = ClusterSpec | None
@@ -76,7 +74,7 @@ def fit_plans(
     Where a plan has several rates, each trains for a share of the steps and dev chooses. Finished trainings are
     taken as they are.
     """
-    with _ray(schedule.training, cluster):
+    with group(cluster):
         rates, tried = _choose_rates(plans, schedule, cluster)
         finals = [
             _final(plan, rate, schedule, seed)
@@ -91,13 +89,6 @@ def fit_seed(plan: Plan, schedule: Schedule, seed: int, cluster: Spec) -> FitRes
     """The training of one seed of a plan with one rate; taken as it is if finished."""
     (rate,) = plan.rates
     return _fit([_final(plan, rate, schedule, seed)], cluster)[0]
-
-
-def _ray(training: TrainingConfig, cluster: Spec) -> contextlib.AbstractContextManager[None]:
-    """One Ray for all trainings of a run, where any of them uses workers."""
-    given = cluster.platform.train.workers if cluster else 0
-    workers = given if training.workers is None else training.workers
-    return connect() if workers else contextlib.nullcontext()
 
 
 def _plans(config: Config, prepared: Prepared, directory: Path) -> Iterator[Plan]:

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Mapping
+import contextlib
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 from fastapi import FastAPI
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 from ray import serve
 from ray.serve import Application
 from starlette.responses import RedirectResponse, Response
 
 from mobula.errors import MobulaError
 from mobula.serving import pages
-from mobula.serving.app import AppArgs, ModelArgs, guarded, time_limit, to_json
+from mobula.serving.app import AppArgs, ModelArgs, Strict, guarded, time_limit, to_json
 from mobula.serving.metrics import Metrics, ServeMetrics
 from mobula.serving.reports import report_routes
 from mobula.serving.streaming import stream
@@ -41,7 +42,7 @@ class Engine(Protocol):
         """
         ...
 
-    def events(self, request: Any) -> AsyncIterator[Event]:
+    def events(self, request: Any) -> AsyncGenerator[Event, None]:
         """What happens, as it happens."""
         ...
 
@@ -50,21 +51,35 @@ class Engine(Protocol):
         ...
 
 
+class Request(Strict):
+    """What an application is asked: answered at once, or in events as things happen."""
+
+    stream: bool = Field(False, description="server-sent events as things happen; false: one JSON at the end")
+
+
+@dataclass(frozen=True)
+class Route:
+    """The path of a route, and what its description says."""
+
+    path: str
+    description: str
+
+
 @dataclass(frozen=True)
 class Spec:
     """What an application is called, where it is asked and what it says of itself.
 
-    ``ask`` is the route that takes ``request`` and gives ``response`` (as events where ``request.stream``), ``about``
-    the one with the engine's facts; each with its description. ``page`` is its page of ``console``.
+    ``ask`` takes a ``request`` and gives a ``response``, ``about`` the engine's facts; ``page`` is its page of
+    ``console``.
     """
 
     title: str
     console: Path
     page: str
-    ask: tuple[str, str]
-    request: type[BaseModel]
+    ask: Route
+    request: type[Request]
     response: type[BaseModel]
-    about: tuple[str, str]
+    about: Route
     statuses: Mapping[type[MobulaError], tuple[int, str]] = field(default_factory=dict)
 
 
@@ -84,13 +99,13 @@ def application(spec: Spec, engine: Engine, args: ModelArgs, metrics: Metrics) -
     frame(app, spec.console, spec.page, args.reports)
     ask, about = spec.ask, spec.about
 
-    @app.get(about[0], response_model=dict[str, Any], responses=pages.REFUSALS, description=about[1])
+    @app.get(about.path, response_model=dict[str, Any], responses=pages.REFUSALS, description=about.description)
     async def facts() -> Response:
         return to_json(engine.facts())
 
-    async def answer(request: BaseModel) -> Response:
+    async def answer(request: Request) -> Response:
         engine.check(request)
-        if request.stream:  # type: ignore[attr-defined]
+        if request.stream:
             return stream(_within(engine.events(request), args.time_limit_s))
         async with time_limit(args.time_limit_s):
             return to_json(await _whole(engine.events(request)))
@@ -98,7 +113,7 @@ def application(spec: Spec, engine: Engine, args: ModelArgs, metrics: Metrics) -
     # FastAPI reads the body's model from the annotation, which is a value here.
     answer.__annotations__["request"] = spec.request
     responses = {**pages.REFUSALS, 200: {**pages.EVENT_STREAM, "model": spec.response}}
-    app.post(ask[0], response_model=spec.response, responses=responses, description=ask[1])(answer)
+    app.post(ask.path, response_model=spec.response, responses=responses, description=ask.description)(answer)
     return app
 
 
@@ -162,15 +177,23 @@ def deployment(
     return build
 
 
-async def _within(events: AsyncIterator[Event], seconds: float) -> AsyncIterator[Event]:
-    async with asyncio.timeout(seconds):
-        async for event in events:
+async def _within(events: AsyncGenerator[Event, None], seconds: float) -> AsyncIterator[Event]:
+    """The events, as long as there is time; whatever the reader takes of it, the engine is let go at the end."""
+    deadline = asyncio.get_running_loop().time() + seconds
+    async with contextlib.aclosing(events):
+        while True:
+            # Not around the yield: the timeout would then strike whoever reads.
+            async with asyncio.timeout_at(deadline):
+                event = await anext(events, None)
+            if event is None:
+                return
             yield event
 
 
-async def _whole(events: AsyncIterator[Event]) -> dict[str, Any]:
+async def _whole(events: AsyncGenerator[Event, None]) -> dict[str, Any]:
     """The last event's value."""
-    async for name, value in events:
-        if name == DONE:
-            return value
+    async with contextlib.aclosing(events):
+        async for name, value in events:
+            if name == DONE:
+                return value
     raise AssertionError(f"events end with `{DONE}`")

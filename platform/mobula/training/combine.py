@@ -37,7 +37,9 @@ def _scale_of(weights: Tensor, part: slice) -> float:
 
 
 def scaled(loss: Tensor | Mapping[str, Tensor], scale: Scale) -> dict[str, Tensor]:
-    """Losses by name, times their scales; a single loss has an empty name. One whose scale is 0 is the constant 0.
+    """Losses by name, times their scales; a single loss has an empty name.
+
+    One whose scale is 0 is the constant 0, whatever its value: a mean over no token is NaN. The constant has no graph.
 
     Raises:
         TrainingError: losses and scales have different names.
@@ -51,9 +53,8 @@ def scaled(loss: Tensor | Mapping[str, Tensor], scale: Scale) -> dict[str, Tenso
             f"the task's loss returns {_listed(losses)} and its weights are for {_listed(scales)}: one weight for "
             "every loss is expected"
         )
-    if not isinstance(scale, dict):
-        return {name: value * scale for name, value in losses.items()}
-    return {name: losses[name] * value if value else torch.zeros(()) for name, value in scales.items()}
+    device = next(iter(losses.values())).device if losses else None
+    return {name: losses[name] * value if value else torch.zeros((), device=device) for name, value in scales.items()}
 
 
 def total(losses: Mapping[str, Tensor]) -> Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,8 @@ from mobula.training.config import TrainingConfig
 from mobula.training.task import Task
 
 TAG = "deepspeed"
+# What the loop and the combination of losses log themselves.
+LOGGED = ("step", "loss", "lr", "grad_norm", "examples", "examples_per_s", "conflicts", "cosine")
 # DeepSpeed reserves a bucket of this many elements, however small the model is.
 LARGEST_BUCKET = 500_000_000
 
@@ -104,15 +106,28 @@ class Engine:
 
     def _loss(self, batch: dict[str, Tensor], scale: Scale) -> tuple[Tensor, Extras]:
         losses, extras = self._losses(batch, scale)
-        return total(losses), extras
+        loss = total(losses)
+        # A micro-batch that weighs nothing still takes part in every rank's backward pass.
+        return loss if loss.requires_grad else loss + self._nothing(), extras
+
+    def _nothing(self) -> Tensor:
+        """A zero that the weights' gradients reach.
+
+        Raises:
+            TrainingError: under ZeRO-3, where a rank does not hold whole weights.
+        """
+        if self.config.zero == 3:
+            raise TrainingError("a micro-batch has nothing to learn from; under zero=3 use a larger micro_batch")
+        return 0.0 * self._parameters[0].sum()
 
     def _losses(self, batch: dict[str, Tensor], scale: Scale) -> tuple[dict[str, Tensor], Extras]:
         """The task's losses by name and further values to log, all scaled."""
         loss, values = self.task.loss(self.model, batch)
         losses = scaled(loss, scale)
         if not isinstance(scale, dict):
-            values = {name: value * scale for name, value in values.items()}
+            values = {name: value * scale if scale else 0.0 for name, value in values.items()}
         named = {} if isinstance(loss, Tensor) else losses
+        _require_free(values, named)
         # Only the loss is differentiated; DeepSpeed would hook every other output that carries a gradient.
         return losses, {n: v.detach() if isinstance(v, Tensor) else v for n, v in {**values, **named}.items()}
 
@@ -183,6 +198,17 @@ class _Differentiated(nn.Module):
 
     def forward(self, function: Callable[..., Any], *inputs: Any) -> Any:
         return function(*inputs)
+
+
+def _require_free(values: Mapping[str, object], losses: Mapping[str, object]) -> None:
+    """Names of logged values are not taken twice, nor those that every row has.
+
+    Raises:
+        TrainingError: naming those that are.
+    """
+    taken = [name for name in (*values, *losses) if name in LOGGED or (name in values and name in losses)]
+    if taken:
+        raise TrainingError(f"the task logs {', '.join(dict.fromkeys(taken))}: a name that another value of a row has")
 
 
 def join_process_group() -> None:

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -60,6 +61,7 @@ class State:
     best: Row = field(default_factory=dict)
     stale: int = 0
     stopped: bool = False
+    referred: bool = False
     losses: list[float] = field(default_factory=list)
     extras: dict[str, float] = field(default_factory=dict)
 
@@ -243,10 +245,25 @@ class _Loop:
         if self.state.step == 0 and not _from_first(path.is_file()):
             seed_slice(self.seed, 0, -1)
             values = self.engine.reference()
-            if not values:
-                return
-            self._together(lambda: checkpoints.export_weights(path, values))
-        self.task.refer(_from_first(load_file(path) if self.first and path.is_file() else {}))
+            self.state.referred = bool(values)
+            if values:
+                self._together(lambda: checkpoints.export_weights(path, values))
+        elif self.state.step == 0:
+            self.state.referred = True
+        if self.state.referred:
+            self.task.refer(_from_first(self._reference(path) if self.first else None))
+
+    def _reference(self, path: Path) -> dict[str, Tensor]:
+        """The values of the first attempt; those of the model as it is now would be others.
+
+        Raises:
+            RankFailure: they are gone or damaged.
+        """
+        try:
+            return load_file(path)
+        except (OSError, SafetensorError) as error:
+            problem = f"{path}: the reference values of this training cannot be read ({type(error).__name__})"
+            raise RankFailure(f"{problem}; remove {path.parent} to train again") from error
 
     def _newest(self) -> tuple[Path, dict[str, Any]] | None:
         """Rank 0 verifies the newest checkpoint for all."""

@@ -27,6 +27,7 @@ from mobula.experiment import ExperimentConfig
 from mobula.tuning.space import Point, with_keys
 
 REPORTS = "reports.jsonl"
+UNITS = ("iteration", "step")  # by which a report says how far its trial is
 
 
 @dataclass(frozen=True)
@@ -66,13 +67,18 @@ class Trials:
         return found["error"] if found else None
 
     def history(self, point: Point) -> list[dict[str, Any]]:
-        """Every report of a training trial so far, earlier interrupted attempts included."""
+        """Every report of a training trial so far; what an interrupted attempt reported and the next again is once."""
         path = self.at(point) / REPORTS
-        return artifacts.read_jsonl(path) if path.is_file() else []
+        rows = artifacts.read_jsonl(path) if path.is_file() else []
+        by_progress = {next((row[unit] for unit in UNITS if unit in row), -i): row for i, row in enumerate(rows, 1)}
+        return list(by_progress.values())
 
     def note(self, point: Point, metrics: dict[str, Any]) -> None:
         """Add a report to the history."""
-        artifacts.write_jsonl(self.at(point) / REPORTS, [*self.history(point), metrics])
+        path = self.at(point) / REPORTS
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(metrics, default=float) + "\n")
 
     def keep(self, point: Point, result: dict[str, Any]) -> None:
         """Record a point as complete."""
