@@ -146,9 +146,7 @@ def _training(**defaults: Any) -> TrainingConfig:
 class Config(StudyConfig):
     """A MOAT experiment: one start for all arms of a seed, then every arm alternates by itself."""
 
-    RENAMED: ClassVar = {
-        "stage0": "sft", "prefer": "dpo", "improve": "grounder_sft", "matched": "budget_matched"
-    }  # fmt: skip
+    RENAMED: ClassVar = {"stage0": "sft", "prefer": "dpo", "improve": "grounder_sft", "matched": "budget_matched"}
 
     arms: list[str] = key(["moat"], f"what is compared with independent agents: {', '.join([*ARMS, INTEGRATED])}")
     tasks: TasksConfig = section(TasksConfig)

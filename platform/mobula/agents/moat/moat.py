@@ -74,6 +74,7 @@ def moat_loop(arm: ArmContext) -> Loop:
 
 def stages(arm: Arm) -> list[Stage]:
     """The stages of an iteration of an arm, by what its agents learn."""
+    # ``prefer`` and ``improve`` are older names, kept in the seeds: results on record stay reproducible.
     learns_pairs = arm.planner in ("preferred", "random")
     planner = {"preferred": _preferences, "random": _preferences, **baselines.PLANNER}
     grounder = {"criticised": _kept_programs, "solved": _kept_programs, **baselines.GROUNDER}
