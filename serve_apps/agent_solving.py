@@ -11,7 +11,7 @@ from typing import Any
 
 from mobula import artifacts, methods
 from mobula.agents.language import ProgramError, parse, serialise
-from mobula.agents.moat.library import KIND, Predictor
+from mobula.agents.moat.artifact import KIND, Predictor
 from mobula.agents.sandbox import Limits, Workshop
 from mobula.agents.worlds import Task, read_plan
 from mobula.alternation import seed_of
@@ -164,5 +164,7 @@ class Solving:
         agents = self.state.predictor.agents
         with one_thread():
             if what == "plan":
-                return [(text, count) for text, count, _ in agents.plans(tasks, sampling, seeds)]
-            return agents.programs(tasks, plans, sampling, seeds)
+                written = agents.plans(tasks, sampling, seeds)
+            else:
+                written = agents.programs(tasks, plans, sampling, seeds)
+        return [(text, len(continuation.log_probs)) for text, continuation in written]

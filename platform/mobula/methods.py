@@ -36,7 +36,7 @@ METHODS = {
     ),
     "moat": Entry(
         "agents",
-        "mobula.agents.moat.method",
+        "mobula.agents.moat.study",
         "a planner and a grounder aligned jointly, each tuned on what the other makes of its work",
     ),
     "exsearch": Entry(

@@ -5,16 +5,16 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from mobula.agents.gate import GateConfig, Standing, decide, tolerance
+from mobula.agents.gate import AgentScores, GateConfig, decide, tolerance
 
 FAMILIES = ["arith", "kb", "shop"] * 100
 CONFIG = GateConfig()
 
 
-def standing(success: float = 0.5, surrogate: float = -0.4, leak: float = 0.0, parsed: float = 1.0) -> Standing:
+def standing(success: float = 0.5, surrogate: float = -0.4, leak: float = 0.0, parsed: float = 1.0) -> AgentScores:
     """Success on the first tasks of every family, and a surrogate that varies from task to task."""
     wins = np.array([float(i // 3 < success * 100) for i in range(300)])
-    return Standing(surrogate + 0.1 * np.sin(np.arange(200)), wins, leak, parsed)
+    return AgentScores(surrogate + 0.1 * np.sin(np.arange(200)), wins, leak, parsed)
 
 
 def test_no_change_and_better_are_accepted() -> None:
@@ -31,7 +31,7 @@ def test_no_change_and_better_are_accepted() -> None:
         (standing(parsed=0.2), "20% of the plans parse"),
     ],
 )
-def test_worse_is_rejected_with_its_reason(after: Standing, reason: str) -> None:
+def test_worse_is_rejected_with_its_reason(after: AgentScores, reason: str) -> None:
     decision = decide(CONFIG, standing(), after, FAMILIES)
     assert not decision.accepted
     assert any(text.startswith(reason) for text in decision.reasons)
@@ -50,7 +50,7 @@ def test_one_family_that_collapses_is_enough() -> None:
 def test_a_surrogate_may_fall_within_its_noise() -> None:
     noise = np.random.default_rng(0).normal(0, 0.5, 200)
     before = standing()
-    after = Standing(before.surrogate - 0.01 + noise - noise.mean(), before.success, 0.0, 1.0)
+    after = AgentScores(before.surrogate - 0.01 + noise - noise.mean(), before.success, 0.0, 1.0)
     assert decide(CONFIG, before, after, FAMILIES).accepted
     strict = decide(GateConfig(j_slack_se=0.0), before, after, FAMILIES)
     assert strict.reasons[0].startswith("surrogate fell by 0.0100")

@@ -8,9 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from mobula.agents.language import execute, serialise
+from mobula.agents.language import calls_matched, execute, serialise
 from mobula.agents.moat.candidates import leak
-from mobula.agents.moat.workers import calls_matched
 from mobula.agents.worlds import Task, WorldSet
 from mobula.agents.worlds.problems import CALC, Problems, convert
 from mobula.environment import data_folder
@@ -70,13 +69,13 @@ def test_reward_is_for_the_exact_number() -> None:
     assert world.reward(task("2"), execute("R1 = Calc(2", world.tools())) == 0
 
 
-def test_calls_are_compared_at_their_places() -> None:
-    gold = task("5", "R1 = Calc(1 + 1)\nR2 = Calc(R1 + 3)\nAnswer(R2)")
+def test_calls_are_compared_at_their_positions() -> None:
+    gold = "R1 = Calc(1 + 1)\nR2 = Calc(R1 + 3)\nAnswer(R2)"
     assert calls_matched("R1 = Calc(1+1)\nR2 = Calc(R1 + 3)", gold) == 1
     assert calls_matched("R1 = Calc(1 + 1)\nR2 = Calc(2 + 3)\nAnswer(R2)", gold) == 0.5
     assert calls_matched("R1 = Calc(R1 + 3)\nR2 = Calc(1 + 1)", gold) == 0
     assert calls_matched("who knows", gold) == 0
-    assert calls_matched("R1 = Calc(1 + 1)", task("5")) is None
+    assert calls_matched("R1 = Calc(1 + 1)", None) is None
 
 
 @needs_data

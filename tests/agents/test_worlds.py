@@ -41,11 +41,11 @@ def test_every_gold_program_runs_and_earns_everything(worlds: dict[str, World], 
 
 
 def test_plans_of_every_style_mean_the_gold_program(worlds: dict[str, World], tasks: dict[str, list[Task]]) -> None:
-    chance = random.Random(0)
+    rng = random.Random(0)
     for task in every(tasks):
         world, program = worlds[task.family], parse(str(task.gold_actions))
         for style in range(len(STYLES)):
-            plan = world.plan(program, [float(i == style) for i in range(len(STYLES))], chance)
+            plan = world.plan(program, [float(i == style) for i in range(len(STYLES))], rng)
             assert world.ground_plan(plan) == program, plan
 
 
@@ -88,11 +88,11 @@ def test_every_kind_of_composition_is_held_out(tasks: dict[str, list[Task]]) -> 
 
 
 def test_comparisons_agree_half_the_time() -> None:
-    chance = random.Random(0)
+    rng = random.Random(0)
     world = Kb(0)
     answers = Counter()
     while answers.total() < 200:
-        form = world.draw(chance, held_out=True)
+        form = world.draw(rng, held_out=True)
         if form.composition == "kb:compare":
             answers[execute(form.program, world.tools()).answer] += 1
     assert 70 < answers[True] < 130
@@ -110,11 +110,11 @@ def test_more_tasks_than_there_are_is_an_error() -> None:
 
 
 def test_annotators_differ_in_style_and_only_planners_swap() -> None:
-    world, chance = Arith(), random.Random(0)
-    forms = [world.draw(chance, False) for _ in range(300)]
+    world, rng = Arith(), random.Random(0)
+    forms = [world.draw(rng, False) for _ in range(300)]
     shares = {}
     for name, styles in (("planner", PLANNER_STYLES), ("grounder", GROUNDER_STYLES)):
-        goals = [goal for form in forms for goal in read_plan(world.plan(form.program, styles, chance)) or []]
+        goals = [goal for form in forms for goal in read_plan(world.plan(form.program, styles, rng)) or []]
         shares[name] = [sum(goal.startswith(word) for goal in goals) / len(goals) for word in ("calc", "find", "work")]
     assert shares["planner"] == pytest.approx(PLANNER_STYLES, abs=0.06)
     assert shares["grounder"] == pytest.approx(GROUNDER_STYLES, abs=0.06)

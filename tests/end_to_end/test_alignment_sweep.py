@@ -27,9 +27,9 @@ SMALL: dict[str, Any] = {
     "model": {"width": 32, "layers": 1},
     "moat": {"fewest_pairs": 1, "max_plan": 24, "max_program": 24, "max_leak": 1.0},
     "alternation": {"actors": 0},
-    "stage0": {"steps": 60, "lr": 5e-3},
-    "prefer": {"steps": 20, "batch": 4},
-    "improve": {"steps": 20, "batch": 8},
+    "sft": {"workers": 0, "steps": 60, "lr": 5e-3},
+    "dpo": {"workers": 0, "steps": 20, "batch": 4},
+    "grounder_sft": {"workers": 0, "steps": 20, "batch": 8},
 }
 
 

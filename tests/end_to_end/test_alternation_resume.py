@@ -30,9 +30,9 @@ MOAT: dict[str, Any] = {
     "moat": {"samples": 4, "margin": 0.0, "fewest_pairs": 1, "max_plan": 24, "max_program": 24, "max_leak": 1.0},
     "gate": {"retries": 0, "j_slack_se": 100.0, "min_parsed": 0.0, "max_leak": 1.0},
     "alternation": {"iterations": 1, "actors": 0},
-    "stage0": {"steps": 60, "lr": 5e-3, "checkpoint_every": 20},
-    "prefer": {"steps": 60, "batch": 4, "lr": 1e-3, "checkpoint_every": 20},
-    "improve": {"steps": 60, "batch": 4, "lr": 1e-3, "checkpoint_every": 20},
+    "sft": {"workers": 0, "steps": 60, "lr": 5e-3, "checkpoint_every": 20},
+    "dpo": {"workers": 0, "steps": 60, "batch": 4, "lr": 1e-3, "checkpoint_every": 20},
+    "grounder_sft": {"workers": 0, "steps": 60, "batch": 4, "lr": 1e-3, "checkpoint_every": 20},
     "evaluation": {"decisive": False, "resamples": 100},
 }
 DRO: dict[str, Any] = {
@@ -70,7 +70,7 @@ TEXT: dict[str, Any] = {
 # What a method's iterations are made of, at least.
 PHASES = {
     "exsearch": {"sample", "score", "weigh", "fit", "q_gain", "solve", "dev_sample", "dev_score"},
-    "moat": {"sample", "score", "pair", "prefer-0", "plans", "ground"},
+    "moat": {"sample", "score", "pair", "dpo-0", "plans", "ground"},
     "dro": {"sample", "score", "weigh", "fit", "measure"},
 }
 

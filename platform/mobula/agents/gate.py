@@ -33,8 +33,8 @@ class GateConfig:
 
 
 @dataclass(frozen=True)
-class Standing:
-    """How agents stand: the surrogate f[P] by probe task, success f[D] by dev task, and what their plans are like."""
+class AgentScores:
+    """The surrogate f[P] by probe task, success f[D] by dev task, and how many plans leak the solution and parse."""
 
     surrogate: np.ndarray
     success: np.ndarray
@@ -56,16 +56,16 @@ def tolerance(given: float | None, tasks: int, least: float) -> float:
     Raises:
         ValueError: if ``given`` is smaller than that.
     """
-    told = max(least, 1.96 * math.sqrt(DISCORDANT / tasks))
-    if given is not None and given < told:
+    detectable = max(least, 1.96 * math.sqrt(DISCORDANT / tasks))
+    if given is not None and given < detectable:
         raise ValueError(
-            f"gate: a tolerance of {given:g} cannot be told from chance with {tasks} tasks; {told:.3f} can"
+            f"gate: a tolerance of {given:g} cannot be told from chance with {tasks} tasks; {detectable:.3f} can"
         )
-    return told if given is None else given
+    return detectable if given is None else given
 
 
-def decide(config: GateConfig, before: Standing, after: Standing, families: Sequence[str]) -> Decision:
-    """Compare a stage with what stood before it; ``families`` aligns with ``success``.
+def decide(config: GateConfig, before: AgentScores, after: AgentScores, families: Sequence[str]) -> Decision:
+    """Compare agents before and after a stage; ``families`` aligns with ``success``.
 
     Rejected is a surrogate that falls by more than ``j_slack_se`` standard errors of the paired difference, a success
     whose 95 % interval reaches below the tolerance, overall or in a family, and plans that leak or do not parse.

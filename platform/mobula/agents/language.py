@@ -205,8 +205,8 @@ def _call(statement: Statement, tools: Mapping[str, Tool], results: Mapping[int,
     if tool is None:
         raise ProgramError("unknown_tool", f"no tool {statement.name!r}; there are {', '.join(tools)}")
     if len(statement.arguments) != len(tool.kinds):
-        found, wanted = len(statement.arguments), len(tool.kinds)
-        raise ProgramError("bad_argument", f"{tool.signature} takes {wanted} argument(s), found {found}")
+        given, wanted = len(statement.arguments), len(tool.kinds)
+        raise ProgramError("bad_argument", f"{tool.signature} takes {wanted} argument(s), found {given}")
     pairs = zip(statement.arguments, tool.kinds, strict=True)
     values = [_value(argument, kind, results, tool) for argument, kind in pairs]
     try:
@@ -260,22 +260,22 @@ def _operate(
 ) -> tuple[Fraction, Fraction]:
     (a, b), (c, d) = left, right
     if operator == "+":
-        found = a + c, b + d
+        result = a + c, b + d
     elif operator == "-":
-        found = a - c, b - d
+        result = a - c, b - d
     elif operator == "*":
         if a and c:
             raise ProgramError("bad_argument", "a product of two unknowns is not linear")
-        found = a * d + c * b, b * d
+        result = a * d + c * b, b * d
     else:
         if c:
             raise ProgramError("bad_argument", "a division by an unknown is not linear")
         if d == 0:
             raise ProgramError("tool_error", "division by zero")
-        found = a / d, b / d
-    if any(max(abs(part.numerator), part.denominator) >= 10**MOST_DIGITS for part in found):
+        result = a / d, b / d
+    if any(max(abs(part.numerator), part.denominator) >= 10**MOST_DIGITS for part in result):
         raise ProgramError("limit", f"a number of more than {MOST_DIGITS} digits")
-    return found
+    return result
 
 
 def _show_argument(argument: Argument, outer: int = 0) -> str:
@@ -348,25 +348,25 @@ class _Reader:
         return Statement(name, tuple(arguments), result)
 
     def _sum(self) -> Argument:
-        found = self._product()
+        expression = self._product()
         while self._peek() in ("+", "-"):
-            found = Operation(self._take("mark"), found, self._product())
-        return found
+            expression = Operation(self._take("mark"), expression, self._product())
+        return expression
 
     def _product(self) -> Argument:
-        found = self._atom()
+        expression = self._atom()
         while self._peek() in ("*", "/"):
-            found = Operation(self._take("mark"), found, self._atom())
-        return found
+            expression = Operation(self._take("mark"), expression, self._atom())
+        return expression
 
     def _atom(self) -> Argument:
         kind, text = self._next()
         if text == "-":
             return Operation("-", Fraction(0), self._atom())
         if text == "(":
-            found = self._sum()
+            expression = self._sum()
             self._expect(")")
-            return found
+            return expression
         if kind == "number":
             return Fraction(text)
         if kind == "string":
@@ -386,8 +386,8 @@ class _Reader:
         return self.tokens[self.at - 1]
 
     def _take(self, kind: str) -> str:
-        found, text = self._next()
-        if found != kind:
+        read, text = self._next()
+        if read != kind:
             raise self._error(f"expected a {kind}, found {text!r}")
         return text
 
@@ -401,15 +401,27 @@ class _Reader:
 
 
 def _tokens(line: str) -> Sequence[tuple[str, str]]:
-    found: list[tuple[str, str]] = []
+    tokens: list[tuple[str, str]] = []
     at = 0
     while at < len(line):
         match = _TOKEN.match(line, at)
         if match is None:
             raise ProgramError("parse_error", f"{line!r}: cannot read {line[at:].strip()[:10]!r}")
-        if len(found) == MOST_TOKENS:
+        if len(tokens) == MOST_TOKENS:
             raise ProgramError("limit", f"a statement of more than {MOST_TOKENS} tokens")
         kind = str(match.lastgroup)
-        found.append((kind, match[kind]))
+        tokens.append((kind, match[kind]))
         at = match.end()
-    return found
+    return tokens
+
+
+def calls_matched(program: str, gold: str | None) -> float | None:
+    """The share of a gold program's calls that a program has at their positions; None without a gold program."""
+    if gold is None:
+        return None
+    calls = [statement for statement in parse(gold) if statement.name != ANSWER]
+    try:
+        written = parse(program)
+    except ProgramError:
+        return 0.0
+    return sum(one == other for one, other in zip(calls, written, strict=False)) / len(calls)

@@ -229,15 +229,15 @@ class _Opened:
     def read(self, seconds: float, most: int) -> bytes:
         """A line; less of one where time, space or the process ended."""
         end = time.monotonic() + seconds
-        found = b""
-        while not found.endswith(b"\n") and len(found) <= most:
+        line = b""
+        while not line.endswith(b"\n") and len(line) <= most:
             if not _readable(self.out, end - time.monotonic()):
                 break
             part = os.read(self.out, 65_536)
             if not part:
                 break
-            found += part
-        return found
+            line += part
+        return line
 
     def ended(self, seconds: float) -> bool:
         return _readable(self.process, seconds)
@@ -323,13 +323,13 @@ def _carry_out(interpreter: Interpreter, text: str) -> Step:
         return Step("tool_error", reason=f"{type(error).__name__}: {error}")
 
 
-def _open_sandboxes(asked: socket.socket, setup: dict[str, Any]) -> None:
+def _open_sandboxes(requests: socket.socket, setup: dict[str, Any]) -> None:
     """The workshop's process: build the tools, and make a copy of itself whenever it is asked to."""
     module, _, function = setup["source"].partition(":")
     tools: dict[str, Tool] = getattr(importlib.import_module(module), function)(**setup["arguments"])
     _carry_out(Interpreter(tools), "R1 = Nothing()")  # what Python imports on first use is imported now
     gc.freeze()  # a collection would write to, and so copy, all the memory that copies share
-    while asked.recv(1):
+    while requests.recv(1):
         with contextlib.suppress(ChildProcessError):
             while os.waitpid(-1, os.WNOHANG)[0]:
                 pass
@@ -337,11 +337,11 @@ def _open_sandboxes(asked: socket.socket, setup: dict[str, Any]) -> None:
         out, their_out = os.pipe()
         pid = os.fork()
         if pid == 0:
-            for descriptor in (asked.detach(), into, out):
+            for descriptor in (requests.detach(), into, out):
                 os.close(descriptor)
             _converse(their_in, their_out, Interpreter(tools), Limits(**setup["limits"]))
         process = os.pidfd_open(pid)
-        socket.send_fds(asked, [str(pid).encode()], [into, out, process])
+        socket.send_fds(requests, [str(pid).encode()], [into, out, process])
         for descriptor in (their_in, their_out, into, out, process):
             os.close(descriptor)
 

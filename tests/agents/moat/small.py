@@ -9,15 +9,15 @@ from typing import Any
 import numpy as np
 import yaml
 
-from mobula.agents.gate import Standing
-from mobula.agents.moat import library
-from mobula.agents.moat.config import ARMS, Config, TasksConfig
-from mobula.agents.moat.setting import MODEL, Setting, State, grounding_pairs, planner_pairs
-from mobula.agents.moat.stages import tune
-from mobula.agents.moat.start import world_texts
+from mobula.agents.gate import AgentScores
+from mobula.agents.moat import artifact
+from mobula.agents.moat.config import Config, TasksConfig
+from mobula.agents.moat.data import TaskData
+from mobula.agents.moat.stage import Checkpoint
 from mobula.agents.worlds import Task, WorldSet
 from mobula.agents.worlds.tool_world import generate
-from mobula.models.causal import CausalModel, SmallShape, word_tokenizer
+from mobula.models.causal import CausalModel, SmallShape
+from mobula.models.finetune import MODEL, finetune
 from mobula.models.sft import SftTask, write_pairs
 from mobula.running import run_experiment
 from mobula.training import TrainingConfig
@@ -39,23 +39,25 @@ def known_tasks() -> list[Task]:
     return generate(WorldSet("tools", 0).build(), {"train": 12}, seed=0)["train"]
 
 
+def known_data() -> TaskData:
+    """The known tasks as training and dev tasks."""
+    data = TaskData(Config(method="moat", tasks=TasksConfig(seed=0)))
+    data.tasks = {"train": known_tasks(), "dev": known_tasks()}
+    return data
+
+
 def trained(root: Path) -> Path:
     """The artifact."""
-    config = Config(method="moat", tasks=TasksConfig(seed=0))
-    worlds, tasks = WorldSet("tools", 0).build(), {"train": known_tasks()}
-    places = {name: root / name for name in ("planner", "grounder")}
-    setting = Setting(
-        config, ARMS["moat"], tasks, worlds, places["planner"] / MODEL, places["grounder"] / MODEL, seed=0
-    )
-    tokenizer = word_tokenizer(world_texts(worlds, tasks))
-    for name, place in places.items():
+    data = known_data()
+    tokenizer = data.tokenizer()
+    for name in ("planner", "grounder"):
+        path = root / name
         model = CausalModel.small(tokenizer, SmallShape(width=64, positions=192), seed=0)
-        model.save(place / "fresh")
+        model.save(path / "fresh")
         known = [(task, str(task.gold_plan), str(task.gold_actions)) for task in known_tasks()]
-        rows = planner_pairs(setting, model) if name == "planner" else grounding_pairs(setting, model, known)
-        write_pairs(place / "pairs.jsonl", rows)
-        tune(SftTask(place / "fresh", place / "pairs.jsonl"), TRAINING, place, 0, name)
+        write_pairs(path / "pairs.jsonl", data.gold_plans(model) if name == "planner" else data.grounding(model, known))
+        finetune(SftTask(path / "fresh", path / "pairs.jsonl"), TRAINING, path, seed=0, name=name, cluster=None)
     nothing = np.zeros(1)
-    state = State(setting.planner, setting.grounder, Standing(nothing, nothing, 0.0, 1.0), nothing)
-    examples = {task.family: [task.text] for task in known_tasks()}
-    return library.write(root / "artifact", config, worlds, state, [], examples).directory
+    scores = AgentScores(nothing, nothing, 0.0, 1.0)
+    checkpoint = Checkpoint(root / "planner" / MODEL, root / "grounder" / MODEL, scores, nothing)
+    return artifact.write(root / "artifact", data, checkpoint, []).directory

@@ -8,20 +8,21 @@ from typing import Any
 
 import pytest
 
-from mobula.agents.moat.comparison import Comparison
 from mobula.agents.moat.config import ARMS as KINDS
-from mobula.agents.moat.config import Config
-from mobula.agents.moat.loop import _decisions
-from mobula.agents.moat.setting import Setting
-from mobula.agents.moat.stages import steps_for
+from mobula.agents.moat.config import UNGATED, Config
+from mobula.agents.moat.data import TaskData
+from mobula.agents.moat.moat import stage_facts
+from mobula.agents.moat.stage import ArmContext, steps_for
+from mobula.agents.moat.study import Arms, systems
 from mobula.alternation import DONE, History, Row
 from mobula.artifacts import read_jsonl, sha256
 from mobula.config import build
+from mobula.errors import ConfigError
 from mobula.models.causal import CausalModel
 from mobula.models.sft import SftTask, read_pairs
 from tests.agents.moat.small import run_in
 
-ARMS = ["moat", "noisy_30", "random_pairs", "best_plan", "rft", "extra_steps", "integrated"]
+ARMS = ["moat", "moat_no_gate", "noisy_30", "random_pairs", "best_plan", "rft", "extra_steps", "integrated"]
 CONFIG: dict[str, Any] = {
     "method": "moat",
     "name": "arms",
@@ -31,10 +32,10 @@ CONFIG: dict[str, Any] = {
     "moat": {"samples": 4, "margin": 0.0, "fewest_pairs": 1, "max_plan": 24, "max_program": 24, "max_leak": 1.0},
     "gate": {"retries": 1, "j_slack_se": 100.0, "min_parsed": 0.0, "max_leak": 1.0},
     "alternation": {"iterations": 2, "actors": 0},
-    "stage0": {"steps": 60, "lr": 5e-3},
-    "prefer": {"steps": 12, "batch": 4, "lr": 1e-3},
-    "improve": {"steps": 30, "batch": 2, "lr": 1e-3},
-    "matched": {"batch": 2, "lr": 1e-3},
+    "sft": {"workers": 0, "steps": 60, "lr": 5e-3},
+    "dpo": {"workers": 0, "steps": 12, "batch": 4, "lr": 1e-3},
+    "grounder_sft": {"workers": 0, "steps": 30, "batch": 2, "lr": 1e-3},
+    "budget_matched": {"workers": 0, "batch": 2, "lr": 1e-3},
     "evaluation": {"decisive": False, "resamples": 200},
 }
 
@@ -45,8 +46,8 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def phase(directory: Path, arm: str, name: str, iteration: int = 1) -> Path:
-    (found,) = (directory / "seed-0" / arm / f"iteration-{iteration:03}").glob(f"[0-9][0-9]-{name}")
-    return found
+    (path,) = (directory / "seed-0" / arm / f"iteration-{iteration:03}").glob(f"[0-9][0-9]-{name}")
+    return path
 
 
 def iterations(directory: Path, arm: str) -> list[Row]:
@@ -56,43 +57,41 @@ def iterations(directory: Path, arm: str) -> list[Row]:
 @pytest.mark.parametrize("arm", ["rft", "extra_steps", "best_plan"])
 def test_matched_arms_learn_from_as_many_tokens(directory: Path, arm: str) -> None:
     """Within two per cent, iteration by iteration, as far as both go."""
-    first = iterations(directory, "moat")
-    found = iterations(directory, arm)
-    assert len(found) == (2 if arm == "best_plan" else 3)  # whatever the gate thought of it
-    for mine, theirs in zip(first[1:], found[1:], strict=False):
-        assert theirs["tokens"] == pytest.approx(mine["tokens"], rel=0.02)
+    other = iterations(directory, UNGATED if arm == "best_plan" else "moat")
+    matched = iterations(directory, arm)
+    assert len(matched) == (2 if arm == "best_plan" else 3)  # whatever the gate thought of it
+    for wanted, row in zip(other[1:], matched[1:], strict=False):
+        assert row["tokens"] == pytest.approx(wanted["tokens"], rel=0.02)
     report = json.loads((directory / "report.json").read_text())
     assert not any("no equal budget" in note for note in report["notes"])
 
 
 @pytest.mark.parametrize(("arm", "stops"), [("moat_no_gate", True), ("extra_steps", False)])
 def test_a_matched_arm_spends_its_budget_though_all_was_rejected(tmp_path: Path, arm: str, stops: bool) -> None:
-    phases = ["prefer-0", "prefer-0-gate", "improve-0", "improve-0-gate"]
+    phases = [f"{stage}-0{part}" for stage in ("dpo", "planner_sft", "grounder_sft") for part in ("", "-gate")]
     facts = {"tokens": 5, "accepted": False, "J": -1.0, "dev_success": 0.5}
     for name in phases:
         (tmp_path / name).mkdir()
         (tmp_path / name / DONE).write_text(json.dumps({"facts": facts, "shards": 0, "seconds": 0}))
     history = History(tmp_path, [(1, name, tmp_path / name) for name in phases])
     config = build(Config, {**CONFIG, "gate": {"retries": 0}})
-    row = _decisions(Setting(config, KINDS[arm], {}, {}, tmp_path, tmp_path, 0), history)
+    row = stage_facts(ArmContext(config, KINDS[arm], TaskData(config), tmp_path, tmp_path, 0), history)
     assert (row["stop"], row["tokens"]) == (stops, 10)
 
 
 def test_an_integrated_agent_learns_from_as_many_tokens_as_both_agents_and_their_alignment(directory: Path) -> None:
     seed = directory / "seed-0"
-    spent = sum(json.loads((seed / "tokens.json").read_text()).values())
+    spent = sum(json.loads((seed / "independent" / "tokens.json").read_text()).values())
     spent += sum(row.get("tokens", 0) for row in iterations(directory, "moat"))
     task = SftTask(seed / "integrated" / "fresh", seed / "integrated" / "pairs.jsonl")
     steps = read_jsonl(seed / "integrated" / "fit" / "metrics.jsonl")[-1]["step"]
-    assert steps * CONFIG["stage0"].get("batch", 32) * task.target_tokens / task.examples == pytest.approx(
-        spent, rel=0.1
-    )
+    assert steps * CONFIG["sft"].get("batch", 32) * task.target_tokens / task.examples == pytest.approx(spent, rel=0.1)
     model = CausalModel.open(str(seed / "integrated" / "model"))
     assert all("<act>" in model.decode(target) for _, target in read_pairs(seed / "integrated" / "pairs.jsonl"))
 
 
 def test_a_budget_is_kept_to_half_a_step(tmp_path: Path, directory: Path) -> None:
-    task = SftTask(tmp_path, directory / "seed-0" / "planner" / "pairs.jsonl")
+    task = SftTask(tmp_path, directory / "seed-0" / "independent" / "planner" / "pairs.jsonl")
     each = task.target_tokens / task.examples
     for tokens in (1, 500, 2345):
         steps = steps_for(tokens, task, 2)
@@ -104,7 +103,7 @@ def test_self_training_learns_what_was_solved_and_gold(directory: Path) -> None:
     rows = [row for file in sorted(ground.glob("shard-*")) for row in read_jsonl(file)]
     accepted = [row for row in rows if row["verdict"] == "accept"]
     assert {row["verdict"] for row in rows} <= {"accept", "drop"}
-    for stage in ("prefer-0", "improve-0"):
+    for stage in ("planner_sft-0", "grounder_sft-0"):
         pairs = read_pairs(phase(directory, "rft", stage) / "pairs.jsonl")
         assert len(pairs) == len(accepted) + CONFIG["tasks"]["train"]
     sampled = phase(directory, "rft", "sample") / "shard-00000.jsonl"
@@ -113,21 +112,21 @@ def test_self_training_learns_what_was_solved_and_gold(directory: Path) -> None:
 
 def test_every_program_is_counted_and_what_the_critic_left_is_learned(directory: Path) -> None:
     rows = [row for file in sorted(phase(directory, "moat", "ground").glob("shard-*")) for row in read_jsonl(file)]
-    asked = read_jsonl(phase(directory, "moat", "ground") / "inputs.jsonl")
+    plans = read_jsonl(phase(directory, "moat", "ground") / "inputs.jsonl")
     verdicts = [row["verdict"] for row in rows]
-    assert len(asked) == len(rows) == sum(verdicts.count(each) for each in ("accept", "correct", "drop"))
+    assert len(plans) == len(rows) == sum(verdicts.count(each) for each in ("accept", "correct", "drop"))
     kept = [row for row in rows if row["verdict"] != "drop"]
     assert all((row["used_actions"] is None) == (row["verdict"] == "drop") for row in rows)
-    pairs = read_pairs(phase(directory, "moat", "improve-0") / "pairs.jsonl")
+    pairs = read_pairs(phase(directory, "moat", "grounder_sft-0") / "pairs.jsonl")
     assert len(pairs) == len(kept) + CONFIG["tasks"]["train"]
-    model = CausalModel.open(str(directory / "seed-0" / "grounder" / "model"))
+    model = CausalModel.open(str(directory / "seed-0" / "independent" / "grounder" / "model"))
     for row, (prompt, target) in zip(kept, pairs, strict=False):
         assert model.decode(prompt).endswith("<act>") and target[-1] == model.eos
         assert model.encode(row["used_actions"]) == list(target[:-1])
 
 
 def test_random_pairs_are_of_the_same_plans_in_any_order(directory: Path) -> None:
-    scored = json.loads((phase(directory, "moat", "pair") / "pairs.json").read_text())
+    scored = json.loads((phase(directory, UNGATED, "pair") / "pairs.json").read_text())
     drawn = json.loads((phase(directory, "random_pairs", "pair") / "pairs.json").read_text())
     nll = {(r["task_id"], r["j"]): r["nll_mean"]
            for f in phase(directory, "moat", "score").glob("shard-*") for r in read_jsonl(f)}  # fmt: skip
@@ -139,15 +138,15 @@ def test_random_pairs_are_of_the_same_plans_in_any_order(directory: Path) -> Non
 
 
 def test_the_best_plan_is_the_target_of_its_arm(directory: Path) -> None:
-    pairs = read_pairs(phase(directory, "best_plan", "prefer-0") / "pairs.jsonl")
-    chosen = read_jsonl(phase(directory, "moat", "pair") / "preferences.jsonl")
+    pairs = read_pairs(phase(directory, "best_plan", "planner_sft-0") / "pairs.jsonl")
+    chosen = read_jsonl(phase(directory, UNGATED, "pair") / "preferences.jsonl")
     assert [list(target) for _, target in pairs] == [pair["chosen"] for pair in chosen]
 
 
 def test_more_steps_are_on_gold_alone(directory: Path) -> None:
-    for name, stage in (("planner", "prefer-0"), ("grounder", "improve-0")):
+    for name, stage in (("planner", "planner_sft-0"), ("grounder", "grounder_sft-0")):
         again = phase(directory, "extra_steps", stage) / "pairs.jsonl"
-        assert again.read_bytes() == (directory / "seed-0" / name / "pairs.jsonl").read_bytes()
+        assert again.read_bytes() == (directory / "seed-0" / "independent" / name / "pairs.jsonl").read_bytes()
     assert not list((directory / "seed-0" / "extra_steps").rglob("*-sample"))
 
 
@@ -155,25 +154,29 @@ def test_arms_end_after_their_iterations_and_are_compared_at_equal_ones(director
     for arm in ("noisy_30", "random_pairs", "best_plan"):
         assert len(iterations(directory, arm)) == 2
     statements = {c["name"]: c["statement"] for c in json.loads((directory / "report.json").read_text())["claims"]}
-    assert statements["C5 random_pairs"].startswith("moat T=1 beats")
-    assert statements["C6 noisy_30"].startswith("moat T=1 beats")
+    assert statements["C5 random_pairs"].startswith("moat_no_gate, iterations 1 beats")
+    assert statements["C6 noisy_30"].startswith("moat_no_gate, iterations 1 beats")
     assert statements["C7 rft"].startswith("moat beats")
 
 
 def test_plots_show_what_was_trained_and_what_stands(directory: Path) -> None:
     """Never only the best so far: every candidate of the gate is there, with the number of seeds."""
-    plot = json.loads((directory / "report.json").read_text())["plots"]["surrogate"]
+    plot = json.loads((directory / "report.json").read_text())["plots"]["surrogate_by_stage"]
     assert "1 seeds" in plot["title"]
     rows = iterations(directory, "moat")[1:]
-    wanted = [[2 * row["iteration"] - 1 + i, row["J_stages"][stage]]
-              for row in rows for i, stage in enumerate(("prefer", "improve")) if stage in row["J_stages"]]  # fmt: skip
+    wanted = [
+        [2 * row["iteration"] - 1 + i, row["J_stages"][stage]]
+        for row in rows
+        for i, stage in enumerate(("dpo", "grounder_sft"))
+        if stage in row["J_stages"]
+    ]
     assert [point[:2] for point in plot["series"]["trained, accepted or not"]] == wanted
-    assert len(plot["series"]["standing after the gate"]) == 1 + len(rows)
+    assert len(plot["series"]["after the gate"]) == 1 + len(rows)
 
 
 def test_test_tasks_are_read_after_all_training(directory: Path) -> None:
     trained = max(p.stat().st_mtime_ns for p in (directory / "seed-0").rglob("*") if p.name != ".lock")
-    solved = min(p.stat().st_mtime_ns for p in (directory / "runs").rglob("*.jsonl"))
+    solved = min(p.stat().st_mtime_ns for p in (directory / "results").rglob("*.jsonl"))
     assert trained < solved
 
 
@@ -186,13 +189,38 @@ def test_on_actors_it_comes_to_the_same_numbers(directory: Path, tmp_path: Path)
         assert [{**row, "seconds": 0} for row in iterations(two, arm)] == [
             {**row, "seconds": 0} for row in iterations(one, arm)
         ]
-    files = sorted(p.relative_to(one) for p in (one / "runs").rglob("*.jsonl"))
-    assert len(files) == 2 * (4 + 1 + 2)
+    files = sorted(p.relative_to(one) for p in (one / "results").rglob("*.jsonl"))
+    assert len(files) == 4 + 1 + 2
     assert [sha256(two / file) for file in files] == [sha256(one / file) for file in files]
 
 
 def test_a_comparison_is_found_again(directory: Path) -> None:
-    """Nothing is trained or solved again where it is finished."""
+    """Nothing is trained again where it is finished."""
     before = {p: p.stat().st_mtime_ns for p in (directory / "seed-0").rglob("*.safetensors")}
-    Comparison(build(Config, CONFIG), directory).run()
+    config = build(Config, CONFIG)
+    arms = Arms(config, directory, None)
+    for arm in ("independent", *ARMS):
+        arms.train(arm, 0, directory / "seed-0" / arm)
+    assert all(arms.agents(system, 0).planner.is_dir() for system in systems(config))
     assert {p: p.stat().st_mtime_ns for p in (directory / "seed-0").rglob("*.safetensors")} == before
+
+
+def test_ablations_are_ungated_and_compared_with_the_ungated_arm(directory: Path) -> None:
+    ablations = {name for name, arm in KINDS.items() if arm.against}
+    assert ablations == {
+        "planner_only",
+        "grounder_only",
+        "no_critic",
+        "noisy_10",
+        "noisy_30",
+        "random_pairs",
+        "best_plan",
+    }
+    assert all(KINDS[name].against == UNGATED and not KINDS[name].gate for name in ablations)
+    with pytest.raises(ConfigError, match="random_pairs is compared with moat_no_gate; add it"):
+        build(Config, {**CONFIG, "arms": ["moat", "random_pairs"]})
+    head, *table = json.loads((directory / "report.json").read_text())["tables"]["Training, mean of seeds"]
+    rows = {row[0]: dict(zip(head, row, strict=True)) for row in table}
+    assert rows["random_pairs"]["compared with"] == "moat_no_gate, iterations 1"
+    assert rows["rft"]["compared with"] == "moat"
+    assert all(rows[arm]["stages accepted"] == rows[arm]["of those offered"] for arm in (UNGATED, "random_pairs"))

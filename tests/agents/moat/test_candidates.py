@@ -8,8 +8,9 @@ from dataclasses import replace
 import pytest
 
 from mobula.agents.language import parse
-from mobula.agents.moat.candidates import Pair, PlanSample, examined, leak, preferred
-from mobula.agents.moat.templates import Markers, ground_text, template_of
+from mobula.agents.moat.candidates import PlanSample, examine, leak
+from mobula.agents.moat.data import Markers, ground_text, template_of
+from mobula.agents.moat.moat import Pair, preferred
 from mobula.agents.worlds import PLANNER_STYLES, Task, World, WorldSet
 from mobula.agents.worlds.tool_world import generate
 from mobula.models.causal import CausalModel, SmallShape, word_tokenizer
@@ -33,15 +34,15 @@ def tools_of(worlds: dict[str, World], task: Task) -> list:
 
 
 def sample(text: str, j: int = 0) -> PlanSample:
-    return PlanSample("t", 1, j, text, len(text.split()), -1.0, parsed=True, leak=0.0)
+    return PlanSample("t", j, text, len(text.split()), -1.0, parsed=True, leak=0.0)
 
 
 def test_gold_plans_of_every_style_give_nothing_away(worlds: dict[str, World], tasks: list[Task]) -> None:
-    chance = random.Random(0)
+    rng = random.Random(0)
     for task in tasks:
         program = parse(str(task.gold_actions))
         for style in range(len(PLANNER_STYLES)):
-            plan = worlds[task.family].plan(program, [float(i == style) for i in range(3)], chance)
+            plan = worlds[task.family].plan(program, [float(i == style) for i in range(3)], rng)
             assert leak(plan, task, tools_of(worlds, task)) <= MOST_LEAK, (plan, task.gold_actions)
 
 
@@ -65,11 +66,11 @@ def test_overlap_with_the_program_counts_only_beyond_the_task() -> None:
 def test_samples_are_examined_and_repetitions_collapse(worlds: dict[str, World], tasks: list[Task]) -> None:
     task = next(task for task in tasks if task.family == "arith")
     texts = ["S1: calc 1 + 2", "S1:  calc 1 + 2 ", "calc 1 + 2", "", "S1: R1 = Calc(1 + 2)"]
-    found = examined([sample(text, j) for j, text in enumerate(texts)], task, tools_of(worlds, task))
-    assert [s.usable(MOST_LEAK) for s in found] == [True, False, False, False, False]
-    assert [s.duplicate_of for s in found] == [None, 0, None, None, None]
-    assert [s.parsed for s in found] == [True, True, False, False, True]
-    assert found[4].leak == 1.0
+    examined = examine([sample(text, j) for j, text in enumerate(texts)], task, tools_of(worlds, task))
+    assert [s.usable(MOST_LEAK) for s in examined] == [True, False, False, False, False]
+    assert [s.duplicate_of for s in examined] == [None, 0, None, None, None]
+    assert [s.parsed for s in examined] == [True, True, False, False, True]
+    assert examined[4].leak == 1.0
 
 
 def test_the_likeliest_is_chosen_and_the_unlikeliest_rejected_in_any_order() -> None:
@@ -120,12 +121,12 @@ def test_a_chat_template_is_used_where_there_is_one(worlds: dict[str, World], ta
     tokenizer = word_tokenizer(["system user assistant You plan"])
     tokenizer.chat_template = "{% for m in messages %}{{ m.role }} {{ m.content }} {% endfor %}assistant "
     model = CausalModel.small(tokenizer, SmallShape(width=16), seed=0)
-    asked = []
-    model.encode = lambda text: asked.append(text) or [1]  # type: ignore[method-assign]
+    prompts = []
+    model.encode = lambda text: prompts.append(text) or [1]  # type: ignore[method-assign]
     template = template_of(model, "full")
     template.plan(task)
     template.ground(task, "S1: do it", tools_of(worlds, task))
-    assert task.text in asked[0]
-    assert asked[0].startswith("system You plan")
-    assert all(part in asked[1] for part in ("Calc(number)", task.text, "S1: do it"))
-    assert all(text.endswith("assistant ") for text in asked)
+    assert task.text in prompts[0]
+    assert prompts[0].startswith("system You plan")
+    assert all(part in prompts[1] for part in ("Calc(number)", task.text, "S1: do it"))
+    assert all(text.endswith("assistant ") for text in prompts)

@@ -12,7 +12,8 @@ from typing import ClassVar
 import pytest
 
 from mobula.agents.language import execute
-from mobula.agents.moat.critic import KINDS, CriticFailed, CriticSettings, canary_rate, criticise, judge
+from mobula.agents.moat.config import CRITICS
+from mobula.agents.moat.critic import CriticFailed, CriticSettings, canary_rate, criticise, judge
 from mobula.agents.worlds import Task, World, WorldSet
 from mobula.agents.worlds.tool_world import generate
 
@@ -41,7 +42,7 @@ def verdicts(kind: str, worlds: dict[str, World], tasks: list[Task], program: st
         texts = {"gold": str(task.gold_actions), "wrong": wrong(task), "broken": "R1 = Calc("}
         plans = {"gold": str(task.gold_plan), "wrong": "S1: calc 99 + 1", "none": "sing"}
         settings = CriticSettings(kind, **more)  # type: ignore[arg-type]
-        found.append(criticise(settings, judge(settings, world), world, task, 0, plans[plan], texts[program]))
+        found.append(criticise(settings, world, task, 0, plans[plan], texts[program]))
     return found
 
 
@@ -74,7 +75,7 @@ def test_a_correction_always_reaches_the_gold_answer(worlds: dict[str, World], t
     """The plan of another task is not made this task's gold program."""
     for task, other in zip(tasks, tasks[3:], strict=False):
         world = worlds[task.family]
-        found = criticise(EXECUTABLE, judge(EXECUTABLE, world), world, task, 0, str(other.gold_plan), wrong(task))
+        found = criticise(EXECUTABLE, world, task, 0, str(other.gold_plan), wrong(task))
         assert found.verdict == "drop" or world.reward(task, execute(str(found.used_actions), world.tools())) == 1
 
 
@@ -87,12 +88,15 @@ def test_noise_flips_its_share_and_repeats(worlds: dict[str, World], tasks: list
     assert flipped == {"accept"}
 
 
-def test_a_critic_that_fails_drops(worlds: dict[str, World], tasks: list[Task]) -> None:
+def test_a_critic_that_fails_drops(
+    worlds: dict[str, World], tasks: list[Task], monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fails(*_):
         raise TimeoutError("no reply")
 
+    monkeypatch.setattr("mobula.agents.moat.critic.LlmCritic.__call__", fails)
     world = worlds[tasks[0].family]
-    found = criticise(CriticSettings("llm"), fails, world, tasks[0], 0, "S1: x", str(tasks[0].gold_actions))
+    found = criticise(CriticSettings("llm"), world, tasks[0], 0, "S1: x", str(tasks[0].gold_actions))
     assert (found.verdict, found.used_actions) == ("drop", None)
     assert found.reason == "the critic failed: TimeoutError: no reply"
 
@@ -100,7 +104,7 @@ def test_a_critic_that_fails_drops(worlds: dict[str, World], tasks: list[Task]) 
 def test_an_unknown_critic_is_an_error(worlds: dict[str, World]) -> None:
     with pytest.raises(KeyError):
         judge(CriticSettings("kind"), worlds["arith"])
-    assert all(judge(CriticSettings(kind), worlds["arith"]) for kind in KINDS)
+    assert all(judge(CriticSettings(kind), worlds["arith"]) for kind in CRITICS)
 
 
 def test_known_bad_programs_reveal_a_critic_that_accepts_everything(
@@ -108,7 +112,7 @@ def test_known_bad_programs_reveal_a_critic_that_accepts_everything(
 ) -> None:
     assert canary_rate(EXECUTABLE, worlds, tasks) == 0
     assert canary_rate(CriticSettings("always_accept"), worlds, tasks) == 1  # it does not pretend to judge
-    monkeypatch.setattr("mobula.agents.moat.critic._Executable.__call__", lambda *_: ("accept", None, "tired"))
+    monkeypatch.setattr("mobula.agents.moat.critic._Execution.__call__", lambda *_: ("accept", None, "tired"))
     with pytest.raises(CriticFailed, match="known to be wrong"):
         canary_rate(EXECUTABLE, worlds, tasks)
 
@@ -117,11 +121,11 @@ class Endpoint(BaseHTTPRequestHandler):
     """Answers with the replies it is given, in turn, and keeps what it was asked."""
 
     replies: ClassVar[list[tuple[str, str]]] = []
-    asked: ClassVar[list[dict]] = []
+    requests: ClassVar[list[dict]] = []
     keys: ClassVar[list[str | None]] = []
 
     def do_POST(self) -> None:
-        self.asked.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+        self.requests.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
         self.keys.append(self.headers["Authorization"])
         content, ended = self.replies.pop(0)
         body = json.dumps({"choices": [{"message": {"content": content}, "finish_reason": ended}]}).encode()
@@ -168,13 +172,13 @@ def test_an_endpoint_judges_and_its_failures_drop(
         "accept truncated": '{"verdict": "accept", "rea',
     }
     Endpoint.replies[:] = [(texts[name], ended) for name, ended in replies]
-    Endpoint.asked.clear()
-    found = criticise(endpoint, judge(endpoint, world), world, task, 0, str(task.gold_plan), wrong(task))
+    Endpoint.requests.clear()
+    found = criticise(endpoint, world, task, 0, str(task.gold_plan), wrong(task))
     assert found.verdict == verdict
     assert found.used_actions == {"accept": found.generated, "correct": task.gold_actions, "drop": None}[verdict]
     assert not Endpoint.replies
-    assert all(asked["max_tokens"] >= 1024 for asked in Endpoint.asked)
-    assert task.text in Endpoint.asked[0]["messages"][1]["content"]
+    assert all(request["max_tokens"] >= 1024 for request in Endpoint.requests)
+    assert task.text in Endpoint.requests[0]["messages"][1]["content"]
 
 
 def test_the_endpoint_gets_its_key_and_nobody_else_does(
@@ -186,7 +190,7 @@ def test_the_endpoint_gets_its_key_and_nobody_else_does(
     Endpoint.keys.clear()
     world = worlds[tasks[0].family]
     for critic in (settings, endpoint):
-        criticise(critic, judge(critic, world), world, tasks[0], 0, "S1: x", "R1 = Calc(1)")
+        criticise(critic, world, tasks[0], 0, "S1: x", "R1 = Calc(1)")
     assert Endpoint.keys == ["Bearer s3cret", None]
     assert "s3cret" not in repr(settings) + repr(judge(settings, world))
 
@@ -194,6 +198,6 @@ def test_the_endpoint_gets_its_key_and_nobody_else_does(
 def test_an_endpoint_that_is_not_there_drops(worlds: dict[str, World], tasks: list[Task]) -> None:
     settings = CriticSettings("llm", url="http://127.0.0.1:9/v1", model="judge")
     world = worlds[tasks[0].family]
-    found = criticise(settings, judge(settings, world), world, tasks[0], 0, "S1: x", "R1 = Calc(1)")
+    found = criticise(settings, world, tasks[0], 0, "S1: x", "R1 = Calc(1)")
     assert found.verdict == "drop"
     assert "http://127.0.0.1:9/v1" in found.reason

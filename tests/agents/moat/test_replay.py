@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-from mobula.agents.moat.config import ARMS, Config
-from mobula.agents.moat.setting import MODEL, Setting, grounding_pairs
-from mobula.agents.moat.stages import tune
-from mobula.agents.moat.workers import Agents, Lengths, SolveWorker
+from mobula.agents.moat.agents import Agents, Lengths, TaskWorker, solve
 from mobula.agents.worlds import WorldSet
 from mobula.models.causal import CausalModel
+from mobula.models.finetune import MODEL, finetune
 from mobula.models.sft import SftTask, write_pairs
 from tests.agents.moat import small
 
@@ -29,23 +28,23 @@ def gold_plan_success(root: Path, grounder: Path) -> float:
     tasks = [task for task in small.known_tasks() if task.family != "kb"]
     agents = Agents(root / "planner" / MODEL, grounder, WorldSet("tools", 0), "plan_only")
     items = [{"task": asdict(task), "plan": task.gold_plan} for task in tasks]
-    rows = SolveWorker(agents, Lengths(48, 72)).process(items, 0)
+    rows = TaskWorker(agents, partial(solve, most=Lengths(48, 72))).process(items, 0)
     return sum(row["success"] for row in rows) / len(rows)
 
 
 def test_without_replay_success_on_gold_plans_falls(root: Path) -> None:
     start = root / "grounder" / MODEL
-    setting = Setting(Config(), ARMS["moat"], {}, WorldSet("tools", 0).build(), root / "planner" / MODEL, start, 0)
+    data = small.known_data()
     rows = [(task, str(task.gold_plan), str(task.gold_actions)) for task in small.known_tasks()]
     model = CausalModel.open(str(start))
-    new = grounding_pairs(setting, model, [row for row in rows if row[0].family == "kb"])
-    found = {"start": gold_plan_success(root, start)}
-    for name, pairs in (("without", new), ("with", new + grounding_pairs(setting, model, rows))):
-        place = root / name
-        place.mkdir()
-        write_pairs(place / "pairs.jsonl", pairs)
+    new = data.grounding(model, [row for row in rows if row[0].family == "kb"])
+    success = {"start": gold_plan_success(root, start)}
+    for name, pairs in (("without", new), ("with", new + data.grounding(model, rows))):
+        path = root / name
+        path.mkdir()
+        write_pairs(path / "pairs.jsonl", pairs)
         config = replace(small.TRAINING, steps=40)
-        tune(SftTask(start, place / "pairs.jsonl"), config, place, 0, name)
-        found[name] = gold_plan_success(root, place / MODEL)
-    assert min(found["start"], found["with"]) > 0.8
-    assert found["without"] < 0.6
+        finetune(SftTask(start, path / "pairs.jsonl"), config, path, seed=0, name=name, cluster=None)
+        success[name] = gold_plan_success(root, path / MODEL)
+    assert min(success["start"], success["with"]) > 0.8
+    assert success["without"] < 0.6

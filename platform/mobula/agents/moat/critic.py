@@ -19,7 +19,6 @@ from mobula.agents.worlds import Task, World
 from mobula.errors import MobulaError
 
 Verdict = Literal["accept", "correct", "drop"]
-KINDS = ("executable", "execution", "oracle", "verifier", "llm", "noisy", "always_accept", "always_reject")
 # Critics that mean to judge; the others are there to be compared with.
 JUDGING = ("executable", "execution", "oracle", "verifier", "llm")
 MOST_CANARIES = 0.1
@@ -46,7 +45,8 @@ class Grounding:
     right: bool
 
 
-Judge = Callable[[Task, str, str, Execution], tuple[Verdict, str | None, str]]
+Judgement = tuple[Verdict, str | None, str]
+Judge = Callable[[Task, str, str, Execution], Judgement]
 
 
 @dataclass(frozen=True)
@@ -77,14 +77,15 @@ def judge(settings: CriticSettings, world: World) -> Judge:
     Raises:
         KeyError: for another name.
     """
+    executable = _Execution(world, _grounded_plan)
     critics: dict[str, Judge] = {
-        "executable": _Executable(world),
-        "execution": _Execution(world),
-        "oracle": _Oracle(world),
+        "executable": executable,
+        "execution": _Execution(world, lambda world, task, plan: ("drop", None, "misses the gold answer")),
+        "oracle": _Execution(world, lambda world, task, plan: ("correct", task.gold_actions, "the gold actions")),
         "always_accept": lambda task, plan, program, done: ("accept", None, "accepts everything"),
         "always_reject": lambda task, plan, program, done: ("drop", None, "rejects everything"),
         "verifier": Verifier(settings.verifier or Path()),
-        "noisy": _Noisy(_Executable(world), settings.noise, settings.seed),
+        "noisy": _noisy(settings, executable),
         "llm": LlmCritic(world, settings.url, settings.model, settings.key),
     }
     return critics[settings.kind]
@@ -101,22 +102,20 @@ def canary_rate(settings: CriticSettings, worlds: Mapping[str, World], tasks: Se
         world, program = worlds[task.family], str(other.gold_actions)
         if world.reward(task, execute(program, world.tools())) == 1:
             continue
-        found = criticise(settings, judge(settings, world), world, task, 0, "S1: do it", program)
+        grounding = criticise(settings, world, task, 0, "S1: do it", program)
         bad += 1
-        accepted += found.verdict == "accept"
+        accepted += grounding.verdict == "accept"
     rate = accepted / max(1, bad)
     if settings.kind in JUDGING and rate > MOST_CANARIES:
         raise CriticFailed(f"critic {settings.kind} accepts {accepted} of {bad} programs that are known to be wrong")
     return rate
 
 
-def criticise(
-    settings: CriticSettings, decide: Judge, world: World, task: Task, j: int, plan: str, program: str
-) -> Grounding:
+def criticise(settings: CriticSettings, world: World, task: Task, j: int, plan: str, program: str) -> Grounding:
     """Run a program and let the critic judge it; an exception of the critic drops it."""
     done = execute(program, world.tools())
     try:
-        verdict, correction, reason = decide(task, plan, program, done)
+        verdict, correction, reason = judge(settings, world)(task, plan, program, done)
     except Exception as error:
         verdict, correction, reason = "drop", None, f"the critic failed: {type(error).__name__}: {error}"
     used = {"accept": _canonical(program), "correct": correction, "drop": None}[verdict]
@@ -126,51 +125,35 @@ def criticise(
 
 
 @dataclass(frozen=True)
-class _Executable:
-    world: World
-
-    def __call__(self, task: Task, plan: str, program: str, done: Execution) -> tuple[Verdict, str | None, str]:
-        if self.world.reward(task, done) == 1:
-            return "accept", None, "reaches the gold answer"
-        meant = self.world.ground_plan(plan)
-        if meant is None:
-            return "drop", None, "wrong, and the plan cannot be grounded"
-        if self.world.reward(task, execute(meant, self.world.tools())) == 1:
-            return "correct", serialise(meant), "the plan's own grounding reaches the gold answer"
-        return "drop", None, "wrong, as is what the plan means"
-
-
-@dataclass(frozen=True)
 class _Execution:
-    world: World
+    """Accepts what reaches the gold answer; ``otherwise`` says what becomes of the rest."""
 
-    def __call__(self, task: Task, plan: str, program: str, done: Execution) -> tuple[Verdict, str | None, str]:
+    world: World
+    otherwise: Callable[[World, Task, str], Judgement]
+
+    def __call__(self, task: Task, plan: str, program: str, done: Execution) -> Judgement:
         if self.world.reward(task, done) == 1:
             return "accept", None, "reaches the gold answer"
-        return "drop", None, "misses the gold answer"
+        return self.otherwise(self.world, task, plan)
 
 
-@dataclass(frozen=True)
-class _Oracle:
-    world: World
+def _grounded_plan(world: World, task: Task, plan: str) -> Judgement:
+    meant = world.ground_plan(plan)
+    if meant is None:
+        return "drop", None, "wrong, and the plan cannot be grounded"
+    if world.reward(task, execute(meant, world.tools())) == 1:
+        return "correct", serialise(meant), "the plan's own grounding reaches the gold answer"
+    return "drop", None, "wrong, as is what the plan means"
 
-    def __call__(self, task: Task, plan: str, program: str, done: Execution) -> tuple[Verdict, str | None, str]:
-        if self.world.reward(task, done) == 1:
-            return "accept", None, "reaches the gold answer"
-        return "correct", task.gold_actions, "the gold actions"
 
+def _noisy(settings: CriticSettings, inner: Judge) -> Judge:
+    def judge(task: Task, plan: str, program: str, done: Execution) -> Judgement:
+        judgement = inner(task, plan, program, done)
+        if random.Random(f"{settings.seed}\0{task.id}\0{plan}").random() >= settings.noise:
+            return judgement
+        return ("drop", None, "flipped") if judgement[0] == "accept" else ("accept", None, "flipped")
 
-@dataclass(frozen=True)
-class _Noisy:
-    inner: Judge
-    noise: float
-    seed: int
-
-    def __call__(self, task: Task, plan: str, program: str, done: Execution) -> tuple[Verdict, str | None, str]:
-        verdict, correction, reason = self.inner(task, plan, program, done)
-        if random.Random(f"{self.seed}\0{task.id}\0{plan}").random() >= self.noise:
-            return verdict, correction, reason
-        return ("drop", None, "flipped") if verdict == "accept" else ("accept", None, "flipped")
+    return judge
 
 
 def _canonical(program: str) -> str:

@@ -45,11 +45,11 @@ class LlmCritic:
             CriticError: whatever goes wrong.
         """
         turns = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": _case(task, plan, program, done)}]
-        found = self._verdict(turns)
-        verdict, reason = found["verdict"], str(found.get("reason", ""))
+        reply = self._verdict(turns)
+        verdict, reason = reply["verdict"], str(reply.get("reason", ""))
         if verdict != "correct":
             return verdict, None, reason
-        actions = str(found.get("actions", ""))
+        actions = str(reply.get("actions", ""))
         if self.world.reward(task, execute(actions, self.world.tools())) == 1:
             return "correct", actions, reason
         return "drop", None, f"its correction misses the gold answer; {reason}"
@@ -57,22 +57,20 @@ class LlmCritic:
     def _verdict(self, turns: list[dict[str, str]]) -> dict[str, Any]:
         problem = ""
         for _ in range(1 + REPAIRS):
-            reply = self._ask(turns)
+            reply = self._complete(turns)
             try:
-                found = json.loads(reply)
-                if isinstance(found, dict) and found.get("verdict") in ("accept", "correct", "drop"):
-                    return found
-                problem = "no verdict in it"
+                parsed = json.loads(reply)
             except json.JSONDecodeError as error:
-                problem = f"no JSON: {error}"
-            turns = [
-                *turns,
-                {"role": "assistant", "content": reply},
-                {"role": "user", "content": f"That was not the JSON asked for ({problem}). Reply with it alone."},
-            ]
+                parsed, problem = None, f"no JSON: {error}"
+            else:
+                problem = "no verdict in it"
+            if isinstance(parsed, dict) and parsed.get("verdict") in ("accept", "correct", "drop"):
+                return parsed
+            repair = f"That was not the JSON asked for ({problem}). Reply with it alone."
+            turns = [*turns, {"role": "assistant", "content": reply}, {"role": "user", "content": repair}]
         raise CriticError(f"{self.model}: {1 + REPAIRS} replies without a verdict ({problem})")
 
-    def _ask(self, turns: list[dict[str, str]]) -> str:
+    def _complete(self, turns: list[dict[str, str]]) -> str:
         body = {"model": self.model, "messages": turns, "max_tokens": MAX_TOKENS, "temperature": 0.1}
         headers = {"Content-Type": "application/json"}
         if self.key:

@@ -1,282 +1,166 @@
-"""The report of a `moat` run: success, the surrogate by stage, the gap, and the claims of the spec."""
+"""The report of a `moat` run: success, the surrogate by stage, the gap between gold and own plans, and the claims."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from mobula.agents.moat.comparison import GOLD
-from mobula.agents.moat.config import ARMS, INDEPENDENT, INTEGRATED, Config
-from mobula.agents.moat.setting import State
-from mobula.agents.worlds import SOURCES, Task
-from mobula.alternation import Outcome, Row
-from mobula.evaluation.claims import compare
+from mobula.agents.moat.config import ARMS, INDEPENDENT, Config
+from mobula.agents.moat.data import TESTS
+from mobula.agents.moat.moat import stages
+from mobula.agents.moat.stage import current_checkpoint
+from mobula.agents.worlds import SOURCES
+from mobula.alternation import Outcome, best_iteration
+from mobula.evaluation import tables
 from mobula.evaluation.intervals import mean_interval
-from mobula.experiment import Claim, Measure, Report, Verdict
+from mobula.experiment import Claim, Report, Verdict
+from mobula.study import Results, System
 
-STAGES = ("prefer", "improve")
-MOST_OFF = 0.02  # by how much the training of a matched arm may differ from the first one's
-# Which claim of the spec an arm is the other side of.
+MOST_OFF = 0.02  # by how much the training of a budget-matched arm may differ from that of its counterpart
+GOLD_PLAN = {"plan": "gold"}
+METRICS = {"test_in": "trained compositions", "test_out": "held-out compositions"} | {
+    f"{metric}_{split}": f"{title}, {split}"
+    for split in TESTS
+    for metric, title in (("valid", "valid plans"), ("calls", "exact calls"))
+}
+ITERATIONS = ("J", "dev_success", "gap_nll", "n_pairs", "margin", "chosen_lp_shift", "dup_rate", "parse_rate",
+              "leak_rate", "critic_accept", "critic_correct", "critic_drop",
+              "critic_precision", "critic_recall", "canary_rate")  # fmt: skip
+# Which claim an arm is the other side of.
 CLAIM = {
     "extra_steps": "C1", "planner_only": "C5", "grounder_only": "C5", "random_pairs": "C5", "best_plan": "C5",
     "no_critic": "C6", "noisy_10": "C6", "noisy_30": "C6", "rft": "C7",
 }  # fmt: skip
+Outcomes = Mapping[str, Sequence[Outcome]]  # by arm and seed
 
 
-@dataclass(frozen=True)
-class Findings:
-    """What was found: the test tasks, each seed's outcomes by arm, and its rows by agents and split."""
-
-    config: Config
-    tests: Mapping[str, Sequence[Task]]
-    outcomes: Sequence[Mapping[str, Outcome]]
-    solved: Sequence[Mapping[str, Mapping[str, list[Row]]]]
-
-    @property
-    def first(self) -> str:
-        """The arm that the others are compared with."""
-        return self.config.arms[0]
-
-    @property
-    def agents(self) -> list[str]:
-        """All that solved the test tasks."""
-        return list(self.solved[0])
-
-    def success(self, agents: str, split: str) -> np.ndarray:
-        """Success f[S, Q] by seed and task."""
-        return np.array([[row["success"] for row in found[agents][split]] for found in self.solved])
-
-    def iterations(self, arm: str) -> int:
-        """How many iterations an arm has at most."""
-        most = None if arm == INTEGRATED else ARMS[arm].most
-        return min(self.config.alternation.iterations, most or self.config.alternation.iterations)
-
-    def equal(self, arm: str) -> str:
-        """The agents of the first arm after as many iterations as another arm has."""
-        iterations = self.iterations(arm)
-        return self.first if iterations == self.config.alternation.iterations else f"{self.first} T={iterations}"
-
-    def compare(self, name: str, statement: str, a: np.ndarray, b: np.ndarray) -> Claim:
-        """A claim, as decisive as the run is."""
-        evaluation = self.config.evaluation
-        return compare(name, statement, a, b, decisive=evaluation.decisive, resamples=evaluation.resamples)
-
-
-def fill(report: Report, found: Findings) -> None:
+def build_report(report: Report, config: Config, results: Results, outcomes: Outcomes) -> None:
     """Measures, tables, plots and claims."""
-    report.notes.append(_header(found.config))
-    report.notes.extend(f"tasks {split}: {len(tasks)}" for split, tasks in found.tests.items())
-    report.notes.append(f"training seeds: {len(found.solved)}; intervals: 95 %, over seeds and tasks")
-    resamples = found.config.evaluation.resamples
-    for name in found.agents:
-        for split in found.tests:
-            report.measures[f"{name}/{split}"] = mean_interval(found.success(name, split), resamples=resamples)
-    report.tables["Success on test tasks, per cent"] = _success_table(report.measures, found)
-    report.tables["Success by family, per cent"] = _family_table(found)
-    report.tables["Valid plans and exact calls, per cent"] = _quality_table(found)
-    report.tables["Iterations, mean of seeds"] = _iterations(found)
-    report.tables["Training, target tokens, mean of seeds"] = _training(found)
-    report.notes.extend(_budget_notes(found))
-    report.plots["surrogate"] = _stages_plot(found, "J_stages", "J", "J (nats per token)")
-    report.plots["dev_success"] = _stages_plot(found, "dev_stages", "dev_success", "success on dev")
-    report.plots["arms"] = _arms_plot(found)
-    for split in found.tests:
-        report.plots[f"success_{split}"] = _bars(report.measures, found, split)
-    report.claims.extend(_claims(found))
-    rows = [row for outcomes in found.outcomes for outcome in outcomes.values() for row in outcome.rows]
-    report.cost["alternation_s"] = sum(row["seconds"] for row in rows)
-
-
-def _header(config: Config) -> str:
-    """What was compared, and what it is not."""
     agents = f"{config.model.base} adapted twice" if config.model.base else "small networks trained here"
-    return (
+    report.notes.append(
         f"agents: {agents}; tasks: {SOURCES[config.tasks.source].title}; not the paper's 7B models and benchmarks, "
         "whose figures are quoted, not reproduced"
     )
+    report.notes.extend(f"tasks {split}: {config.tasks.sizes[split]}" for split in TESTS)
+    labels = {"dev_success": "success on dev", "J": "J (nats per token)"}
+    results.report(report, METRICS, labels, examples="Success, valid plans and exact calls on test tasks, per cent")
+    systems, strata = {system.label: system for system in results.rows}, results.strata()
+    if len(strata) > 1:
+        held_out = tables.measures(
+            systems, dict(zip(strata, strata, strict=True)), lambda a, s: report.measures.get(f"{a}/test_out/{s}")
+        )
+        report.tables[f"{METRICS['test_out']} by stratum"] = held_out
+    report.tables["Iterations, mean of seeds"] = tables.iterations(results.curves, ITERATIONS, digits=4)
+    report.tables["Training, mean of seeds"] = _training(config, outcomes)
+    report.notes.extend(_budget_notes(config, outcomes))
+    first = outcomes[config.arms[0]]
+    names = [stage.name for stage in stages(ARMS[config.arms[0]])]
+    report.plots["surrogate_by_stage"] = _stages_plot(first, names, "J_stages", "J", labels["J"])
+    report.plots["success_by_stage"] = _stages_plot(first, names, "dev_stages", "dev_success", "success on dev")
+    for split in TESTS:
+        bars = {label: report.measures.get(f"{label}/{split}") for label in systems}
+        report.plots[f"success_{split}"] = tables.bars_plot(bars, f"success, {split} (%)")
+    report.claims.extend(_claims(config, results, first))
+    rows = [row for runs in outcomes.values() for outcome in runs for row in outcome.rows]
+    report.cost["alternation_s"] = sum(row["seconds"] for row in rows)
 
 
-def _success_table(measures: Mapping[str, Measure], found: Findings) -> list[list[Any]]:
-    def cell(measure: Measure) -> str:
-        return f"{100 * measure.value:.1f} [{100 * measure.low:.1f}, {100 * measure.high:.1f}]"
+def _budget(config: Config, outcomes: Outcomes, arm: str) -> tuple[float, float]:
+    """The target tokens of an arm and, in as many iterations, of the arm that it is compared with; mean of seeds."""
 
-    rows: list[list[Any]] = [["agents", *found.tests]]
-    return rows + [[name, *(cell(measures[f"{name}/{split}"]) for split in found.tests)] for name in found.agents]
+    def tokens(run: Outcome) -> float:
+        return sum(row["tokens"] for row in run.rows[1 : config.iterations(arm) + 1])
 
-
-def _family_table(found: Findings) -> list[list[Any]]:
-    members = {
-        (split, family): np.array([task.family == family for task in tasks])
-        for split, tasks in found.tests.items()
-        for family in dict.fromkeys(task.family for task in tasks)
-    }
-    rows: list[list[Any]] = [["agents", *(f"{family}, {split}" for split, family in members)]]
-    for name in found.agents:
-        success = {split: found.success(name, split) for split in found.tests}
-        cells = [100 * float(success[split][:, mine].mean()) for (split, _), mine in members.items()]
-        rows.append([name, *(round(cell, 1) for cell in cells)])
-    return rows
+    own, other = (np.mean([*map(tokens, outcomes[name])]) for name in (arm, config.counterpart(arm).arm))
+    return float(own), float(other)
 
 
-def _quality_table(found: Findings) -> list[list[Any]]:
-    """How many plans are valid, and how many gold calls the programs have at their places, where there are any."""
-
-    def mean(rows: Sequence[Row], name: str) -> Any:
-        values = [row[name] for row in rows if row[name] is not None]
-        return round(100 * float(np.mean(values)), 1) if values else ""
-
-    measured = (("valid", "valid plans"), ("calls", "exact calls"))
-    table: list[list[Any]] = [["agents", *(f"{title}, {split}" for split in found.tests for _, title in measured)]]
-    for name in found.agents:
-        rows = {split: [row for seed in found.solved for row in seed[name][split]] for split in found.tests}
-        table.append([name, *(mean(rows[split], column) for split in found.tests for column, _ in measured)])
+def _training(config: Config, outcomes: Outcomes) -> tables.Table:
+    """What was trained and kept by arm: stages offered to the gate and accepted, over all seeds; the tokens."""
+    head = ["arm", "iterations", "stages accepted", "of those offered", "iteration chosen", "tokens", "compared with"]
+    table: tables.Table = [[*head, "tokens of that"]]
+    for arm, runs in outcomes.items():
+        decisions = [kept for run in runs for row in run.rows[1:] for kept in row["gate"].values() if kept is not None]
+        chosen = np.mean([best_iteration(run.rows, config.alternation) for run in runs])
+        tokens, other = _budget(config, outcomes, arm)
+        share = f"{tokens / other:.3f}" if other else ""
+        row = [arm, config.iterations(arm), sum(decisions), len(decisions), round(float(chosen), 2), round(tokens)]
+        table.append([*row, config.counterpart(arm).label, share])
     return table
 
 
-def _iterations(found: Findings) -> list[list[Any]]:
-    names = ("J", "dev_success", "gap_nll", "n_pairs", "margin", "chosen_lp_shift", "dup_rate", "parse_rate",
-             "leak_rate", "critic_accept", "critic_correct", "critic_drop",
-             "critic_precision", "critic_recall", "canary_rate")  # fmt: skip
-    rows: list[list[Any]] = [["arm", "iteration", *names]]
-    for arm in found.outcomes[0]:
-        runs = [outcomes[arm].rows for outcomes in found.outcomes]
-        for iteration in range(max(map(len, runs))):
-            at = [run[iteration] for run in runs if iteration < len(run)]
-            values = [[row[name] for row in at if name in row] for name in names]
-            rows.append([arm, iteration, *(round(float(np.mean(v)), 4) if v else "" for v in values)])
-    return rows
+def _budget_notes(config: Config, outcomes: Outcomes) -> Iterator[str]:
+    for arm in outcomes:
+        tokens, other = _budget(config, outcomes, arm)
+        if ARMS[arm].budget_matched and abs(tokens - other) > MOST_OFF * other:
+            against = config.counterpart(arm).arm
+            yield f"{arm} learned from {tokens / other - 1:+.1%} target tokens beside {against}: no equal budget"
 
 
-def _tokens(found: Findings, arm: str, iterations: int) -> float:
-    """Target tokens that an arm learned from in its first iterations, mean of seeds."""
-    runs = [outcomes[arm].rows[1 : iterations + 1] for outcomes in found.outcomes]
-    return float(np.mean([sum(row["tokens"] for row in run) for run in runs]))
+def _stages_plot(
+    runs: Sequence[Outcome], names: Sequence[str], candidates: str, current: str, label: str
+) -> dict[str, Any]:
+    """What each stage of an arm trained, accepted or not, and the agents that the gate left."""
+    trained: dict[int, list[float]] = {}
+    kept: dict[int, list[float]] = {}
+    for row in (row for run in runs for row in run.rows):
+        last = len(names) * row["iteration"]
+        kept.setdefault(last, []).append(row[current])
+        for name, value in row.get(candidates, {}).items():
+            trained.setdefault(last - len(names) + 1 + names.index(name), []).append(value)
+    series = {
+        name: [(stage, float(np.mean(seeds)), min(seeds), max(seeds)) for stage, seeds in sorted(values.items())]
+        for name, values in (("trained, accepted or not", trained), ("after the gate", kept))
+    }
+    title = f"mean and range of {len(runs)} seeds"
+    return {"kind": "line", "x": "stage", "y": label, "title": title, "series": series}
 
 
-def _training(found: Findings) -> list[list[Any]]:
-    """How much each arm learned from, beside the first arm in as many iterations."""
-    rows: list[list[Any]] = [["arm", "iterations", "tokens", f"of {found.first}"]]
-    for arm in found.outcomes[0]:
-        iterations = found.iterations(arm)
-        tokens, first = _tokens(found, arm, iterations), _tokens(found, found.first, iterations)
-        rows.append([arm, iterations, round(tokens), f"{tokens / first:.3f}" if first else ""])
-    return rows
-
-
-def _budget_notes(found: Findings) -> Iterator[str]:
-    for arm in found.outcomes[0]:
-        iterations = found.iterations(arm)
-        tokens, first = _tokens(found, arm, iterations), _tokens(found, found.first, iterations)
-        if ARMS[arm].matched and abs(tokens - first) > MOST_OFF * first:
-            yield f"{arm} learned from {tokens / first - 1:+.1%} target tokens beside {found.first}: no equal budget"
-
-
-def _stages_plot(found: Findings, candidates: str, standing: str, label: str) -> dict[str, Any]:
-    """What each stage of the first arm trained, accepted or not, and the agents that stood after it, mean of seeds."""
-    runs = [outcomes[found.first].rows for outcomes in found.outcomes]
-    trained: list[list[float]] = [[] for _ in range(2 * max(map(len, runs)) - 1)]
-    stood: list[list[float]] = [[] for _ in trained]
-    for run in runs:
-        for row in run:
-            place = 2 * row["iteration"]
-            stood[place].append(row[standing])
-            for offset, stage in ((-1, "prefer"), (0, "improve")):
-                value = row.get(candidates, {}).get(stage)
-                if value is not None:
-                    trained[place + offset].append(value)
-    series = {"trained, accepted or not": _with_spread(trained), "standing after the gate": _with_spread(stood)}
-    title = f"{found.first}, {len(runs)} seeds, 95 % of their mean"
-    return {"kind": "line", "x": "stage (two an iteration)", "y": label, "title": title, "series": series}
-
-
-def _with_spread(values: Sequence[Sequence[float]]) -> list[tuple[float, ...]]:
-    """(stage, mean, low, high) where there are values."""
-    points: list[tuple[float, ...]] = []
-    for stage, found in enumerate(values):
-        if found:
-            mean = float(np.mean(found))
-            spread = 1.96 * float(np.std(found, ddof=1)) / np.sqrt(len(found)) if len(found) > 1 else 0.0
-            points.append((stage, mean, mean - spread, mean + spread))
-    return points
-
-
-def _arms_plot(found: Findings) -> dict[str, Any]:
-    """Success on dev of every arm's agents, mean of seeds."""
-    series = {}
-    for arm in found.outcomes[0]:
-        runs = [outcomes[arm].rows for outcomes in found.outcomes]
-        # An arm that stopped stands where it stood.
-        values = [[run[min(i, len(run) - 1)]["dev_success"] for run in runs] for i in range(max(map(len, runs)))]
-        series[arm] = [(i, float(np.mean(value))) for i, value in enumerate(values)]
-    title = f"mean of {len(found.outcomes)} seeds"
-    return {"kind": "line", "x": "iteration", "y": "success on dev", "title": title, "series": series}
-
-
-def _bars(measures: Mapping[str, Measure], found: Findings, split: str) -> dict[str, Any]:
-    bars = {}
-    for name in found.agents:
-        measure = measures[f"{name}/{split}"]
-        bars[name] = [100 * value for value in (measure.value, measure.low, measure.high)]
-    title = f"{len(found.tests[split])} tasks, {len(found.solved)} seeds"
-    return {"kind": "bars", "x": "", "y": f"success, {split} (%)", "title": title, "bars": bars}
-
-
-def _claims(found: Findings) -> Iterator[Claim]:
-    first = found.first
-    rivals = [INDEPENDENT, *(arm for arm in found.config.arms[1:] if CLAIM.get(arm) == "C1")]
+def _claims(config: Config, results: Results, first: Sequence[Outcome]) -> Iterator[Claim]:
+    rivals = [INDEPENDENT, *(arm for arm in config.arms[1:] if CLAIM.get(arm) == "C1")]
     for claim, split, where in (("C1", "test_in", "trained"), ("C2", "test_out", "held-out")):
         for other in rivals:
-            statement = f"{first} beats {other} on {where} compositions"
-            yield found.compare(f"{claim} {other}", statement, found.success(first, split), found.success(other, split))
-    yield from _steps(found)
-    for arm in found.config.arms[1:]:
+            statement = f"{results.first} beats {other} on {where} compositions"
+            yield results.claim(f"{claim} {other}", statement, results.first, other, split)
+    yield from _surrogate(config, first)
+    for arm in config.arms[1:]:
         if CLAIM.get(arm, "C1") != "C1":
-            mine = found.equal(arm)
-            statement = f"{mine} beats {arm} on trained compositions"
-            a, b = found.success(mine, "test_in"), found.success(arm, "test_in")
-            yield found.compare(f"{CLAIM[arm]} {arm}", statement, a, b)
-    yield from _gaps(found)
+            against = config.counterpart(arm)
+            statement = f"{against} beats {arm} on trained compositions"
+            yield results.claim(f"{CLAIM[arm]} {arm}", statement, against, arm, "test_in")
+    yield from _gaps(results, first)
 
 
-def _gaps(found: Findings) -> Iterator[Claim]:
-    names = (INDEPENDENT, found.first)
-    gaps = [found.success(name + GOLD, "test_in") - found.success(name, "test_in") for name in names]
-    yield found.compare("C8 gap_s", "the gap in success between gold and own plans closes", *gaps)
-    histories = [outcomes[found.first].history for outcomes in found.outcomes]
-    before, after = (
-        np.array([State.latest(h).gap for h in each]) for each in ([h.until(0) for h in histories], histories)
-    )
-    yield found.compare("C8 gap_nll", "the gap in likelihood between gold and own plans closes", before, after)
+def _gaps(results: Results, first: Sequence[Outcome]) -> Iterator[Claim]:
+    success = [
+        results.values(System.of(system, **GOLD_PLAN), "test_in") - results.values(system, "test_in")
+        for system in (INDEPENDENT, results.first)
+    ]
+    histories = [[run.history.until(0) for run in first], [run.history for run in first]]
+    nll = [np.array([current_checkpoint(history).gap for history in each]) for each in histories]
+    yield gap_closes(results, "C8 gap_s", "success", *success)
+    yield gap_closes(results, "C8 gap_nll", "likelihood", *nll)
 
 
-def _steps(found: Findings) -> Iterator[Claim]:
-    """C3: the surrogate of what each stage trained, before the gate looked at it, against what stood before."""
-    evaluation = found.config.evaluation
-    outcomes = [outcomes[found.first] for outcomes in found.outcomes]
-    for iteration in range(1, found.config.alternation.iterations + 1):
-        for stage in STAGES:
-            changes = [values for o in outcomes if (values := _change(o, iteration, stage)) is not None]
+def gap_closes(results: Results, name: str, what: str, before: np.ndarray, after: np.ndarray) -> Claim:
+    """The claim that |mean gap| shrinks, f[S, Q] between gold and own plans: a gap that turns round is one as well."""
+    absolute = [gap * np.sign(gap.mean()) for gap in (before, after)]
+    return results.compare(name, f"the absolute gap in {what} between gold and own plans closes", *absolute)
+
+
+def _surrogate(config: Config, runs: Sequence[Outcome]) -> Iterator[Claim]:
+    """C3: the surrogate of what each stage trained first, before the gate looked at it, against what it was before."""
+    for iteration in range(1, config.alternation.iterations + 1):
+        for stage in stages(ARMS[config.arms[0]]):
+            attempts = [stage.attempts(run.history.only(iteration)) for run in runs]
+            changes = [tried[0]["J_changes"] for tried in attempts if tried and "J_changes" in tried[0]]
             if not changes:
                 continue
-            change = mean_interval(np.array(changes), resamples=evaluation.resamples)
+            change = mean_interval(np.array(changes), resamples=config.evaluation.resamples)
             holds: Verdict = "holds" if change.high >= 0 else "does_not_hold"
-            yield Claim(
-                f"C3 {iteration} {stage}",
-                f"the surrogate does not fall in stage {stage} of iteration {iteration} (interval reaches 0)",
-                change.value,
-                change.low,
-                change.high,
-                change.n,
-                holds if evaluation.decisive else "undecided",
-            )
-
-
-def _change(outcome: Outcome, iteration: int, stage: str) -> list[float] | None:
-    """How the surrogate of every probe task changed with the first attempt of a stage; None if nothing was trained."""
-    this = outcome.history.only(iteration)
-    if not this.ran(f"{stage}-0-gate"):
-        return None
-    return this.facts(f"{stage}-0-gate").get("J_changes")
+            verdict = holds if config.evaluation.decisive else "undecided"
+            statement = f"J does not fall in stage {stage.name} of iteration {iteration} (interval reaches 0)"
+            name, bounds = f"C3 {iteration} {stage.name}", (change.low, change.high)
+            yield Claim(name, statement, change.value, *bounds, change.n, verdict)

@@ -1,115 +1,75 @@
-"""Stage 0: tasks of a world, and planner and grounder trained apart on gold plans and actions."""
+"""What alignment starts from: planner and grounder trained apart on gold plans and gold actions (stage 0)."""
 
 from __future__ import annotations
 
 import json
 import logging
-import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from mobula import alternation
-from mobula.agents.moat.config import ARMS, INTEGRATED, Config, TasksConfig
-from mobula.agents.moat.setting import MODEL, Setting, grounder_pairs, joint_pairs, planner_pairs
-from mobula.agents.moat.stages import steps_for, tune
-from mobula.agents.moat.templates import ACT, ground_text, plan_text
-from mobula.agents.worlds import Task, World
-from mobula.agents.worlds.world import STYLES
+from mobula.agents.moat.config import ARMS, INTEGRATED, Config
+from mobula.agents.moat.data import TaskData
+from mobula.agents.moat.stage import ArmContext, learned_tokens, steps_for
+from mobula.alternation import seed_of
 from mobula.artifacts import write_json
+from mobula.cluster.spec import ClusterSpec
 from mobula.locks import alone
-from mobula.models.causal import CausalModel, SmallShape, word_tokenizer
+from mobula.models.causal import CausalModel, SmallShape
+from mobula.models.finetune import MODEL, finetune
 from mobula.models.sft import Pair, SftTask, write_pairs
 
-TESTS = ("test_in", "test_out")
 TOKENS = "tokens.json"  # target tokens that models learned from, written when they are there
-PAIRS = {"planner": planner_pairs, "grounder": grounder_pairs}
+Rows = Callable[[CausalModel], list[Pair]]
 log = logging.getLogger(__name__)
 
 
-def world_tasks(config: TasksConfig) -> tuple[dict[str, World], dict[str, list[Task]]]:
-    """The worlds, and the tasks of every split."""
-    return config.worlds.build(), config.worlds.tasks(config.sizes)
-
-
-def independent(
-    config: Config, worlds: Mapping[str, World], tasks: Mapping[str, Sequence[Task]], directory: Path, seed: int
-) -> Setting:
-    """The independent agents in ``directory``, trained there unless they are; the setting of the first arm."""
-    places = {name: directory / name for name in PAIRS}
-    first = ARMS[config.arms[0]]
-    setting = Setting(config, first, tasks, worlds, places["planner"] / MODEL, places["grounder"] / MODEL, seed)
+def independent(data: TaskData, directory: Path, seed: int, cluster: ClusterSpec | None) -> ArmContext:
+    """The context of the first arm, with independent agents in ``directory``, trained there unless they are."""
+    config, paths = data.config, {name: directory / name for name in ("planner", "grounder")}
+    gold = {"planner": data.gold_plans, "grounder": data.gold_programs}
     with alone(directory):
-        _train(setting, places)
-    return setting
+        if not (directory / TOKENS).is_file():
+            tokenizer, learned = data.tokenizer(), {}
+            for name, path in paths.items():
+                task = fresh(config, gold[name], tokenizer, path, seed_of(seed, name))
+                log.info("seed %d: training the %s", seed, name)
+                result = finetune(task, config.sft, path, seed=seed_of(seed, name), name=name, cluster=cluster)
+                learned[name] = learned_tokens(task, result)
+            write_json(directory / TOKENS, learned)
+    return ArmContext(config, ARMS[config.arms[0]], data, paths["planner"] / MODEL, paths["grounder"] / MODEL, seed)
 
 
-def integrated(start: Setting, directory: Path, spent: int) -> Path:
+def integrated(arm: ArmContext, directory: Path, spent: int, cluster: ClusterSpec | None) -> None:
     """One model that writes plan and program, trained in ``directory`` unless it is there.
 
-    It learns from as many target tokens as the two agents of stage 0 and the ``spent`` ones of their alignment.
+    It learns from as many target tokens as the two independent agents and the ``spent`` ones of their alignment.
     """
-    if not (directory / TOKENS).is_file():
-        stage0 = json.loads((start.planner.parents[1] / TOKENS).read_text())
-        task = fresh(start, joint_pairs, CausalModel.open(str(start.planner)).tokenizer, directory, INTEGRATED)
-        config = start.config.stage0
-        config = replace(config, steps=steps_for(sum(stage0.values()) + spent, task, config.batch))
-        _, learned = tune(task, config, directory, alternation.seed_of(start.seed, INTEGRATED), INTEGRATED)
-        write_json(directory / TOKENS, {INTEGRATED: learned})
-    return directory / MODEL
-
-
-def _train(setting: Setting, places: Mapping[str, Path]) -> None:
-    root = setting.planner.parents[1]
-    if (root / TOKENS).is_file():
+    if (directory / TOKENS).is_file():
         return
-    tokenizer = word_tokenizer(world_texts(setting.worlds, setting.tasks))
-    learned = {}
-    for name, place in places.items():
-        task = fresh(setting, PAIRS[name], tokenizer, place, name)
-        log.info("seed %d: training the %s", setting.seed, name)
-        _, learned[name] = tune(task, setting.config.stage0, place, alternation.seed_of(setting.seed, name), name)
-    write_json(root / TOKENS, learned)
+    apart = json.loads((arm.planner.parents[1] / TOKENS).read_text())
+    seed, tokenizer = seed_of(arm.seed, INTEGRATED), CausalModel.open(str(arm.planner)).tokenizer
+    task, config = fresh(arm.config, arm.data.gold_in_one, tokenizer, directory, seed), arm.config.sft
+    config = replace(config, steps=steps_for(sum(apart.values()) + spent, task, config.batch))
+    result = finetune(task, config, directory, seed=seed, name=INTEGRATED, cluster=cluster)
+    write_json(directory / TOKENS, {INTEGRATED: learned_tokens(task, result)})
 
 
-def fresh(
-    setting: Setting, pairs: Callable[[Setting, CausalModel], list[Pair]], tokenizer: Any, place: Path, name: str
-) -> SftTask:
-    """An untrained model in ``place``, and what it is to learn."""
-    shape, seed = setting.config.model, alternation.seed_of(setting.seed, name) % 2**31
+def fresh(config: Config, rows: Rows, tokenizer: Any, directory: Path, seed: int) -> SftTask:
+    """An untrained model in ``directory``, and what it is to learn."""
+    shape = config.model
     if shape.base:
-        model = CausalModel.adapted(shape.base, shape.lora_rank, shape.lora_alpha, seed)
+        model = CausalModel.adapted(shape.base, shape.lora.rank, shape.lora.alpha, seed % 2**31)
     else:
         small = SmallShape(shape.layers, shape.width, shape.heads, shape.positions)
-        model = CausalModel.small(tokenizer, small, seed)
-    model.save(place / "fresh")
-    write_pairs(place / "pairs.jsonl", pairs(setting, model))
-    return SftTask(place / "fresh", place / "pairs.jsonl")
-
-
-def world_texts(worlds: Mapping[str, World], tasks: Mapping[str, Sequence[Task]]) -> list[str]:
-    """Every word of the world: tasks, programs, plans of every style. Words, not what is done with them."""
-    chance = random.Random(0)
-    found = [ACT]
-    for task in (task for split in tasks.values() for task in split):
-        found.append(plan_text(task))
-        if task.gold_actions is None:
-            continue
-        world = worlds[task.family]
-        tools = world.offered(task)
-        shares = [[float(i == s) for i in range(len(STYLES))] for s in range(len(STYLES))]
-        plans = [world.annotated(task, styles, chance) for styles in shares]
-        found += [task.gold_actions, *(ground_text(task, plan, tools, "full") for plan in plans)]
-    return found
+        model = CausalModel.small(tokenizer, small, seed % 2**31)
+    model.save(directory / "fresh")
+    write_pairs(directory / "pairs.jsonl", rows(model))
+    return SftTask(directory / "fresh", directory / "pairs.jsonl")
 
 
 def start_identity(config: Config) -> list[object]:
-    """What of a config decides the independent agents."""
-    return [
-        asdict(config.tasks),
-        asdict(config.model),
-        config.stage0.identity(),
-        config.moat.grounder_view,
-        config.seed,
-    ]
+    """The part of a config that decides the independent agents."""
+    parts = [asdict(config.tasks), asdict(config.model), config.sft.identity()]
+    return [*parts, config.moat.grounder_view, config.seed]

@@ -1,7 +1,7 @@
 """A trained verifier: a model that reads a task, a plan and a program, and says whether the program is right.
 
 It is the one critic that knows no answer when it judges. It learns from programs that the agents wrote for training
-tasks, told right from wrong by running them, and from gold programs, each with its own task and with another one.
+tasks, labelled right or wrong by running them, and from gold programs, each with its own task and with another one.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from mobula.agents.language import Execution, execute
-from mobula.agents.moat.templates import VERDICTS, template_of
+from mobula.agents.moat.data import VERDICTS, template_of
 from mobula.agents.worlds import Task, World
 from mobula.models.causal import CausalModel
 from mobula.models.sft import Pair
 
 
 @dataclass(frozen=True)
-class Judged:
+class LabelledProgram:
     """A program for a task and a plan, and whether it is right."""
 
     task: Task
@@ -46,28 +46,28 @@ class Verifier:
         return verdict, None, f"log-odds of right: {right - wrong:.2f}"
 
 
-def verifier_pairs(model: CausalModel, judged: Sequence[Judged]) -> list[Pair]:
+def verifier_pairs(model: CausalModel, programs: Sequence[LabelledProgram]) -> list[Pair]:
     """What a verifier is trained on."""
     template = template_of(model, "full")
     return [
         (template.check(case.task, case.plan, case.program), _target(model, VERDICTS[0 if case.right else 1]))
-        for case in judged
+        for case in programs
     ]
 
 
-def gold_cases(worlds: Mapping[str, World], tasks: Sequence[Task]) -> Iterator[Judged]:
+def gold_cases(worlds: Mapping[str, World], tasks: Sequence[Task]) -> Iterator[LabelledProgram]:
     """Every task's gold program with its own task, and with the next one of its family, which it misses."""
     for task, other in _neighbours(tasks):
         plan, program, world = str(task.gold_plan), str(task.gold_actions), worlds[task.family]
-        yield Judged(task, plan, program, True)
+        yield LabelledProgram(task, plan, program, True)
         if world.reward(other, execute(program, world.tools())) < 1:
-            yield Judged(other, str(other.gold_plan), program, False)
+            yield LabelledProgram(other, str(other.gold_plan), program, False)
 
 
 def _neighbours(tasks: Sequence[Task]) -> Iterator[tuple[Task, Task]]:
     for family in dict.fromkeys(task.family for task in tasks):
-        mine = [task for task in tasks if task.family == family]
-        yield from zip(mine, [*mine[1:], *mine[:1]], strict=True)
+        members = [task for task in tasks if task.family == family]
+        yield from zip(members, [*members[1:], *members[:1]], strict=True)
 
 
 def _target(model: CausalModel, verdict: str) -> list[int]:

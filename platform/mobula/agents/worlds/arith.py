@@ -78,39 +78,39 @@ class Arith(Generated):
             )
         }
 
-    def draw(self, chance: random.Random, held_out: bool) -> Form:
+    def draw(self, rng: random.Random, held_out: bool) -> Form:
         """Held-out forms are of the three kinds in equal shares."""
-        kind = chance.choice(("pair", "chain", "distractor")) if held_out else "trained"
+        kind = rng.choice(("pair", "chain", "distractor")) if held_out else "trained"
         if kind == "pair":
-            operators: tuple[str, ...] = chance.choice(sorted(HELD_OUT_PAIRS))
+            operators: tuple[str, ...] = rng.choice(sorted(HELD_OUT_PAIRS))
         elif kind == "chain":
-            operators = _chain(chance)
+            operators = _chain(rng)
         else:
-            operators = chance.choice(PAIRS)
-        numbers = [chance.randrange(10) for _ in range(len(operators) + 1)]
-        place = None
+            operators = rng.choice(PAIRS)
+        numbers = [rng.randrange(10) for _ in range(len(operators) + 1)]
+        position = None
         if kind == "distractor":
-            place = 1
-        elif chance.random() < DISTRACTED:
-            place = chance.choice((0, len(operators)))
-        distractor = None if place is None else (place, chance.randrange(10))
+            position = 1
+        elif rng.random() < DISTRACTED:
+            position = rng.choice((0, len(operators)))
+        distractor = None if position is None else (position, rng.randrange(10))
         composition = f"arith:{''.join(operators)}" + (":between" if kind == "distractor" else "")
         return Form(composition, _program(operators, numbers), (operators, tuple(numbers), distractor))
 
-    def tell(self, form: Form, chance: random.Random) -> str:
-        """A beginning, a sentence for every operation, perhaps a distractor after sentence ``place``, the question."""
+    def render(self, form: Form, rng: random.Random) -> str:
+        """A beginning, a sentence an operation, perhaps a distractor (after sentence ``position``), the question."""
         operators, numbers, distractor = form.extra
-        words = {"name": chance.choice(NAMES), "things": chance.choice(THINGS)}
-        sentences = [chance.choice(BEGINNINGS).format(n=numbers[0], **words)]
+        words = {"name": rng.choice(NAMES), "things": rng.choice(THINGS)}
+        sentences = [rng.choice(BEGINNINGS).format(n=numbers[0], **words)]
         for operator, number in zip(operators, numbers[1:], strict=True):
-            sentences.append(chance.choice(CHANGES[operator]).format(n=number, **words))
+            sentences.append(rng.choice(CHANGES[operator]).format(n=number, **words))
         if distractor is not None:
-            place, number = distractor
-            at = place + 1 if place else 0
-            sentences.insert(at, chance.choice(DISTRACTORS).format(n=number, **words))
+            position, number = distractor
+            at = position + 1 if position else 0
+            sentences.insert(at, rng.choice(DISTRACTORS).format(n=number, **words))
         return " ".join([*sentences, QUESTION.format(**words)])
 
-    def subgoal(self, statement: Statement, style: str, chance: random.Random) -> str:
+    def subgoal(self, statement: Statement, style: str, rng: random.Random) -> str:
         """One operation in words."""
         (formula,) = statement.arguments
         if not isinstance(formula, Operation):
@@ -119,10 +119,10 @@ class Arith(Generated):
 
     def ground(self, subgoal: str, last: int) -> tuple[str, tuple[Any, ...]] | None:
         """The operation that the words mean."""
-        found = matched(_PATTERNS, subgoal)
-        if found is None:
+        match = matched(_PATTERNS, subgoal)
+        if match is None:
             return None
-        name, groups = found
+        name, groups = match
         left, right = (_number(groups[side]) for side in "ab")
         return "Calc", (Operation(name[0], left, right),)
 
@@ -131,12 +131,12 @@ class Arith(Generated):
         return float(execution.status == "ok" and show(execution.answer) == task.answer)
 
 
-def _chain(chance: random.Random) -> tuple[str, ...]:
+def _chain(rng: random.Random) -> tuple[str, ...]:
     """Three operations whose neighbours are trained pairs."""
     while True:
-        found = tuple(chance.choice("+-*") for _ in range(3))
-        if HELD_OUT_PAIRS.isdisjoint(pairwise(found)):
-            return found
+        chain = tuple(rng.choice("+-*") for _ in range(3))
+        if HELD_OUT_PAIRS.isdisjoint(pairwise(chain)):
+            return chain
 
 
 def _program(operators: tuple[str, ...], numbers: list[int]) -> Program:
@@ -153,8 +153,8 @@ def _word(argument: Argument) -> str:
 
 
 def _number(text: str) -> Argument:
-    found = operand(text)
-    return found if isinstance(found, Result) else Fraction(found)
+    value = operand(text)
+    return value if isinstance(value, Result) else Fraction(value)
 
 
 def _solve(left: tuple[Fraction, Fraction], right: tuple[Fraction, Fraction]) -> Fraction:

@@ -59,12 +59,12 @@ class Calling(World):
         tools: dict[str, Tool] = {}
         definitions: dict[str, Definition] = {}
         for request in requests(self.path, (*HELD_IN, *HELD_OUT)):
-            mine = {tool_name(function["name"]): function for function in request.functions}
-            known = all(definitions.get(name, function) == function for name, function in mine.items())
-            if not known or not all(_fits(function) for function in mine.values()):
+            offered = {tool_name(function["name"]): function for function in request.functions}
+            known = all(definitions.get(name, function) == function for name, function in offered.items())
+            if not known or not all(_fits(function) for function in offered.values()):
                 continue
-            definitions |= mine
-            tools |= {name: _tool(name, function) for name, function in mine.items() if name not in tools}
+            definitions |= offered
+            tools |= {name: _tool(name, function) for name, function in offered.items() if name not in tools}
             kept.append(request)
         return kept, tools
 
@@ -92,7 +92,7 @@ class Calling(World):
             wanted.remove(fitting[0])
         return float(execution.status == "ok" and not wanted)
 
-    def annotated(self, task: Task, styles: Sequence[float], chance: random.Random) -> str:
+    def annotated(self, task: Task, styles: Sequence[float], rng: random.Random) -> str:
         """The plan as it was made: it has one style."""
         return str(task.gold_plan)
 
@@ -110,23 +110,23 @@ def load(worlds: Mapping[str, World], sizes: Mapping[str, int], seed: int) -> di
     """
     (world,) = worlds.values()
     assert isinstance(world, Calling)
-    chance = random.Random(f"calling {seed}")
+    rng = random.Random(f"calling {seed}")
     left: dict[bool, list[Task]] = {True: [], False: []}
     for request in world.requests:
         task = _task(request)
         if task is not None:
             left[request.category in HELD_OUT].append(task)
-    for tasks in left.values():
-        chance.shuffle(tasks)
-    found = {}
+    for candidates in left.values():
+        rng.shuffle(candidates)
+    tasks = {}
     for split, count in sizes.items():
         held_out = split == "test_out"
-        mine, left[held_out] = left[held_out][:count], left[held_out][count:]
-        if len(mine) < count:
-            raise DataError(f"tasks.{split}={count}: only {len(mine)} requests are left for it; ask for fewer")
-        plans = [None if split in UNPLANNED else task.gold_plan for task in mine]
-        found[split] = [replace(t, split=split, gold_plan=plan) for t, plan in zip(mine, plans, strict=True)]
-    return found
+        chosen, left[held_out] = left[held_out][:count], left[held_out][count:]
+        if len(chosen) < count:
+            raise DataError(f"tasks.{split}={count}: only {len(chosen)} requests are left for it; ask for fewer")
+        plans = [None if split in UNPLANNED else task.gold_plan for task in chosen]
+        tasks[split] = [replace(t, split=split, gold_plan=plan) for t, plan in zip(chosen, plans, strict=True)]
+    return tasks
 
 
 def _task(request: Request) -> Task | None:

@@ -50,8 +50,8 @@ class Kb(Generated):
     family = "kb"
 
     def __init__(self, seed: int) -> None:
-        chance = random.Random(f"kb {seed}")
-        self.relations = {relation: {e: chance.choice(ENTITIES) for e in ENTITIES} for relation in RELATIONS}
+        rng = random.Random(f"kb {seed}")
+        self.relations = {relation: {e: rng.choice(ENTITIES) for e in ENTITIES} for relation in RELATIONS}
 
     def facts(self) -> Any:
         """Every relation."""
@@ -83,30 +83,30 @@ class Kb(Generated):
             )
         }
 
-    def draw(self, chance: random.Random, held_out: bool) -> Form:
+    def draw(self, rng: random.Random, held_out: bool) -> Form:
         """Held-out forms are of the three kinds in equal shares."""
-        kind = chance.choice(("pair", "hops", "comparison")) if held_out else "trained"
+        kind = rng.choice(("pair", "hops", "comparison")) if held_out else "trained"
         if kind == "comparison":
-            return Form("kb:compare", self._draw_comparison(chance))
+            return Form("kb:compare", self._draw_comparison(rng))
         if kind == "pair":
-            path: tuple[str, ...] = chance.choice(sorted(HELD_OUT_PAIRS))
+            path: tuple[str, ...] = rng.choice(sorted(HELD_OUT_PAIRS))
         elif kind == "hops":
-            path = _path(chance)
+            path = _path(rng)
         else:
-            path = chance.choice(PAIRS)
-        return Form(f"kb:{'.'.join(path)}", _hops(chance.choice(ENTITIES), path))
+            path = rng.choice(PAIRS)
+        return Form(f"kb:{'.'.join(path)}", _hops(rng.choice(ENTITIES), path))
 
-    def tell(self, form: Form, chance: random.Random) -> str:
+    def render(self, form: Form, rng: random.Random) -> str:
         """A question, each relation by one of its two names."""
         calls = [statement for statement in form.program if statement.name == "Query"]
-        names = [chance.choice(ALIASES[str(call.arguments[1])]) for call in calls]
+        names = [rng.choice(ALIASES[str(call.arguments[1])]) for call in calls]
         if form.composition == "kb:compare":
             first, second = (f"the {name} of {call.arguments[0]}" for name, call in zip(names, calls, strict=True))
             return f"are {first} and {second} the same ?"
         chain = " of ".join(f"the {name}" for name in reversed(names))
         return f"who is {chain} of {calls[0].arguments[0]} ?"
 
-    def subgoal(self, statement: Statement, style: str, chance: random.Random) -> str:
+    def subgoal(self, statement: Statement, style: str, rng: random.Random) -> str:
         """One hop or one comparison in words; only the formal style knows the schema's names."""
         first, second = (_word(argument) for argument in statement.arguments)
         if statement.name == "Compare":
@@ -115,7 +115,7 @@ class Kb(Generated):
                 "paraphrase": f"check whether {first} and {second} agree",
                 "swapped": f"see if {second} equals {first}",
             }[style]
-        alias = chance.choice(ALIASES[second])
+        alias = rng.choice(ALIASES[second])
         return {
             "formal": f"query {first} {second}",
             "paraphrase": f"find {alias} of {first}",
@@ -124,10 +124,10 @@ class Kb(Generated):
 
     def ground(self, subgoal: str, last: int) -> tuple[str, tuple[Any, ...]] | None:
         """The hop or comparison that the words mean."""
-        found = matched(_PATTERNS, subgoal)
-        if found is None:
+        match = matched(_PATTERNS, subgoal)
+        if match is None:
             return None
-        name, groups = found
+        name, groups = match
         if name in ("compare", "check", "see"):
             return "Compare", (operand(groups["a"]), operand(groups["b"]))
         relation = groups["what"] if name == "query" else _OF_ALIAS.get(groups["what"])
@@ -137,12 +137,12 @@ class Kb(Generated):
         """1 for the exact entity, or the right yes or no."""
         return float(execution.status == "ok" and show(execution.answer) == task.answer)
 
-    def _draw_comparison(self, chance: random.Random) -> Program:
+    def _draw_comparison(self, rng: random.Random) -> Program:
         """Half of them agree."""
-        agree = chance.random() < 0.5
+        agree = rng.random() < 0.5
         while True:
-            first, second = chance.sample(ENTITIES, 2)
-            one, other = chance.choice(RELATIONS), chance.choice(RELATIONS)
+            first, second = rng.sample(ENTITIES, 2)
+            one, other = rng.choice(RELATIONS), rng.choice(RELATIONS)
             if (self.relations[one][first] == self.relations[other][second]) == agree:
                 return _comparison(first, one, second, other)
 
@@ -156,16 +156,16 @@ class Kb(Generated):
     def _retrieve(self, text: str, count: Any) -> list[str]:
         if count.denominator != 1 or not 1 <= count <= MOST_RETRIEVED:
             raise ToolError(f"the number of facts is from 1 to {MOST_RETRIEVED}")
-        (found,) = self.sentences.search([text], [SearchOptions(k=int(count))])
-        return [self._texts[hit.doc_id] for hit in found.hits]
+        (results,) = self.sentences.search([text], [SearchOptions(k=int(count))])
+        return [self._texts[hit.doc_id] for hit in results.hits]
 
 
-def _path(chance: random.Random) -> tuple[str, ...]:
+def _path(rng: random.Random) -> tuple[str, ...]:
     """Three relations whose neighbours are trained pairs."""
     while True:
-        found = tuple(chance.choice(RELATIONS) for _ in range(3))
-        if HELD_OUT_PAIRS.isdisjoint(pairwise(found)):
-            return found
+        path = tuple(rng.choice(RELATIONS) for _ in range(3))
+        if HELD_OUT_PAIRS.isdisjoint(pairwise(path)):
+            return path
 
 
 def _hops(entity: str, path: tuple[str, ...]) -> Program:

@@ -1,6 +1,6 @@
 """Search plans: find the two paragraphs that a question of HotpotQA needs, with BM25 over all questions' paragraphs.
 
-Nobody reads what is found: a task is solved if both supporting paragraphs are among the results. Bridge questions are
+Nobody reads the results: a task is solved if both supporting paragraphs are among the results. Bridge questions are
 trained, comparisons held out.
 """
 
@@ -61,11 +61,11 @@ class Lookup(World):
 
     def tools(self) -> dict[str, Tool]:
         """Search and Both."""
-        found = (
+        tools = (
             Tool("Search", ("text",), f"the titles of the {RESULTS} paragraphs nearest to a text", self._search),
             Tool("Both", ("any", "any"), "two lists of titles as one", _both),
         )
-        return {tool.name: tool for tool in found}
+        return {tool.name: tool for tool in tools}
 
     def reward(self, task: Task, execution: Execution) -> float:
         """1 if every supporting paragraph is in the answer."""
@@ -73,13 +73,13 @@ class Lookup(World):
             return 0.0
         return float(set(task.meta["support"]) <= set(execution.answer))
 
-    def annotated(self, task: Task, styles: Sequence[float], chance: random.Random) -> str:
+    def annotated(self, task: Task, styles: Sequence[float], rng: random.Random) -> str:
         """The plan as it was made: it has one style."""
         return str(task.gold_plan)
 
     def _search(self, text: str) -> list[str]:
-        (found,) = self._read[1].search([text], [SearchOptions(k=RESULTS)])
-        return [hit.doc_id for hit in found.hits]
+        (results,) = self._read[1].search([text], [SearchOptions(k=RESULTS)])
+        return [hit.doc_id for hit in results.hits]
 
 
 def build(seed: int, path: str = "") -> dict[str, World]:
@@ -97,20 +97,20 @@ def load(worlds: Mapping[str, World], sizes: Mapping[str, int], seed: int) -> di
     """
     (world,) = worlds.values()
     assert isinstance(world, Lookup)
-    chance = random.Random(f"lookup {seed}")
+    rng = random.Random(f"lookup {seed}")
     left = {kind: [q for q in world.questions if q.kind == kind] for kind in (HELD_IN, HELD_OUT)}
     for questions in left.values():
-        chance.shuffle(questions)
+        rng.shuffle(questions)
     tasks = {}
     for split, count in sizes.items():
         kind = HELD_OUT if split == "test_out" else HELD_IN
         made = (_task(world, question, split) for question in left[kind])
-        found = [task for task in made if split.startswith("test") or task.gold_actions][:count]
-        if len(found) < count:
-            raise DataError(f"tasks.{split}={count}: only {len(found)} {kind} questions are left; ask for fewer")
-        taken = {task.id for task in found}
+        chosen = [task for task in made if split.startswith("test") or task.gold_actions][:count]
+        if len(chosen) < count:
+            raise DataError(f"tasks.{split}={count}: only {len(chosen)} {kind} questions are left; ask for fewer")
+        taken = {task.id for task in chosen}
         left[kind] = [question for question in left[kind] if question.id not in taken]
-        tasks[split] = found
+        tasks[split] = chosen
     return tasks
 
 

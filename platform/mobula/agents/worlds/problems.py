@@ -70,7 +70,7 @@ class Problems(World):
         """1 for the exact number."""
         return float(execution.status == "ok" and execution.answer == Fraction(task.answer))
 
-    def annotated(self, task: Task, styles: Sequence[float], chance: random.Random) -> str:
+    def annotated(self, task: Task, styles: Sequence[float], rng: random.Random) -> str:
         """The plan as people wrote it: they have one style."""
         return str(task.gold_plan)
 
@@ -92,27 +92,27 @@ def load(worlds: Mapping[str, Problems], sizes: Mapping[str, int], seed: int) ->
     Raises:
         DataError: if a file is missing or there are not as many problems.
     """
-    chance, path = random.Random(f"problems {seed}"), worlds[GSM8K].path
+    rng, path = random.Random(f"problems {seed}"), worlds[GSM8K].path
     known = [problem for problem in _gsm8k(path, "train") if problem.program]
-    chance.shuffle(known)
+    rng.shuffle(known)
     tasks: dict[str, list[Task]] = {}
     for split in LEARNED:
-        found, known = known[: sizes[split]], known[sizes[split] :]
-        tasks[split] = _tasks(GSM8K, split, found, sizes[split], f"tasks.{split}")
+        chosen, known = known[: sizes[split]], known[sizes[split] :]
+        tasks[split] = _tasks(GSM8K, split, chosen, sizes[split], f"tasks.{split}")
     tests = list(_gsm8k(path, "test"))
-    chance.shuffle(tests)
+    rng.shuffle(tests)
     tasks["test_in"] = _tasks(GSM8K, "test_in", tests, sizes["test_in"], "tasks.test_in")
-    tasks["test_out"] = _held_out(sizes["test_out"], chance)
+    tasks["test_out"] = _held_out(sizes["test_out"], rng)
     return {split: tasks[split] for split in sizes}
 
 
 def _tasks(family: str, split: str, problems: Sequence[Solved], count: int, key: str) -> list[Task]:
     if len(problems) < count:
         raise DataError(f"{key}={count}: {family} has only {len(problems)} problems left for it; ask for fewer")
-    found = []
+    tasks = []
     for number, problem in enumerate(problems[:count]):
         program = problem.program
-        found.append(
+        tasks.append(
             Task(
                 id=f"{family}-{split}-{number:05}",
                 family=family,
@@ -126,17 +126,17 @@ def _tasks(family: str, split: str, problems: Sequence[Solved], count: int, key:
                 meta={"n_steps": len(program) if program else None},
             )
         )
-    return found
+    return tasks
 
 
-def _held_out(count: int, chance: random.Random) -> list[Task]:
+def _held_out(count: int, rng: random.Random) -> list[Task]:
     share = [count // len(HELD_OUT) + (i < count % len(HELD_OUT)) for i in range(len(HELD_OUT))]
-    found = []
+    tasks = []
     for family, size in zip(HELD_OUT, share, strict=True):
         problems = list(_small(family))
-        chance.shuffle(problems)
-        found += _tasks(family, "test_out", problems, size, "tasks.test_out")
-    return found
+        rng.shuffle(problems)
+        tasks += _tasks(family, "test_out", problems, size, "tasks.test_out")
+    return tasks
 
 
 def _gsm8k(path: str, split: str) -> Iterator[Solved]:
@@ -147,11 +147,11 @@ def _gsm8k(path: str, split: str) -> Iterator[Solved]:
         file = require_folder(GSM8K, path, f"{split}.jsonl", subfolder=GSM8K)[0] / f"{split}.jsonl"
         rows, where = read_jsonl(file), str(file)
     for number, row in rows:
-        place = f"{where}, line {number}"
-        question, solution = (text_field(row, (name,), place) for name in ("question", "answer"))
+        position = f"{where}, line {number}"
+        question, solution = (text_field(row, (name,), position) for name in ("question", "answer"))
         answer = solution.rpartition("####")[2].strip().replace(",", "")
         if not _is_number(answer):
-            raise BadRecord(f"{place}: field answer must end in #### and a number, found {answer[:40]!r}")
+            raise BadRecord(f"{position}: field answer must end in #### and a number, found {answer[:40]!r}")
         plan, program = convert(question, solution, answer) or (None, None)
         yield Solved(question, answer, plan, program)
 
@@ -162,17 +162,17 @@ def convert(question: str, solution: str, answer: str) -> tuple[str, Program] | 
     None if nothing is calculated, the program is too long or does not reach the answer, or a subgoal tells the result
     that it asks for.
     """
-    asked = _numbers(question)
+    given = _numbers(question)
     values: list[str] = []
     subgoals, statements = [], []
     for line in solution.splitlines():
-        found = _CALCULATION.search(line)
-        if found is None:
+        match = _CALCULATION.search(line)
+        if match is None:
             continue
-        number, value = len(values) + 1, _plain(found["value"])
-        argument = _formula(found["formula"], values)
-        subgoal = _subgoal(line, values, asked)
-        if argument is None or not subgoal or (value in _numbers(subgoal) - asked):
+        number, value = len(values) + 1, _plain(match["value"])
+        argument = _formula(match["formula"], values)
+        subgoal = _subgoal(line, values, given)
+        if argument is None or not subgoal or (value in _numbers(subgoal) - given):
             return None
         subgoals.append(f"S{number}: {subgoal}")
         statements.append(Statement(CALC.name, (argument,), number))
@@ -201,20 +201,20 @@ def _referring(argument: Argument, results: Mapping[Fraction, Result]) -> Argume
     return results.get(argument, argument) if isinstance(argument, Fraction) else argument
 
 
-def _subgoal(line: str, values: Sequence[str], asked: set[str]) -> str:
+def _subgoal(line: str, values: Sequence[str], given: set[str]) -> str:
     """A line without its calculation; numbers that only earlier steps have found become references to those."""
     earlier = {value: number for number, value in enumerate(values, 1)}
 
-    def refer(found: re.Match[str]) -> str:
-        value = found[0].replace(",", "")
-        return f"R{earlier[value]}" if value in earlier and value not in asked else found[0]
+    def refer(match: re.Match[str]) -> str:
+        value = match[0].replace(",", "")
+        return f"R{earlier[value]}" if value in earlier and value not in given else match[0]
 
     words = " ".join(_CALCULATION.sub(" ", line).split())
     return re.sub(r" ([.,;])", r"\1", _NUMBER.sub(refer, words))
 
 
 def _numbers(text: str) -> set[str]:
-    return {found.replace(",", "") for found in _NUMBER.findall(text)}
+    return {number.replace(",", "") for number in _NUMBER.findall(text)}
 
 
 def _plain(text: str) -> str:

@@ -61,10 +61,10 @@ class Shop(Generated):
     family = "shop"
 
     def __init__(self, seed: int) -> None:
-        chance = random.Random(f"shop {seed}")
+        rng = random.Random(f"shop {seed}")
         kinds = list(product(TYPES, COLOURS, SIZES))
-        kinds += [chance.choice(kinds) for _ in range(TWINS)]
-        self.items = [Item(i, *kind, chance.choice(PRICES)) for i, kind in enumerate(kinds)]
+        kinds += [rng.choice(kinds) for _ in range(TWINS)]
+        self.items = [Item(i, *kind, rng.choice(PRICES)) for i, kind in enumerate(kinds)]
 
     def facts(self) -> Any:
         """The catalogue."""
@@ -81,29 +81,29 @@ class Shop(Generated):
             )
         }
 
-    def draw(self, chance: random.Random, held_out: bool) -> Form:
+    def draw(self, rng: random.Random, held_out: bool) -> Form:
         """Held-out forms are of the three kinds in equal shares."""
-        kind = chance.choice(("pair", "layout", "cap")) if held_out else "trained"
-        colour, size = chance.choice(sorted(HELD_OUT_PAIRS) if kind == "pair" else PAIRS)
-        type = chance.choice(TYPES)
+        kind = rng.choice(("pair", "layout", "cap")) if held_out else "trained"
+        colour, size = rng.choice(sorted(HELD_OUT_PAIRS) if kind == "pair" else PAIRS)
+        type = rng.choice(TYPES)
         wanted: list[Argument] = [size, colour] if kind == "layout" else [colour, size]
         composition = f"shop:{colour}.{size}"
         if kind == "layout":
             composition = f"shop:{size}.{colour}"
         elif kind == "cap":
             had = [i.price for i in self.items if (i.type, i.colour, i.size) == (type, colour, size)]
-            wanted.append(Fraction(chance.choice([price for price in PRICES if price >= min(had)])))
+            wanted.append(Fraction(rng.choice([price for price in PRICES if price >= min(had)])))
             composition += ".cap"
         return Form(composition, _program(type, wanted), (type, tuple(wanted)))
 
-    def tell(self, form: Form, chance: random.Random) -> str:
+    def render(self, form: Form, rng: random.Random) -> str:
         """What somebody wants, attributes in the order of the filters."""
         type, (first, second, *cap) = form.extra
         limit = f" for at most {cap[0]}" if cap else ""
-        text = chance.choice(("i want a {}{} .", "get me a {}{} .", "a {}{} , please ."))
+        text = rng.choice(("i want a {}{} .", "get me a {}{} .", "a {}{} , please ."))
         return text.format(f"{first} {second} {type}", limit)
 
-    def subgoal(self, statement: Statement, style: str, chance: random.Random) -> str:
+    def subgoal(self, statement: Statement, style: str, rng: random.Random) -> str:
         """One step through the shop in words."""
         if statement.name == "Buy":
             texts = ("buy it", "take what is left", "what is left is to be bought")
@@ -119,10 +119,10 @@ class Shop(Generated):
 
     def ground(self, subgoal: str, last: int) -> tuple[str, tuple[Any, ...]] | None:
         """The step that the words mean; filters and purchases concern the last result."""
-        found = matched(_PATTERNS, subgoal)
-        if found is None:
+        match = matched(_PATTERNS, subgoal)
+        if match is None:
             return None
-        _, groups = found
+        _, groups = match
         if "type" in groups:
             return "Search", (groups["type"],)
         if last == 0:

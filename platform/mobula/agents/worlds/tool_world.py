@@ -41,14 +41,14 @@ def generate(worlds: Mapping[str, Generated], sizes: Mapping[str, int], seed: in
     used: set[str] = set()
     tasks: dict[str, list[Task]] = {}
     for split, size in sizes.items():
-        chance = random.Random(f"{seed} {split}")
+        rng = random.Random(f"{seed} {split}")
         families = list(worlds)
-        tasks[split] = [_task(worlds[families[i % len(families)]], split, i, chance, used) for i in range(size)]
+        tasks[split] = [_task(worlds[families[i % len(families)]], split, i, rng, used) for i in range(size)]
     return tasks
 
 
-def _task(world: Generated, split: str, number: int, chance: random.Random, used: set[str]) -> Task:
-    form = _new_form(world, split == HELD_OUT, chance, used)
+def _task(world: Generated, split: str, number: int, rng: random.Random, used: set[str]) -> Task:
+    form = _new_form(world, split == HELD_OUT, rng, used)
     program = form.program
     done = execute(program, world.tools())
     wanted = [_plain(value) for value in _wanted(form)] if world.family == "shop" else []
@@ -56,10 +56,10 @@ def _task(world: Generated, split: str, number: int, chance: random.Random, used
         id=f"{world.family}-{split}-{number:05}",
         family=world.family,
         split=split,
-        text=world.tell(form, chance),
+        text=world.render(form, rng),
         state=None,
         tools=tuple(world.tools()),
-        gold_plan=None if split in UNPLANNED else world.plan(program, PLANNER_STYLES, chance),
+        gold_plan=None if split in UNPLANNED else world.plan(program, PLANNER_STYLES, rng),
         gold_actions=serialise(program),
         answer=show(done.answer),
         meta={
@@ -73,9 +73,9 @@ def _task(world: Generated, split: str, number: int, chance: random.Random, used
     )
 
 
-def _new_form(world: Generated, held_out: bool, chance: random.Random, used: set[str]) -> Form:
+def _new_form(world: Generated, held_out: bool, rng: random.Random, used: set[str]) -> Form:
     for _ in range(MOST_DRAWS):
-        form = world.draw(chance, held_out)
+        form = world.draw(rng, held_out)
         if form.key not in used and execute(form.program, world.tools()).status == "ok":
             used.add(form.key)
             return form

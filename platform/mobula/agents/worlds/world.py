@@ -1,8 +1,8 @@
-"""What a world of tasks is: tasks that are told in words, solved by programs, planned in sentences.
+"""Worlds of tasks: tasks in words, solved by programs, planned in sentences.
 
 A world has tools and scores what an execution has reached; its tasks are written by people or generated. In a generated
-world, a :class:`Form` is a task before it is told: its gold program and the composition that it tests. The world tells
-it, writes the plan of a program in one of three styles, and reads such a plan back (the canonical plan grounder).
+world, a :class:`Form` is a task before it has words: its gold program and the composition that it tests. The world
+renders it, writes the plan of a program in one of three styles, and reads such a plan back (the canonical grounder).
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Form:
-    """A task before it is told. ``extra`` is what only its telling needs (a distractor, the aliases used)."""
+    """A task before it has words. ``extra`` is what only its words need (a distractor, the aliases used)."""
 
     composition: str
     program: Program
@@ -72,7 +72,7 @@ class World(ABC):
         """From 0 to 1; success is 1."""
 
     @abstractmethod
-    def annotated(self, task: Task, styles: Sequence[float], chance: random.Random) -> str:
+    def annotated(self, task: Task, styles: Sequence[float], rng: random.Random) -> str:
         """The gold plan of a task in the words of annotators who use the styles in these shares."""
 
     def offered(self, task: Task) -> list[Tool]:
@@ -105,15 +105,15 @@ class Generated(World):
     """A world that makes its tasks itself, divided by composition."""
 
     @abstractmethod
-    def draw(self, chance: random.Random, held_out: bool) -> Form:
+    def draw(self, rng: random.Random, held_out: bool) -> Form:
         """A form of the compositions that are trained, or of those that never are."""
 
     @abstractmethod
-    def tell(self, form: Form, chance: random.Random) -> str:
+    def render(self, form: Form, rng: random.Random) -> str:
         """The task in words."""
 
     @abstractmethod
-    def subgoal(self, statement: Statement, style: str, chance: random.Random) -> str:
+    def subgoal(self, statement: Statement, style: str, rng: random.Random) -> str:
         """What a planner says instead of a call."""
 
     @abstractmethod
@@ -123,17 +123,17 @@ class Generated(World):
         None: it cannot be understood.
         """
 
-    def annotated(self, task: Task, styles: Sequence[float], chance: random.Random) -> str:
+    def annotated(self, task: Task, styles: Sequence[float], rng: random.Random) -> str:
         """A plan for the gold program."""
-        return self.plan(parse(str(task.gold_actions)), styles, chance)
+        return self.plan(parse(str(task.gold_actions)), styles, rng)
 
-    def plan(self, program: Program, styles: Sequence[float], chance: random.Random) -> str:
+    def plan(self, program: Program, styles: Sequence[float], rng: random.Random) -> str:
         """A plan for a program: a numbered subgoal for every call but ``Answer``, its style drawn by its share."""
         calls = [statement for statement in program if statement.name != ANSWER]
         lines = []
         for number, statement in enumerate(calls, 1):
-            (style,) = chance.choices(STYLES, styles)
-            lines.append(f"S{number}: {self.subgoal(statement, style, chance)}")
+            (style,) = rng.choices(STYLES, styles)
+            lines.append(f"S{number}: {self.subgoal(statement, style, rng)}")
         return "\n".join(lines)
 
     def valid(self, plan: str) -> bool:
@@ -147,10 +147,10 @@ class Generated(World):
             return None
         statements: list[Statement] = []
         for number, subgoal in enumerate(subgoals, 1):
-            found = self.ground(subgoal, number - 1)
-            if found is None:
+            grounded = self.ground(subgoal, number - 1)
+            if grounded is None:
                 return None
-            name, arguments = found
+            name, arguments = grounded
             statements.append(Statement(name, arguments, None if name == "Buy" else number))
         if statements[-1].result is not None:
             statements.append(Statement(ANSWER, (Result(len(statements)),), None))

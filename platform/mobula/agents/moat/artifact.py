@@ -13,20 +13,20 @@ from pathlib import Path
 
 from mobula import artifacts
 from mobula.agents.language import Called, execute, show
-from mobula.agents.moat.config import Config
-from mobula.agents.moat.setting import State
-from mobula.agents.moat.templates import VERSIONS
-from mobula.agents.moat.workers import Agents, Lengths
-from mobula.agents.worlds import Task, World, WorldSet
+from mobula.agents.moat.agents import Agents, Lengths
+from mobula.agents.moat.data import VERSIONS, TaskData
+from mobula.agents.moat.stage import Checkpoint
+from mobula.agents.worlds import Task, WorldSet
 from mobula.alternation import Row
 from mobula.artifacts import Artifact, write_json
 
 KIND = "agents"
+EXAMPLES = 5  # of each family, for people who want to try the agents
 
 
 @dataclass(frozen=True)
 class Solution:
-    """What the agents did about a task."""
+    """A plan, the program for it, its calls, and their answer."""
 
     plan: str
     program: str
@@ -58,38 +58,32 @@ class Predictor:
         return Solution(plan, program, done.calls, answer, done.status, done.reason)
 
 
-def write(
-    directory: Path,
-    config: Config,
-    worlds: Mapping[str, World],
-    state: State,
-    rows: Sequence[Row],
-    examples: Mapping[str, Sequence[str]],
-) -> Artifact:
+def write(directory: Path, data: TaskData, checkpoint: Checkpoint, rows: Sequence[Row]) -> Artifact:
     """Write both agents, the tools that they know, the prompts' versions, the world, examples and the iterations."""
+    config, worlds = data.config, asdict(data.config.tasks.worlds)
+    tools = {
+        family: [{"signature": tool.signature, "purpose": tool.purpose} for tool in world.tools().values()]
+        for family, world in data.worlds.items()
+    }
+    examples: dict[str, list[str]] = {}
+    for task in data.tasks["dev"]:
+        examples.setdefault(task.family, []).append(task.text)
+    files = {
+        "tools": tools,
+        "templates": {**VERSIONS, "view": data.view},
+        "world": {**worlds, "digests": {family: world.digest for family, world in data.worlds.items()}},
+        "examples": {family: texts[:EXAMPLES] for family, texts in examples.items()},
+        "iterations": list(rows),
+    }
 
     def fill(folder: Path) -> None:
-        shutil.copytree(state.planner, folder / "planner")
-        shutil.copytree(state.grounder, folder / "grounder")
-        tools = {
-            family: [{"signature": tool.signature, "purpose": tool.purpose} for tool in world.tools().values()]
-            for family, world in worlds.items()
-        }
-        write_json(folder / "tools.json", tools)
-        write_json(folder / "templates.json", {**VERSIONS, "view": config.moat.grounder_view})
-        write_json(
-            folder / "world.json", {**asdict(config.tasks.worlds), "digests": {f: w.digest for f, w in worlds.items()}}
-        )
-        write_json(folder / "examples.json", examples)
-        write_json(folder / "iterations.json", list(rows))
+        shutil.copytree(checkpoint.planner, folder / "planner")
+        shutil.copytree(checkpoint.grounder, folder / "grounder")
+        for name, content in files.items():
+            write_json(folder / f"{name}.json", content)
 
-    meta = {
-        "worlds": asdict(config.tasks.worlds),
-        "view": config.moat.grounder_view,
-        "max_plan": config.moat.max_plan,
-        "max_program": config.moat.max_program,
-        "model": asdict(config.model),
-    }
+    lengths = {"max_plan": config.moat.max_plan, "max_program": config.moat.max_program}
+    meta = {"worlds": worlds, "view": data.view, **lengths, "model": asdict(config.model)}
     return artifacts.write(directory, kind=KIND, method="moat", meta=meta, fill=fill)
 
 

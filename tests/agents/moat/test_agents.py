@@ -1,17 +1,18 @@
-"""Workers: which tokens are scored, that gold never reaches an agent that solves, and that shards repeat."""
+"""Agents at work: which tokens are scored, that gold never reaches an agent that solves, and that shards repeat."""
 
 from __future__ import annotations
 
 import pickle
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
+from mobula.agents.moat.agents import Agents, Lengths, TaskWorker, ground, propose, score, solve
 from mobula.agents.moat.critic import CriticSettings
-from mobula.agents.moat.templates import ground_text, plan_text
-from mobula.agents.moat.workers import Agents, GroundWorker, Lengths, PlanWorker, ScoreWorker, SolveWorker
+from mobula.agents.moat.data import ground_text, plan_text
 from mobula.agents.worlds import Task, WorldSet
 from mobula.agents.worlds.tool_world import generate
 from mobula.models.causal import CausalModel, Sampling, SmallShape, word_tokenizer
@@ -35,8 +36,8 @@ def agents(tasks: list[Task], tmp_path_factory: pytest.TempPathFactory) -> Agent
     tokenizer = word_tokenizer([*texts, *map(plan_text, tasks), *(str(t.gold_actions) for t in tasks)])
     for name, seed in (("planner", 0), ("grounder", 1)):
         CausalModel.small(tokenizer, SHAPE, seed).save(folder / name)
-    found = Agents(folder / "planner", folder / "grounder", WorldSet("tools", 0), "plan_only")
-    model, template = found.grounding
+    opened = Agents(folder / "planner", folder / "grounder", WorldSet("tools", 0), "plan_only")
+    model, template = opened.grounding
     pairs = [
         (
             template.ground(t, str(t.gold_plan), list(worlds[t.family].tools().values())),
@@ -59,7 +60,7 @@ def items(tasks: list[Task], texts: list[str] | None = None) -> list[dict]:
 
 def test_scored_are_the_gold_tokens_and_eos_alone(agents: Agents, tasks: list[Task]) -> None:
     model, _ = agents.grounding
-    rows = ScoreWorker(agents).process(items(tasks), 0)
+    rows = TaskWorker(agents, score).process(items(tasks), 0)
     for row, task in zip(rows, tasks, strict=True):
         assert row["n_scored"] == len(model.encode(str(task.gold_actions))) + 1
         # Tokens of probability near one count as well: the mean is over all.
@@ -67,36 +68,36 @@ def test_scored_are_the_gold_tokens_and_eos_alone(agents: Agents, tasks: list[Ta
 
 
 def test_scores_do_not_depend_on_the_shard(agents: Agents, tasks: list[Task]) -> None:
-    whole = ScoreWorker(agents).process(items(tasks), 0)
-    parts = [row for task in tasks for row in ScoreWorker(agents).process(items([task]), 1)]
+    whole = TaskWorker(agents, score).process(items(tasks), 0)
+    parts = [row for task in tasks for row in TaskWorker(agents, score).process(items([task]), 1)]
     assert [row["nll_mean"] for row in whole] == pytest.approx([row["nll_mean"] for row in parts], abs=1e-4)
 
 
 def test_a_better_plan_makes_the_gold_program_likelier(agents: Agents, tasks: list[Task]) -> None:
-    gold = ScoreWorker(agents).process(items(tasks), 0)
-    other = ScoreWorker(agents).process(items(tasks, [str(tasks[i - 3].gold_plan) for i in range(len(tasks))]), 0)
+    gold = TaskWorker(agents, score).process(items(tasks), 0)
+    other = TaskWorker(agents, score).process(items(tasks, [str(tasks[i - 3].gold_plan) for i in range(len(tasks))]), 0)
     assert sum(row["nll_mean"] for row in gold) < sum(row["nll_mean"] for row in other) / 2
 
 
 def test_the_program_scored_is_the_gold_one(agents: Agents, tasks: list[Task]) -> None:
     """A plan under which the grounder is sure of another program does not rank as if that were right."""
     task, other = tasks[0], tasks[3]
-    own, others = ScoreWorker(agents).process(items([task, task], [str(task.gold_plan), str(other.gold_plan)]), 0)
+    own, others = TaskWorker(agents, score).process(items([task, task], [str(task.gold_plan), str(other.gold_plan)]), 0)
     assert own["nll_mean"] < others["nll_mean"]
-    of_other = ScoreWorker(agents).process(items([other], [str(other.gold_plan)]), 0)[0]
+    of_other = TaskWorker(agents, score).process(items([other], [str(other.gold_plan)]), 0)[0]
     assert of_other["nll_mean"] < others["nll_mean"]
 
 
 def test_a_plan_counts_only_by_conditioning(agents: Agents, tasks: list[Task], monkeypatch: pytest.MonkeyPatch) -> None:
     blind = Agents(agents.planner, agents.grounder, WorldSet("tools", 0), "plan_only")
-    monkeypatch.setattr(blind, "_prompt", lambda template, task, plan: template.model.encode("<act>"))
+    monkeypatch.setattr(blind, "_prompts", lambda tasks, plans: [blind.grounding[0].encode("<act>")] * len(plans))
     plans = ["S1: calc 1 + 2", "S1: buy it", "S1: query e5 r2\nS2: query R1 r3"]
-    rows = ScoreWorker(blind).process(items([tasks[0]] * 3, plans), 0)
+    rows = TaskWorker(blind, score).process(items([tasks[0]] * 3, plans), 0)
     assert len({round(row["nll_mean"], 5) for row in rows}) == 1
 
 
 def test_plans_are_drawn_by_seed_and_examined(agents: Agents, tasks: list[Task]) -> None:
-    worker = PlanWorker(agents, 4, Sampling(12), iteration=1)
+    worker = TaskWorker(agents, partial(propose, samples=4, sampling=Sampling(12)))
     rows = worker.process(items(tasks[:5]), 7)
     assert [(row["task_id"], row["j"]) for row in rows] == [(t.id, j) for t in tasks[:5] for j in range(4)]
     assert rows == worker.process(items(tasks[:5]), 7)
@@ -106,7 +107,8 @@ def test_plans_are_drawn_by_seed_and_examined(agents: Agents, tasks: list[Task])
 
 
 def test_grounded_programs_are_run_and_judged(agents: Agents, tasks: list[Task]) -> None:
-    rows = GroundWorker(agents, Sampling(40, 0.1, 0.95), CriticSettings("executable")).process(items(tasks), 0)
+    job = partial(ground, sampling=Sampling(40, 0.1, 0.95), critic=CriticSettings("executable"))
+    rows = TaskWorker(agents, job).process(items(tasks), 0)
     verdicts = [row["verdict"] for row in rows]
     assert verdicts.count("accept") > len(tasks) / 2
     assert "drop" not in verdicts  # the gold plan always means a right program
@@ -116,7 +118,7 @@ def test_grounded_programs_are_run_and_judged(agents: Agents, tasks: list[Task])
 
 def test_solving_never_reads_gold(agents: Agents, tasks: list[Task]) -> None:
     """The same plans, programs and statuses come of tasks whose gold has been taken away."""
-    worker = SolveWorker(agents, Lengths(16, 40))
+    worker = TaskWorker(agents, partial(solve, most=Lengths(16, 40)))
     seen = worker.process([{"task": asdict(t), "plan": t.gold_plan} for t in tasks], 0)
     bare = [replace(t, gold_plan=None, gold_actions=None, answer="", meta={**t.meta, "wanted": ["x"]}) for t in tasks]
     blind = worker.process([{"task": asdict(t), "plan": p.gold_plan} for t, p in zip(bare, tasks, strict=True)], 0)
@@ -129,7 +131,7 @@ def test_solving_never_reads_gold(agents: Agents, tasks: list[Task]) -> None:
 
 
 def test_workers_travel_light(agents: Agents) -> None:
-    opened = PlanWorker(agents, 2, Sampling(4), 1)
+    opened = TaskWorker(agents, partial(propose, samples=2, sampling=Sampling(4)))
     assert agents.planning
     assert len(pickle.dumps(opened)) < 2000
     assert isinstance(pickle.loads(pickle.dumps(opened)).agents.planner, Path)
