@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import shlex
@@ -17,6 +18,8 @@ from mobula.cli import main
 from mobula.config import describe, read_yaml
 
 ROOT = Path(__file__).parents[1]
+LONGEST = 60  # lines of a function
+METHOD_LINES = 2300  # of a method's package
 CODE = "import platform; platform.system(); import mobula; print(platform.__file__)"
 
 
@@ -132,3 +135,49 @@ def test_files_that_the_documentation_names_exist(page: Path) -> None:
     # The walk-through's own method is not in the repository.
     own = ("term_weights", "serve_apps/terms.py")
     assert [name for name in named if not any(part in name for part in own) and not (ROOT / name).exists()] == []
+
+
+def _imports(tree: ast.AST, modules: set[str]) -> set[str]:
+    """The modules that a module imports anywhere, inside functions too."""
+    found: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+            found |= {name if name in modules else node.module for name in names}
+        elif isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+    return found & modules
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    source = ROOT / "platform"
+    paths = {".".join(p.relative_to(source).with_suffix("").parts): p for p in source.rglob("*.py")}
+    paths = {name.removesuffix(".__init__"): path for name, path in paths.items()}
+    graph = {name: _imports(ast.parse(p.read_text()), set(paths)) - {name} for name, p in paths.items()}
+    # A module that imports nothing which is left cannot be on a circle.
+    while free := [name for name, needs in graph.items() if not needs & graph.keys()]:
+        for name in free:
+            del graph[name]
+    assert not graph, f"circles among or below: {', '.join(sorted(graph))}"
+
+
+def test_functions_are_short() -> None:
+    folders = (ROOT / "platform", ROOT / "serve_apps", ROOT / "jobs")
+    long = [
+        f"{path.relative_to(ROOT)}: {node.name} has {lines} lines"
+        for folder in folders
+        for path in folder.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        and (lines := (node.end_lineno or 0) - node.lineno + 1) > LONGEST
+    ]
+    assert long == []
+
+
+METHOD_PACKAGES = ("agents/moat", "rag/exsearch", "rag/dro", "retrieval/dynamic")
+
+
+@pytest.mark.parametrize("package", METHOD_PACKAGES)
+def test_a_method_stays_small(package: str) -> None:
+    files = (ROOT / "platform" / "mobula" / package).rglob("*.py")
+    assert sum(len(path.read_text().splitlines()) for path in files) <= METHOD_LINES
