@@ -1,8 +1,8 @@
-"""What it costs to let a corpus grow: admission per docid family, latency as it grows, n-grams against callbacks.
+"""What it costs to let a corpus grow: insertion per docid family, latency as it grows, n-grams against callbacks.
 
 The initial corpus are 1,000 function documents; what arrives are the other function documents and, beyond these,
 synthetic ones, each spliced from the texts of two real ones. Models are trained for some forty steps: neither
-admission nor latency depends on how well. All families see the same documents and queries; latencies are those of one
+insertion nor latency depends on how well. All families see the same documents and queries; latencies are those of one
 query at a time on one thread, the systems in turns.
 """
 
@@ -24,10 +24,10 @@ from mobula.data import load_retrieval
 from mobula.data.records import Document, RetrievalData
 from mobula.data.sessions import SessionPlan
 from mobula.retrieval.dynamic.config import Config
-from mobula.retrieval.dynamic.fitting import fit_systems
-from mobula.retrieval.dynamic.follow import by_itself
+from mobula.retrieval.dynamic.evaluate_sessions import by_itself
 from mobula.retrieval.dynamic.prepare import Sessions
 from mobula.retrieval.dynamic.systems import systems
+from mobula.retrieval.dynamic.train_systems import fit_systems
 from mobula.retrieval.results import Timed, time_systems
 from mobula.retrieval.search import Retriever, SearchOptions
 from mobula.threads import one_thread
@@ -55,23 +55,23 @@ QUERIES = 15
 
 
 def run() -> dict[str, Any]:
-    """Seconds per 1,000 admitted documents and ms per query at each size, by system; the n-gram ratio."""
+    """Seconds per 1,000 inserted documents and ms per query at each size, by system; the n-gram ratio."""
     with one_thread(), tempfile.TemporaryDirectory() as folder:
         config = configs.build(Config, CONFIG)
         sessions, arriving = _corpus(config)
         trained = fit_systems(config, sessions, Path(folder), None)
         every = systems(config, trained)
-        retrievers = {system.name: system.make(0) for system in every}
-        options = {system.name: replace(system.options, k=10) for system in every}
+        retrievers = {system.label: spec.make(0) for system, spec in every.items()}
+        options = {system.label: replace(spec.options, k=10) for system, spec in every.items()}
         texts = [query.text for query in sessions.plan.dev[:QUERIES]]
-        admission: dict[str, float] = {}
+        insertion: dict[str, float] = {}
         latency: dict[str, dict[str, float]] = {name: {} for name in retrievers}
         size = INITIAL
         for wanted in SIZES:
             for documents in _batches(arriving, wanted - size):
                 for name, retriever in retrievers.items():
-                    seconds = _admit(retriever, documents, options[name])
-                    admission.setdefault(name, 1000 * seconds / len(documents))
+                    seconds = _insert(retriever, documents, options[name])
+                    insertion.setdefault(name, 1000 * seconds / len(documents))
             size = wanted
             log.info("latency at %d documents", size)
             timed = [Timed(name, by_itself(one).search, options[name]) for name, one in retrievers.items()]
@@ -81,10 +81,10 @@ def run() -> dict[str, Any]:
     return {
         "name": "growth",
         "ratios": ngrams.pop("ratios"),
-        "admission_s_per_1000": {name: round(value, 3) for name, value in admission.items()},
+        "insertion_s_per_1000": {name: round(value, 3) for name, value in insertion.items()},
         "latency_ms": latency,
         "ngrams": ngrams,
-        "conditions": {"initial": INITIAL, "admitted_at_once": ADDED, "queries": len(texts), "threads": 1},
+        "conditions": {"initial": INITIAL, "inserted_at_once": ADDED, "queries": len(texts), "threads": 1},
     }
 
 
@@ -111,13 +111,13 @@ def _stream(real: list[Document], known: list[Document]) -> Iterator[Document]:
 
 
 def _batches(stream: Iterator[Document], count: int) -> Iterator[list[Document]]:
-    """The next ``count`` documents, the first thousand by itself (what admission is measured on), then the rest."""
+    """The next ``count`` documents, the first thousand by itself (what insertion is measured on), then the rest."""
     for size in (min(ADDED, count), count - min(ADDED, count)):
         if size:
             yield [next(stream) for _ in range(size)]
 
 
-def _admit(retriever: Retriever, documents: list[Document], options: SearchOptions) -> float:
+def _insert(retriever: Retriever, documents: list[Document], options: SearchOptions) -> float:
     """Seconds until added documents can be found: some build their index with the first search."""
     started = time.perf_counter()
     retriever.insert(documents)

@@ -19,12 +19,12 @@ import numpy as np
 from benchmarks.measuring import ratio
 from mobula import config as configs
 from mobula.data.records import Document
+from mobula.data.worlds.words import Size, World
+from mobula.rag.exsearch.agent import Agent
 from mobula.rag.exsearch.config import Config, Mode
+from mobula.rag.exsearch.data import corpus_of, problems_of
 from mobula.rag.exsearch.rollout import Rollouts
-from mobula.rag.exsearch.sources import corpus_of, problems_of
-from mobula.rag.exsearch.start import warmed_up
-from mobula.rag.exsearch.workers import Agent
-from mobula.rag.exsearch.world import Size, World
+from mobula.rag.exsearch.warm_up import warm_up_model
 from mobula.rag.search import open_searcher
 from mobula.threads import one_thread
 
@@ -46,12 +46,12 @@ def run() -> dict[str, Any]:
     """Questions per second of both arms, their ratio, and milliseconds of a search for 32 sub-queries."""
     config = configs.build(Config, CONFIG)
     with one_thread(), tempfile.TemporaryDirectory() as folder:
-        model = warmed_up(config, Path(folder), 0, Mode())
+        model = warm_up_model(config, Path(folder), 0, Mode())
         agent = Agent(model, corpus_of(config.data, "dev"), config.retrieve, config.rollout, Mode())
         rollouts = agent.rollouts(greedy=True)
         questions = [problem.question for problem in problems_of(config.data, "dev")]
         together, alone = _rounds(rollouts, questions)
-        searches = [len(found.queries) for found in rollouts.run(questions, [0] * len(questions))]
+        searches = [len(trajectory.queries) for trajectory in rollouts.run(questions, [0] * len(questions))]
         times, passages = _searching()
     per_second = {"batched_qps": together, "single_qps": alone}
     return {
@@ -98,8 +98,8 @@ def _searching() -> tuple[list[float], int]:
         for document in world.documents
     ]
     searcher = open_searcher(documents, "bm25")
-    asked = worlds[0].questions((BATCHES + 1) * BATCH, "timed", held_out=True)
-    queries = list(dict.fromkeys(hop.query for question in asked for hop in question.plan))
+    questions = worlds[0].questions((BATCHES + 1) * BATCH, "timed", held_out=True)
+    queries = list(dict.fromkeys(hop.query for question in questions for hop in question.plan))
     times = []
     for start in range(0, (BATCHES + 1) * BATCH, BATCH):
         began = time.perf_counter()

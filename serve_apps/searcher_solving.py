@@ -10,7 +10,7 @@ from functools import lru_cache
 from typing import Any
 
 from mobula import artifacts, methods
-from mobula.rag.exsearch.library import KIND, Predictor
+from mobula.rag.exsearch.artifact import KIND, Predictor
 from mobula.rag.exsearch.rollout import Episode, Rollouts
 from mobula.serving.application import Event
 from mobula.serving.batching import Batcher
@@ -45,7 +45,7 @@ class Solving:
         limits = {"max_searches": config.max_turns - 1, "max_tokens": config.max_action_tokens}
         return {
             "version": self.state.version,
-            "retriever": self.state.predictor.retrieve.kind,
+            "retriever": self.state.predictor.agent.retrieve.kind,
             "passages_shown": config.k_show,
             "examples": self.state.predictor.examples,
             "limits": limits,

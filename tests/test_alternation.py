@@ -208,3 +208,17 @@ def test_what_stood_at_an_earlier_iteration_can_be_had(tmp_path: Path) -> None:
 def test_seeds_of_phases_and_shards_differ() -> None:
     places = [(1, 1, "a"), (2, 1, "a"), (1, 2, "a"), (1, 1, "b"), (1, 1, "a", 0), (1, 1, "a", 1), (11, "a"), (1, "1a")]
     assert len({seed_of(*place) for place in places}) == len(places)
+
+
+def test_a_renamed_phase_keeps_its_seed(tmp_path: Path) -> None:
+    """Another name is another seed, unless the phase says what it was seeded as."""
+    seeds: dict[str, int] = {}
+
+    def keep(context: Context) -> Row:
+        seeds[context.directory.name] = context.seed
+        return {}
+
+    phases = [Step("old", keep), Step("new", keep), Step("renamed", keep, seeded_as="old")]
+    loop = Loop("seeds", phases, phases, lambda history, iteration: {})
+    run(loop, AlternationConfig(iterations=1, actors=0), tmp_path, seed=0)
+    assert seeds["02-renamed"] == seeds["00-old"] != seeds["01-new"]

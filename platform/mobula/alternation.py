@@ -104,11 +104,13 @@ class Step:
     """A phase in one piece, such as a training or a choice over all rows.
 
     ``run`` returns facts (JSON) for later phases and the row of metrics. After an interruption it is called again in
-    the same directory, where ``training.fit`` goes on by itself.
+    the same directory, where ``training.fit`` goes on by itself. ``seeded_as``: the name that enters the phase's seed,
+    if not its own: a phase that was renamed keeps its older name there, so that results repeat.
     """
 
     name: str
     run: Callable[[Context], Row]
+    seeded_as: str = ""
 
 
 @dataclass(frozen=True)
@@ -116,12 +118,14 @@ class Sharded:
     """A phase over many items, such as sampling or scoring, spread over actors in shards of ``size`` items.
 
     ``items`` is asked once; its answer is kept on disk. ``worker`` says who works, given what came before.
+    ``seeded_as``: as in :class:`Step`.
     """
 
     name: str
     items: Callable[[Context], Sequence[Row]]
     worker: Callable[[Context], Worker]
     size: int = 64
+    seeded_as: str = ""
 
 
 Phase = Step | Sharded
@@ -201,7 +205,8 @@ def run(
             seconds = 0.0
             for number, phase in enumerate(loop.phases if iteration else loop.start):
                 path = directory / f"iteration-{iteration:03}" / f"{number:02}-{phase.name}"
-                context = Context(path, iteration, seed_of(seed, iteration, phase.name), history, cluster)
+                own = seed_of(seed, iteration, phase.seeded_as or phase.name)
+                context = Context(path, iteration, own, history, cluster)
                 seconds += _run_phase(phase, context, workers)
                 history.finished.append((iteration, phase.name, path))
             if iteration < len(rows):

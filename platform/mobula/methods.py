@@ -41,7 +41,7 @@ METHODS = {
     ),
     "exsearch": Entry(
         "rag",
-        "mobula.rag.exsearch.method",
+        "mobula.rag.exsearch.study",
         "an agent that thinks, searches and records before it answers, learned by EM over its trajectories",
     ),
     "dro": Entry(

@@ -61,9 +61,14 @@ class StudyConfig(ExperimentConfig):
                 yield f"arms: unknown {name!r}{nearest(name, known)}; expected {', '.join(known)}"
         if not self.arms or len(set(self.arms)) < len(self.arms):
             yield "arms is empty or names one twice; the first one is served"
-        for name, count in workers.items():
-            if self.parallel > 1 and count != 0:
-                yield f"parallel={self.parallel} needs {name}=0: trainings have the actors"
+        yield from parallel_problems(self.parallel, workers)
+
+
+def parallel_problems(parallel: int, workers: Mapping[str, int | None]) -> Iterator[str]:
+    """What of a method, by dotted key, asks for processes although trainings run at the same time on actors."""
+    for name, count in workers.items():
+        if parallel > 1 and count != 0:
+            yield f"parallel={parallel} needs {name}=0: trainings have the actors"
 
 
 @dataclass(frozen=True)

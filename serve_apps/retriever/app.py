@@ -85,8 +85,8 @@ def _corpus_routes(app: FastAPI, searching: Searching) -> None:
         """Add documents to the corpus without training."""
         async with time_limit(searching.args.time_limit_s):
             snapshot = await searching.state.corpus.add(request.documents)
-        assert snapshot.admission is not None
-        return to_json({"added": len(request.documents), "version": snapshot.version, **asdict(snapshot.admission)})
+        assert snapshot.inserted is not None
+        return to_json({"added": len(request.documents), "version": snapshot.version, **asdict(snapshot.inserted)})
 
     @app.post("/documents/remove", response_model=Removed, responses={**pages.REFUSALS, **NOT_KEPT})
     async def remove(request: Removal) -> Response:

@@ -45,11 +45,11 @@ class Change:
 
 @dataclass(frozen=True, eq=False)
 class Snapshot:
-    """One version of the corpus, all that a search sees. ``admission`` is what the ``last`` change did, if it added."""
+    """One version of the corpus, all that a search sees. ``inserted``: what came of the last change, if it added."""
 
     searchable: Searchable
     last: Change | None = None
-    admission: InsertSummary | None = None
+    inserted: InsertSummary | None = None
 
     @property
     def version(self) -> int:
@@ -84,16 +84,16 @@ def changed(snapshot: Snapshot, record: Record) -> Snapshot:
         RequestRefused: 409 for an id that is given twice or, to add, exists; 404 for one to remove that does not.
         Unsupported: if the default retriever cannot take documents without training.
     """
-    searchable, admission = snapshot.searchable, None
+    searchable, inserted = snapshot.searchable, None
     if record.kind == "add":
         documents = [Document(**fields) for fields in record.items]
         _refuse_known([d.id for d in documents], searchable)
-        searchable, admission = searchable.insert(documents)
+        searchable, inserted = searchable.insert(documents)
     else:
         _refuse_unknown(record.items, searchable)
         searchable = searchable.remove(record.items)
     change = Change(snapshot.version + 1, record.kind, len(record.items), record.time, snapshot.last)
-    return Snapshot(searchable, change, admission)
+    return Snapshot(searchable, change, inserted)
 
 
 class Corpus:

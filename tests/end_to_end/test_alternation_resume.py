@@ -51,10 +51,10 @@ EXSEARCH: dict[str, Any] = {
     "arms": ["exsearch"],
     "data": {"people": 60, "towns": 30, "firms": 12, "books": 16, "warm_up": 20, "train": 40, "dev": 16, "test": 10},
     "model": {"width": 32},
-    "skill": {"steps": 40, "checkpoint_every": 10},
+    "skill": {"steps": 40, "checkpoint_every": 10, "workers": 0},
     "skill_questions": 160,
-    "warm_up": {"steps": 20, "checkpoint_every": 10},
-    "fit": {"batch": 4, "checkpoint_every": 5},
+    "warm_up": {"steps": 20, "checkpoint_every": 10, "workers": 0},
+    "fit": {"batch": 4, "checkpoint_every": 5, "workers": 0},
     "alternation": {"iterations": 1, "actors": 0},
     "evaluation": {"decisive": False, "resamples": 100},
 }
@@ -69,7 +69,7 @@ TEXT: dict[str, Any] = {
 }
 # What a method's iterations are made of, at least.
 PHASES = {
-    "exsearch": {"sample", "score", "weigh", "fit", "gap", "solve", "held_sample", "held_score"},
+    "exsearch": {"sample", "score", "weigh", "fit", "q_gain", "solve", "dev_sample", "dev_score"},
     "moat": {"sample", "score", "pair", "dpo-0", "plans", "ground"},
     "dro": {"sample", "score", "weigh", "fit", "measure"},
 }

@@ -13,7 +13,7 @@ import pytest
 from mobula import artifacts, methods
 from mobula.artifacts import read_jsonl
 from mobula.environment import data_folder
-from mobula.rag.exsearch.library import KIND
+from mobula.rag.exsearch.artifact import KIND
 
 pytestmark = [
     pytest.mark.end_to_end,
@@ -48,7 +48,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_pretrained_agent_searches_real_passages(run: Path) -> None:
-    rows = read_jsonl(run / "answers/seed-0/exsearch.jsonl")
+    rows = read_jsonl(run / "results/seed-0/exsearch.jsonl")
     assert len(rows) == 2
     # A dozen steps teach the form of turns: it searches, and what it is shown are real paragraphs.
     assert any(row["searches"] >= 1 for row in rows)

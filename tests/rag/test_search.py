@@ -9,7 +9,7 @@ from mobula.data.records import Document
 from mobula.errors import DataError
 from mobula.rag.search import (
     Cached,
-    Found,
+    Hit,
     IndexSelfTestError,
     Retrying,
     SearchFailed,
@@ -39,7 +39,7 @@ class Constant:
         time.sleep(self.hangs)
         if len(self.asked) <= self.fails:
             raise SearchFailed("away")
-        return [[Found(f"d{i}", 1.0, i + 1) for i in range(k)] for _ in queries]
+        return [[Hit(f"d{i}", 1.0, i + 1) for i in range(k)] for _ in queries]
 
     def document(self, id):
         return DOCUMENTS[0]
@@ -131,14 +131,14 @@ def test_a_failing_searcher_is_asked_again():
     inner = Constant(fails=2)
     replies = Retrying(inner, backoff_s=0.001).ask(["a", "b"], 2)
     assert len(inner.asked) == 3
-    assert [len(reply.found) for reply in replies] == [2, 2] and not any(reply.failed for reply in replies)
+    assert [len(reply.hits) for reply in replies] == [2, 2] and not any(reply.failed for reply in replies)
 
 
 def test_no_question_is_lost_when_nobody_answers():
     inner = Constant(fails=10)
     replies = Retrying(inner, retries=3, backoff_s=0.001).ask(["a", "b"], 2)
     assert len(inner.asked) == 4
-    assert [(reply.found, reply.failed) for reply in replies] == [([], True), ([], True)]
+    assert [(reply.hits, reply.failed) for reply in replies] == [([], True), ([], True)]
 
 
 def test_a_late_answer_is_no_answer():

@@ -11,7 +11,7 @@ import pytest
 from fastapi import FastAPI
 from playwright.sync_api import expect
 
-from mobula.rag.exsearch.sources import Problem
+from mobula.rag.exsearch.data import Problem
 from mobula.rag.search import Reply, SearchFailed
 from serve_apps.searcher import create_app
 from serve_apps.searcher_schema import SearcherArgs

@@ -63,8 +63,9 @@ def curve(runs: Runs, metric: str) -> list[tuple[float, ...]]:
     """(iteration, mean, least, greatest) over seeds, of the iterations in which every seed has the metric."""
     points: list[tuple[float, ...]] = []
     for iteration in range(min(map(len, runs))):
-        values = [run[iteration].get(metric) for run in runs]
-        if all(value is not None for value in values):
+        at = [run[iteration] for run in runs]
+        values = [row[metric] for row in at if row.get(metric) is not None]
+        if len(values) == len(runs):
             points.append((float(iteration), float(np.mean(values)), min(values), max(values)))
     return points
 

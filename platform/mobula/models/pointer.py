@@ -57,6 +57,14 @@ class PointerConfig(PretrainedConfig):
         self.query_id, self.turn_id, self.words_from = query_id, turn_id, words_from
         super().__init__(**others)
 
+    @classmethod
+    def of(cls, tokenizer: Any, query: str, turn: str, last_marker: str, **sizes: int) -> PointerConfig:
+        """The config of a tokenizer's words, in which those up to ``last_marker`` are markers."""
+        query_id, turn_id, last = tokenizer.convert_tokens_to_ids([query, turn, last_marker])
+        ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+        markers = {"query_id": query_id, "turn_id": turn_id, "words_from": last + 1}
+        return cls(vocab_size=len(tokenizer), **sizes, **markers, **ends)
+
 
 @dataclass(frozen=True)
 class Remembered:

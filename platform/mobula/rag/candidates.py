@@ -167,7 +167,7 @@ def gathered(
     replies = [one for at in range(0, len(texts), BATCH) for one in searcher.ask(texts[at : at + BATCH], depth)]
     rows = []
     for question, reply in zip(questions, replies, strict=True):
-        ids = [found.id for found in reply.found]
+        ids = [hit.id for hit in reply.hits]
         if config.pool == "own":
             ids = [id for id in ids if id in question.passages]
         ids = ids[: config.candidates]

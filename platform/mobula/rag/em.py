@@ -204,13 +204,13 @@ class EM(Portable, ABC):
             phases.append(gain)
         return Loop(self.identity(), evaluation, [*phases, *evaluation], self._row)
 
-    def sampling(self, name: str, split: str) -> Sharded:
+    def sampling(self, name: str, split: str, seeded_as: str = "") -> Sharded:
         """A phase that samples latents of a split's questions."""
 
         def worker(context: Context) -> SampleWorker:
             return SampleWorker(self.latent(self.current_checkpoint(context.history), split), context.seed)
 
-        return Sharded(name, lambda context: self.questions(split), worker, self.shard)
+        return Sharded(name, lambda context: self.questions(split), worker, self.shard, seeded_as)
 
     def scoring(self, name: str, sampling: Phase, split: str) -> Sharded:
         """A phase that scores what ``sampling`` has drawn."""

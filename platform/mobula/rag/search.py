@@ -6,6 +6,7 @@ A :class:`Searcher` ranks documents for queries. It is built over documents (:fu
 
 from __future__ import annotations
 
+import random
 import threading
 import time
 from collections import OrderedDict, defaultdict
@@ -41,7 +42,7 @@ class SearchFailed(MobulaError):
 
 
 @dataclass(frozen=True)
-class Found:
+class Hit:
     """A document found for a query; ``rank`` counts from 1."""
 
     id: str
@@ -54,7 +55,7 @@ class Searcher(Protocol):
 
     hash: str
 
-    def search(self, queries: Sequence[str], k: int) -> list[list[Found]]:
+    def search(self, queries: Sequence[str], k: int) -> list[list[Hit]]:
         """The k best documents of each query, by (-score, id). A list does not depend on its batch.
 
         Raises:
@@ -116,7 +117,7 @@ class Index:
         self._documents = {document.id: document for document in documents}
         self._retrievers = retrievers
 
-    def search(self, queries: Sequence[str], k: int) -> list[list[Found]]:
+    def search(self, queries: Sequence[str], k: int) -> list[list[Hit]]:
         """As :class:`Searcher`."""
         size = len(self._documents)
         if not 1 <= k <= size:
@@ -148,9 +149,9 @@ def _fused(lists: Sequence[Sequence[tuple[str, float]]]) -> list[tuple[str, floa
     return list(total.items())
 
 
-def _ranked(scored: Sequence[tuple[str, float]], k: int) -> list[Found]:
+def _ranked(scored: Sequence[tuple[str, float]], k: int) -> list[Hit]:
     best = sorted(scored, key=lambda one: (-one[1], one[0]))[:k]
-    return [Found(id, score, rank) for rank, (id, score) in enumerate(best, 1)]
+    return [Hit(id, score, rank) for rank, (id, score) in enumerate(best, 1)]
 
 
 def _known(documents: dict[str, Document], id: str) -> Document:
@@ -164,10 +165,10 @@ class Cached:
 
     def __init__(self, searcher: Searcher, size: int = CACHED) -> None:
         self._searcher, self._size, self.hash = searcher, size, searcher.hash
-        self._lists: OrderedDict[tuple[str, str, int], list[Found]] = OrderedDict()
+        self._lists: OrderedDict[tuple[str, str, int], list[Hit]] = OrderedDict()
         self._lock = threading.Lock()
 
-    def search(self, queries: Sequence[str], k: int) -> list[list[Found]]:
+    def search(self, queries: Sequence[str], k: int) -> list[list[Hit]]:
         """As :class:`Searcher`; what is new is asked for once, in one batch."""
         keys = [(self.hash, query, k) for query in queries]
         with self._lock:
@@ -188,6 +189,25 @@ class Cached:
         return self._searcher.document(id)
 
 
+@dataclass
+class Shuffled:
+    """A searcher whose lists are permuted, as the query alone decides: a probe of who reads by position."""
+
+    searcher: Searcher
+
+    def __post_init__(self) -> None:
+        self.hash = f"{self.searcher.hash}-shuffled"
+
+    def search(self, queries: Sequence[str], k: int) -> list[list[Hit]]:
+        """As :class:`Searcher`; ranks and scores are those of the search."""
+        lists = self.searcher.search(queries, k)
+        return [random.Random(f"order {q}").sample(hits, len(hits)) for q, hits in zip(queries, lists, strict=True)]
+
+    def document(self, id: str) -> Document:
+        """As :class:`Searcher`."""
+        return self.searcher.document(id)
+
+
 def self_test(searcher: Searcher, documents: Sequence[Document]) -> None:
     """Look for some documents by their titles and first words.
 
@@ -195,12 +215,12 @@ def self_test(searcher: Searcher, documents: Sequence[Document]) -> None:
         IndexSelfTestError: if fewer than 95 per cent are among the first five, or the same few come first again and
             again.
     """
-    chance = np.random.default_rng(0)
-    chosen = [documents[row] for row in chance.permutation(len(documents))[:TESTED]]
+    rng = np.random.default_rng(0)
+    chosen = [documents[row] for row in rng.permutation(len(documents))[:TESTED]]
     queries = [" ".join([document.title, *document.text.split()[:TEST_WORDS]]) for document in chosen]
     lists = searcher.search(queries, min(TEST_DEPTH, len(documents)))
-    hits = sum(document.id in {one.id for one in found} for document, found in zip(chosen, lists, strict=True))
-    first = len({found[0].id for found in lists})
+    hits = sum(document.id in {hit.id for hit in ranked} for document, ranked in zip(chosen, lists, strict=True))
+    first = len({ranked[0].id for ranked in lists})
     if hits < TEST_HITS * len(chosen) or first < TEST_DIFFERENT * len(chosen):
         raise IndexSelfTestError(
             f"of {len(chosen)} documents, {hits} are found among the first {TEST_DEPTH} by their own title and words, "
@@ -220,7 +240,7 @@ class ServedSearcher:
         facts, versions = self._ask("GET", "retrievers"), self._ask("GET", "versions")
         self.hash = digest([facts["artifact"], facts["default"], versions["version"]])
 
-    def search(self, queries: Sequence[str], k: int) -> list[list[Found]]:
+    def search(self, queries: Sequence[str], k: int) -> list[list[Hit]]:
         """As :class:`Searcher`.
 
         Raises:
@@ -233,7 +253,7 @@ class ServedSearcher:
         """As :class:`Searcher`."""
         return _known(self._documents, id)
 
-    def _one(self, query: str, k: int) -> list[Found]:
+    def _one(self, query: str, k: int) -> list[Hit]:
         hits = self._ask("POST", "search", json={"query": query, "k": k})["hits"]
         # A document that a model gives no probability has no score; it stands last.
         scored = [(hit["doc_id"], -np.inf if hit["score"] is None else hit["score"]) for hit in hits]
@@ -255,14 +275,14 @@ class ServedSearcher:
 
 @dataclass(frozen=True)
 class Reply:
-    """What was found for one query; ``failed`` if nobody answered, and nothing is found then."""
+    """The hits of one query; none, and ``failed``, if the search did not answer."""
 
-    found: list[Found]
+    hits: list[Hit]
     failed: bool = False
 
 
 class Retrying:
-    """Asks a searcher again when it fails or is late, and says so when it has given up, instead of raising."""
+    """Failed or timed-out searches are retried, then flagged instead of raised."""
 
     def __init__(self, searcher: Searcher, timeout_s: float = 30.0, retries: int = 3, backoff_s: float = 0.5) -> None:
         self.searcher = searcher
@@ -278,14 +298,14 @@ class Retrying:
             if attempt:
                 time.sleep(self.backoff_s * 2 ** (attempt - 1))
             try:
-                return [Reply(found) for found in self._in_time(queries, k)]
+                return [Reply(hits) for hits in self._in_time(queries, k)]
             except SearchFailed:
                 continue
         return [Reply([], failed=True) for _ in queries]
 
-    def _in_time(self, queries: Sequence[str], k: int) -> list[list[Found]]:
+    def _in_time(self, queries: Sequence[str], k: int) -> list[list[Hit]]:
         """The lists, or SearchFailed once the time is over; a search that hangs is left behind."""
-        outcome: list[list[list[Found]] | Exception] = []
+        outcome: list[list[list[Hit]] | Exception] = []
 
         def search() -> None:
             try:

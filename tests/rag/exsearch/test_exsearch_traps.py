@@ -18,30 +18,25 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from mobula.alternation import Context, Row
 from mobula.config import build
 from mobula.data.records import Document
+from mobula.data.worlds.words import World, world
 from mobula.models.causal import EOS, CausalModel, SmallShape
-from mobula.rag.exsearch import library, sources
+from mobula.models.finetune import TokenRow, collate, token_log_probs
+from mobula.rag.em import WEIGHTS, ScoreWorker, SnapshotMismatch
+from mobula.rag.exsearch import artifact, data
+from mobula.rag.exsearch.agent import Agent, SolveWorker, searcher_of
 from mobula.rag.exsearch.chat import TemplatedChat
-from mobula.rag.exsearch.comparison import Comparison
 from mobula.rag.exsearch.config import ARMS, Config, Mode
-from mobula.rag.exsearch.loop import WEIGHTS, _weigh, by_query
-from mobula.rag.exsearch.measures import judge
+from mobula.rag.exsearch.data import Lookup, Problem, corpus_of
+from mobula.rag.exsearch.exsearch import Trajectories
+from mobula.rag.exsearch.measures import measure
 from mobula.rag.exsearch.rollout import Rollouts
-from mobula.rag.exsearch.sources import Lookup, Problem, corpus_of
-from mobula.rag.exsearch.start import oracle_of
-from mobula.rag.exsearch.training import DATA, QueryRows, RowsTask, collate, read_rows, token_log_probs, write_rows
-from mobula.rag.exsearch.trajectory import TrainRow, Trajectory, Turn, own_rows, rows
-from mobula.rag.exsearch.workers import (
-    Agent,
-    SampleWorker,
-    ScoreWorker,
-    Shuffled,
-    SnapshotMismatch,
-    SolveWorker,
-    searcher_of,
-)
-from mobula.rag.exsearch.world import World, world
-from mobula.rag.search import Found, IndexSelfTestError, Retrying, open_searcher, self_test
+from mobula.rag.exsearch.study import Arms
+from mobula.rag.exsearch.trajectory import Trajectory, Turn, own_rows, rows
+from mobula.rag.exsearch.warm_up import oracle_of
+from mobula.rag.search import Hit, IndexSelfTestError, Retrying, Shuffled, open_searcher, self_test
+from mobula.rag.weighted_rows import DATA, QueryRows, RowsTask, read_rows, write_rows
 from mobula.running import run_experiment
+from mobula.study import System
 from mobula.training import TrainingConfig, fit
 from mobula.training.loop import read_metrics
 from tests.rag.exsearch import small
@@ -53,8 +48,8 @@ RUN: dict[str, Any] = {
     "data": {**small.CONFIG["data"], "warm_up": 10, "train": 8, "dev": 4, "test": 4},
     "rollout": {"max_turns": 3, "max_action_tokens": 10},
     "em": {"samples": 2},
-    "skill": {"steps": 4},
-    "warm_up": {"steps": 4},
+    "skill": {"steps": 4, "workers": 0},
+    "warm_up": {"steps": 4, "workers": 0},
     "alternation": {**small.CONFIG["alternation"], "iterations": 1},
 }
 # The agent's turn begins right behind a line end.
@@ -93,12 +88,12 @@ def task(agent: Agent, tmp_path: Path) -> RowsTask:
     return RowsTask(agent.model, tmp_path / "rows.jsonl")
 
 
-def comparison(directory: Path) -> Comparison:
-    return Comparison(build(Config, RUN), directory)
+def arms(directory: Path) -> Arms:
+    return Arms(build(Config, RUN), directory)
 
 
 def asked(count: int) -> list[Row]:
-    return [{"id": problem.id, "question": problem.question} for problem in small.problems()[:count]]
+    return [{"query": problem.id, "question": problem.question} for problem in small.problems()[:count]]
 
 
 def perfect(chosen: Sequence[Problem], lost: str = "") -> small.Say:
@@ -146,13 +141,13 @@ def test_a_clipped_gradient_does_not_depend_on_how_queries_are_divided(task: Row
     """Some ratios are 1, some have risen or fallen beyond the clip; advantages have both signs."""
     network, moved, changed = task.build(), (0.0, -0.5, 0.5), []
 
-    def aged(row: TrainRow, said: list[float], sign: int) -> TrainRow:
+    def aged(row: TokenRow, said: list[float], sign: int) -> TokenRow:
         old = [p + moved[i % 3] for i, p in enumerate(said[: len(row.ids) - 1])]
         return replace(row, weight=sign * row.weight, old=[0.0, *old])
 
     for found in read_rows(task.data):
         batch = collate(found.rows)
-        said = token_log_probs(network, batch["ids"], batch["real"]).tolist()
+        said = token_log_probs(network, batch).tolist()
         parts_of = zip(found.rows, said, strict=True)
         changed.append(QueryRows([aged(row, own, (-1) ** k) for k, (row, own) in enumerate(parts_of)]))
     write_rows(task.data, changed)
@@ -196,19 +191,20 @@ def test_nothing_is_learned_of_what_a_repair_puts_into_the_agents_mouth(
 
 def test_one_sample_of_another_model_among_many_is_refused(agent: Agent) -> None:
     answers = {problem.id: list(problem.answers) for problem in small.problems()}
-    drawn = SampleWorker(agent, 2, 7).process(asked(4), 0)
+    drawn = small.sampler(agent).process(asked(4), 0)
     items = [{**row, "answers": answers[row["query"]]} for row in drawn]
-    assert len(ScoreWorker(agent).process(items, 0)) == len(items)
+    scorer = ScoreWorker(Trajectories(agent, 2))
+    assert len(scorer.process(items, 0)) == len(items)
     with pytest.raises(SnapshotMismatch, match="samples of another cannot be scored"):
-        ScoreWorker(agent).process([*items[:-1], {**items[-1], "snapshot": "another"}], 0)
+        scorer.process([*items[:-1], {**items[-1], "snapshot": "another"}], 0)
 
 
 def test_weighing_again_after_the_model_has_changed_gives_the_same_bytes(directory: Path, tmp_path: Path) -> None:
-    setting = comparison(directory).setting("exsearch", 0)
-    history = comparison(directory).outcome("exsearch", 0).history.until(1)
-    before = {row["snapshot"] for row in history.rows("score")}
-    assert setting.agent(setting.standing(history), "train").snapshot not in before
-    facts, written = _weigh(setting, Context(tmp_path, 1, 0, history, None)), history.latest("weigh")
+    em = arms(directory).em("exsearch", 0)
+    history = arms(directory).outcome("exsearch", 0).history.until(1)
+    before = {row["snapshot"] for row in history.rows("sample")}
+    assert em.latent(em.current_checkpoint(history), "train").snapshot not in before
+    facts, written = em._weigh(Context(tmp_path, 1, 0, history, None)), history.latest("weigh")
     assert written is not None
     for name in (WEIGHTS, DATA):
         assert (tmp_path / name).read_bytes() == (written / name).read_bytes()
@@ -233,18 +229,18 @@ def test_sums_are_exact_though_the_logits_are_in_half_precision(agent: Agent) ->
 
 def test_exactly_the_questions_that_all_samples_fail_are_counted_and_left_out(directory: Path, tmp_path: Path) -> None:
     """With a threshold that half of them fail; without the gate they count, and stay."""
-    made = comparison(directory)
-    setting, history = made.setting("exsearch", 0), made.outcome("exsearch", 0).history.until(1)
-    scores = by_query(history.rows("score"))
-    best = {query: max(row["log_lik"] for row in mine) / mine[0]["answer_tokens"] for query, mine in scores.items()}
-    setting.config.em.weights.fail_eps = float(np.exp(np.median(list(best.values()))))
-    failed = {query for query, value in best.items() if value < np.log(setting.config.em.weights.fail_eps)}
+    made = arms(directory)
+    em, history = made.em("exsearch", 0), made.outcome("exsearch", 0).history.until(1)
+    scores = history.rows("score")
+    best = {score["query"]: max(score["log_lik"]) / score["answer_tokens"] for score in scores}
+    em.config.em.weights.fail_eps = float(np.exp(np.median(list(best.values()))))
+    failed = {query for query, value in best.items() if value < np.log(em.config.em.weights.fail_eps)}
     assert 0 < len(failed) < len(best)
-    questions = {problem.id: problem.question for problem in setting.problems("train")}
-    decode = setting.agent(setting.start, "train").opened.decode
+    questions = {problem.id: problem.question for problem in em.problems("train")}
+    decode = em.agent(em.warm, "train").opened.decode
     for name, left in (("gate_skip", set(best) - failed), ("gate_none", set(best))):
         (tmp_path / name).mkdir()
-        facts = _weigh(replace(setting, arm=ARMS[name]), Context(tmp_path / name, 1, 0, history, None))
+        facts = replace(em, arm=ARMS[name])._weigh(Context(tmp_path / name, 1, 0, history, None))
         assert facts["all_fail"] == pytest.approx(len(failed) / len(best))
         assert (facts["queries"], facts["skipped"]) == (len(left), len(best) - len(left))
         learned = read_rows(tmp_path / name / DATA)
@@ -258,14 +254,14 @@ def test_exactly_the_questions_that_all_samples_fail_are_counted_and_left_out(di
 
 def test_who_samples_needs_nothing_that_knows_an_answer(agent: Agent, monkeypatch: pytest.MonkeyPatch) -> None:
     """Passages are made again and the worker is opened anew, while nobody can ask for questions."""
-    items, carried = asked(3), pickle.dumps(SampleWorker(agent, 2, 7))
-    before = SampleWorker(agent, 2, 7).process(items, 0)
+    items, carried = asked(3), pickle.dumps(small.sampler(agent))
+    before = small.sampler(agent).process(items, 0)
 
     def refuse(*arguments: Any, **options: Any) -> None:
         raise PermissionError("answers are elsewhere")
 
     monkeypatch.setattr(World, "questions", refuse)
-    monkeypatch.setattr(sources, "problems_of", refuse)
+    monkeypatch.setattr(data, "problems_of", refuse)
     searcher_of.cache_clear()
     world.cache_clear()
     with pytest.raises(PermissionError):
@@ -318,10 +314,10 @@ def test_evaluation_does_not_heed_the_temperature_of_samples(agent: Agent, direc
 def test_what_is_served_does_not_heed_it_either(agent: Agent, tmp_path: Path) -> None:
     hot = replace(agent, rollout=replace(agent.rollout, temperature=3.0, top_p=0.5))
     plain, served = (
-        library.load(library.write(tmp_path / name, made, [], {})) for name, made in (("plain", agent), ("hot", hot))
+        artifact.load(artifact.write(tmp_path / name, made, [], {})) for name, made in (("plain", agent), ("hot", hot))
     )
     questions = [problem.question for problem in small.problems()]
-    assert served.rollout.temperature == 3.0
+    assert served.agent.rollout.temperature == 3.0
     assert served.answer(questions) == plain.answer(questions)
 
 
@@ -333,8 +329,8 @@ class Constant:
 
     hash = "constant"
 
-    def search(self, queries: Sequence[str], k: int) -> list[list[Found]]:
-        return [[Found(str(i), 1.0, i + 1) for i in range(k)] for _ in queries]
+    def search(self, queries: Sequence[str], k: int) -> list[list[Hit]]:
+        return [[Hit(str(i), 1.0, i + 1) for i in range(k)] for _ in queries]
 
     def document(self, id: str) -> Document:
         raise KeyError(id)
@@ -356,12 +352,12 @@ def test_an_index_is_tested_when_it_is_made() -> None:
 
 
 def test_every_arm_has_as_many_parameters_and_the_report_names_what_they_share(directory: Path) -> None:
-    made = comparison(directory)
+    made = arms(directory)
     networks = {name: CausalModel.open(str(made.model(name, 0))).network for name in made.config.arms}
     counts = {name: sum(p.numel() for p in network.parameters()) for name, network in networks.items()}
     assert len(set(counts.values())) == 1, counts
     notes = json.loads((directory / "report.json").read_text())["notes"]
-    assert sum(made.harness("exsearch") in note for note in notes) == 1
+    assert sum(made.harness(System("exsearch")) in note for note in notes) == 1
 
 
 # Tokens.
@@ -409,7 +405,7 @@ def test_a_line_end_that_would_merge_with_the_agents_marker_stays_apart() -> Non
 
     chat = TemplatedChat(model, config.rollout.max_passage_tokens)
     drawn = [[*model.encode(text), model.eos] for text in texts]
-    passages = chat.found([searcher.document(id) for id in found.shown[0]])
+    passages = chat.results([searcher.document(id) for id in found.shown[0]])
     assert found.context == [*chat.begin(QUESTION), *drawn[0], *passages, *drawn[1], *chat.close(QUESTION)]
     (row,) = rows(found, drawn[2], 1.0)
     assert [token for token, kind in zip(row.ids, row.mask, strict=True) if kind] == [t for ids in drawn for t in ids]
@@ -419,17 +415,31 @@ def test_a_line_end_that_would_merge_with_the_agents_marker_stays_apart() -> Non
     assert again != row.ids and len(again) < len(row.ids)
 
 
+def test_a_marker_of_several_tokens_is_cut_whole() -> None:
+    """Its first token begins with the line end before it, so that goes as well."""
+    texts = ["<QUERY> home of belford\n<SEARCH> [1] x", "<FACT> folford\n<FINAL>", "folford"]
+    said = iter(texts)
+    config = small.config(rollout={"seq_len": 8192, "max_action_tokens": 64, "max_answer_tokens": 32})
+    model = merging(lambda prompt: next(said))
+    searcher = searcher_of(corpus_of(config.data, "train"), "bm25", "")
+    (found,) = Rollouts(model, Retrying(searcher), config.rollout).run([QUESTION], [0])
+    turn, kept = found.turns[1], model.encode("<QUERY> home of belford")
+    assert (turn.ids, turn.mask) == ([*kept, model.eos], [1] * len(kept) + [0])
+
+
 # Measures.
 
 TITLES = {"1": ("ana lee", "ana lee works for bank"), "2": ("bank", "bank is based in rome"), "3": ("bo", "bo is .")}
 
 
 def judged(shown: list[list[str]], answers: tuple[str, ...] = ("rome",), support: tuple[str, ...] = ("1", "2")) -> Row:
-    """What is said of a trajectory that was shown these passages, search by search."""
+    """The measures of a trajectory that was shown these passages, search by search."""
     plan = tuple(Lookup("", "", id) for id in support)
     queries = [f"query {number}" for number in range(len(shown))]
     found = Trajectory([Turn.given("user", "", [1])], queries, shown=shown, prediction="rome")
-    return judge(Problem("q", "where ?", answers, support, "2-hop", plan), found, lambda id: Document(id, *TITLES[id]))
+    return measure(
+        Problem("q", "where ?", answers, support, "2-hop", plan), found, lambda id: Document(id, *TITLES[id])
+    )
 
 
 def test_an_answer_is_looked_for_in_what_the_last_search_showed() -> None:
@@ -469,6 +479,6 @@ def test_searches_that_end_before_all_golds_were_shown_or_go_on_after(
 
 def test_who_was_given_nothing_has_failed() -> None:
     problem = Problem("q", "where ?", ("rome",), ("1",), "1-hop", (Lookup("", "", "1"),))
-    found = judge(problem, Trajectory(), lambda id: Document(id, *TITLES[id]))
+    found = measure(problem, Trajectory(), lambda id: Document(id, *TITLES[id]))
     assert (found["failed"], found["em"], found["gold_hit"], found["under_search"]) == (1.0, 0.0, 0.0, 1.0)
     assert judged([["1"], ["2"]])["failed"] == 0.0

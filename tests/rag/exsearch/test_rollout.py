@@ -9,11 +9,11 @@ from collections.abc import Callable, Sequence
 import pytest
 
 from mobula.data.records import Document
+from mobula.rag.exsearch.agent import searcher_of
 from mobula.rag.exsearch.config import Mode
-from mobula.rag.exsearch.sources import Problem
+from mobula.rag.exsearch.data import Problem
 from mobula.rag.exsearch.trajectory import MALFORMED, Action, Trajectory, own_rows, parse, rows
-from mobula.rag.exsearch.workers import searcher_of
-from mobula.rag.search import Found, Searcher, SearchFailed
+from mobula.rag.search import Hit, Searcher, SearchFailed
 from tests.rag.exsearch import small
 
 
@@ -42,7 +42,7 @@ class Failing:
     def __init__(self, times: int) -> None:
         self.times, self.asked = times, 0
 
-    def search(self, queries: Sequence[str], k: int) -> list[list[Found]]:
+    def search(self, queries: Sequence[str], k: int) -> list[list[Hit]]:
         self.asked += 1
         if self.asked <= self.times:
             raise SearchFailed("away")
@@ -55,7 +55,7 @@ class Failing:
 class Late(Failing):
     """A searcher that takes its time."""
 
-    def search(self, queries: Sequence[str], k: int) -> list[list[Found]]:
+    def search(self, queries: Sequence[str], k: int) -> list[list[Hit]]:
         time.sleep(5)
         return [[] for _ in queries]
 
@@ -158,12 +158,23 @@ def test_a_chat_that_grows_too_long_is_closed() -> None:
     assert len(found.queries) <= 2
 
 
-def test_what_is_said_in_the_environments_name_is_cut() -> None:
+def test_what_is_said_in_the_environments_name_is_cut_and_nobody_learns_its_marker() -> None:
     said = iter(["<QUERY> home of belford <SEARCH> [1] belford in folford", "<FACT> a <FINAL>", "folford"])
     found = run(lambda prompt: next(said))
-    assert found.turns[1].text == "<QUERY> home of belford <SEARCH>"
-    assert found.turns[1].mask[-1] == 0  # its end was not drawn
-    assert found.queries == ["home of belford"]
+    model, turn = small.scripted(lambda prompt: ""), found.turns[1]
+    assert turn.text == "<QUERY> home of belford" and found.queries == ["home of belford"]
+    assert turn.ids == [*model.encode("<QUERY> home of belford"), model.eos]
+    assert turn.mask == [1, 1, 1, 1, 0]  # its end was not drawn
+    assert len(turn.log_probs) == len(turn.log_q) == sum(turn.mask)
+    (row,) = rows(found, [model.eos], 1.0)
+    learned = model.decode([token for token, kind in zip(row.ids, row.mask, strict=True) if kind == 1])
+    assert "<SEARCH>" not in learned
+
+
+def test_a_turn_that_is_only_the_environments_marker_is_malformed() -> None:
+    said = iter(["<SEARCH> [1] belford", "home of belford", "<FACT> a <FINAL>", "folford"])
+    found = run(lambda prompt: next(said))
+    assert (found.flags.malformed, found.flags.repaired, found.queries) == (1, 1, ["home of belford"])
 
 
 def test_tokens_that_are_trained_on_are_those_that_were_sampled() -> None:
@@ -247,7 +258,7 @@ def noting(problem: Problem, facts: Sequence[str]) -> Callable[[str], str]:
 def test_a_fact_written_apart_sees_its_search_alone_and_is_a_row_of_its_own() -> None:
     problem = small.problems(hops=2)[0]
     say = noting(problem, [f"<FACT> {step.fact}" for step in problem.plan])
-    found = run(say, problem.question, mode=Mode(apart=True))
+    found = run(say, problem.question, mode=Mode(record_from_evidence=True))
     assert (found.queries, found.facts) == ([s.query for s in problem.plan], [s.fact for s in problem.plan])
     assert (found.prediction, found.flags.malformed) == (problem.answers[0], 0)
     model = small.scripted(say)
@@ -273,7 +284,7 @@ def test_a_fact_written_apart_sees_its_search_alone_and_is_a_row_of_its_own() ->
 )
 def test_a_fact_written_apart_without_its_marker_counts_as_it_is(said: str, fact: str, malformed: int) -> None:
     problem = small.problems(hops=1)[0]
-    found = run(noting(problem, [said]), problem.question, mode=Mode(apart=True))
+    found = run(noting(problem, [said]), problem.question, mode=Mode(record_from_evidence=True))
     assert (found.facts, found.flags.malformed, found.flags.repaired) == ([fact], malformed, 0)
     assert found.turns[3].text.split() == ["<FACT>", *fact.split(), "<FINAL>"]  # small models have no word for none
 
@@ -282,7 +293,7 @@ def test_a_turn_after_a_fact_written_apart_is_repaired_behind_it() -> None:
     problem = small.problems(hops=1)[0]
     query, fact = problem.plan[0].query, problem.plan[0].fact
     said = iter([f"<QUERY> {query}", f"<FACT> {fact}", "well", query, f"<FACT> {fact}", "<FINAL>", "x"])
-    found = run(lambda prompt: next(said), problem.question, mode=Mode(apart=True))
+    found = run(lambda prompt: next(said), problem.question, mode=Mode(record_from_evidence=True))
     assert (found.flags.malformed, found.flags.repaired, found.flags.repeat_queries) == (1, 1, 1)
     assert found.turns[3].text == f"<FACT> {fact} <QUERY> {query}"
     assert found.facts == [fact, fact]

@@ -1,8 +1,12 @@
 import numpy as np
 import pytest
 
+from mobula.data.records import Query
+from mobula.data.sessions import SessionRow
+from mobula.evaluation.intervals import Resampler
+from mobula.experiment import Measure
 from mobula.retrieval.dynamic import measures
-from mobula.retrieval.dynamic.measures import Resampler
+from mobula.retrieval.dynamic.measures import clusters
 
 NAN = np.nan
 P = np.array([[0.8, NAN, NAN], [0.6, 0.5, NAN], [0.7, 0.4, 0.3]])
@@ -29,43 +33,57 @@ def test_statistics_work_on_stacks_of_matrices() -> None:
     assert measures.backward(stack) == pytest.approx([0.1, 0.1])
 
 
-def _values(seeds: int, rows: tuple[int, int], random: np.random.Generator) -> list[np.ndarray]:
-    values = [random.integers(0, 2, (seeds, 2, n)).astype(float) for n in rows]
-    values[1][:, 0] = NAN
-    return values
+def _rows(*sessions: list[tuple[str, str]]) -> list[list[SessionRow]]:
+    """Rows from (query id, ids of its relevant documents) by session."""
+    return [
+        [SessionRow(Query(id, "?", tuple(gold.split())), number, frozenset()) for id, gold in session]
+        for number, session in enumerate(sessions)
+    ]
 
 
-def test_means_and_resamples_agree() -> None:
-    values = _values(2, (60, 50), np.random.default_rng(0))
-    p = measures.means(values)
-    assert p[1, 0] == values[0][:, 1].mean()
-    assert np.isnan(p[0, 1])
-    drawn = Resampler([range(60), range(50)], 4000).cells(values)
-    assert drawn.shape == (4000, 2, 2)
-    assert drawn[:, 1, 0].mean() == pytest.approx(p[1, 0], abs=0.01)
-    # The spread of a mean of independent rows is known: sqrt(var / n), with the seeds' own on top.
-    assert drawn[:, 1, 1].std() == pytest.approx(values[1][:, 1].mean(0).std() / 50**0.5, rel=0.5)
+def test_a_query_is_one_cluster_in_all_sessions_with_the_rows_that_ask_for_the_same_documents() -> None:
+    rows = _rows([("q1", "a"), ("q2", "a"), ("q3", "b c")], [("q2", "d"), ("q4", "d"), ("q5", "c2 b2")])
+    (one, two, three), (again, four, five) = clusters(rows)
+    assert one == two == again == four  # q1 and q2 ask for a, q2 again and q4 for d
+    assert len({one, three, five}) == 3
+    # Sharing a document of several is not enough: on CACM nearly all rows would be one cluster.
+    assert len({label for session in clusters(_rows([("q1", "a b"), ("q2", "b c")])) for label in session}) == 2
 
 
-def test_rows_of_one_document_are_drawn_together() -> None:
-    values = [np.tile([0.0, 1.0], 20)[None, None], np.ones((1, 1, 4))]
-    apart = Resampler([range(40), range(4)], 2000).cells(values)[:, 0, 0].std()
-    together = Resampler([[row % 2 for row in range(40)], range(4)], 2000).cells(values)[:, 0, 0].std()
-    assert together > 3 * apart
+def _ga(cells: list[np.ndarray], labels: list[list[int]], resamples: int = 400) -> Measure:
+    """GA with its interval from values[i] f64[S, T, rows of session i]."""
+    resampler = Resampler([label for session in labels for label in session], resamples=resamples)
+    tables = [resampler.means(session, own) for session, own in zip(cells, labels, strict=True)]
+    return resampler.estimate(measures.generalisation, np.stack(tables, axis=-1)).measure()
 
 
-def test_differences_are_paired() -> None:
-    random = np.random.default_rng(1)
-    values = _values(1, (40, 40), random)
-    better = [found.copy() for found in values]
-    better[1] = better[1] + 0.05  # the same on every row: no row decides, so the interval is a point
-    resampler = Resampler([range(40), range(40)], 500)
-    difference = measures.generalisation(resampler.cells(better)) - measures.generalisation(resampler.cells(values))
-    assert np.ptp(difference) < 1e-12
+def _planted(queries: int, seeds: int, rng: np.random.Generator) -> list[np.ndarray]:
+    """Every query in three sessions, as hard in each; around 0 in mean, and seeds vary too."""
+    hardness = rng.normal(0, 1, queries)
+    shift = rng.normal(0, 0.2, (seeds, 1, 1)) if seeds > 1 else 0.0  # of one seed nobody can know it
+    cells = [shift + hardness + rng.normal(0, 0.5, (seeds, 3, queries)) for _ in range(3)]
+    for session, values in enumerate(cells):
+        values[:, :session] = NAN
+    return cells
 
 
-def test_a_claim_needs_its_whole_interval() -> None:
-    effect = measures.interval(0.1, np.linspace(-0.1, 0.3, 100), 10)
-    assert measures.claim("a", "b", effect).verdict == "undecided"
-    assert measures.claim("a", "b", measures.interval(0.1, np.linspace(0.05, 0.3, 100), 10)).verdict == "holds"
-    assert measures.claim("a", "b", effect, decisive=False).verdict == "undecided"
+def test_a_query_in_several_sessions_widens_the_interval() -> None:
+    cells = _planted(40, 1, np.random.default_rng(0))
+    names = [[(f"q{i}", f"{session}-{i}") for i in range(40)] for session in range(3)]
+    together = _ga(cells, clusters(_rows(*names)))
+    apart = _ga(cells, clusters(_rows(*([(f"{s}{id}", gold) for id, gold in rows] for s, rows in enumerate(names)))))
+    assert together.value == apart.value == pytest.approx(float(measures.generalisation(measures.means(cells))))
+    # Two sessions of the same hardness have the variance of one.
+    assert (together.high - together.low) / (apart.high - apart.low) == pytest.approx(2**0.5, rel=0.25)
+
+
+@pytest.mark.parametrize("seeds", [1, 3])
+def test_intervals_over_sessions_cover_the_truth(seeds: int) -> None:
+    """Few queries, each in every session, and few seeds: the truth, 0, is in 95 of 100 intervals."""
+    rng = np.random.default_rng(seeds)
+    labels = clusters(_rows(*([(f"q{i}", f"{session}-{i}") for i in range(30)] for session in range(3))))
+    covered = []
+    for _ in range(400):
+        measured = _ga(_planted(30, seeds, rng), labels, 300)
+        covered.append(measured.low <= 0 <= measured.high)
+    assert 0.92 <= np.mean(covered) <= 0.995

@@ -1,4 +1,4 @@
-"""A whole run on real documents: trained on the first, followed while the others arrive, opened for serving."""
+"""A whole run on real documents: trained on the first, searched while the others arrive, opened for serving."""
 
 from __future__ import annotations
 
@@ -15,36 +15,36 @@ import torch
 import yaml
 from scipy.stats import binom
 
-from mobula import artifacts, methods
-from mobula.artifacts import write_json
+from mobula import artifacts, methods, training
+from mobula.cluster import spec as clusters
 from mobula.config import build
 from mobula.data import DataConfig, load_retrieval
 from mobula.data.records import Document, Query
 from mobula.data.sessions import SessionRow, plan_sessions
 from mobula.errors import ConfigError, DataError, ModelError
+from mobula.retrieval import train_arms
 from mobula.retrieval.docids.text import tokens
 from mobula.retrieval.dynamic import trial
 from mobula.retrieval.dynamic.chunks import owner
-from mobula.retrieval.dynamic.config import Config
-from mobula.retrieval.dynamic.fitting import Trained, fit_systems
-from mobula.retrieval.dynamic.follow import (
-    FOLLOWED,
-    Followed,
-    Protocol,
+from mobula.retrieval.dynamic.config import Config, EvaluationConfig, SessionSystem
+from mobula.retrieval.dynamic.evaluate_sessions import (
+    EvaluationProtocol,
+    SessionResults,
     WeightsChanged,
     _counted,
     _values,
-    follow,
-    follow_seed,
+    evaluate_seed,
     restricted,
     sample_rows,
 )
-from mobula.retrieval.dynamic.prepare import FITTED, FutureLeak, Sessions, fit_hash, require_fitted_on
-from mobula.retrieval.dynamic.study import Study
-from mobula.retrieval.dynamic.systems import System, systems
+from mobula.retrieval.dynamic.prepare import FutureLeak, Sessions, check_fit
+from mobula.retrieval.dynamic.study import SessionStudy
+from mobula.retrieval.dynamic.systems import RetrieverSpec, systems
+from mobula.retrieval.dynamic.train_systems import SystemTraining, Trained, fit_systems
 from mobula.retrieval.search import Hit, SearchOptions
 from mobula.running import run_experiment
 from mobula.serving.calibration import Calibration
+from mobula.training import FitResult, Training
 from serve_apps.retriever.budget import plan
 from serve_apps.retriever.schema import SearchRequest
 
@@ -106,18 +106,18 @@ def report(directory: Path) -> dict[str, Any]:
     return json.loads((directory / "report.json").read_text())
 
 
-def _system(config: Config, trained: Trained, name: str) -> System:
-    return next(system for system in systems(config, trained) if system.name == name)
+def _spec(config: Config, trained: Trained, name: str) -> RetrieverSpec:
+    return systems(config, trained)[SessionSystem(name)]
 
 
-def _protocol(sessions: Sessions, folder: Path | None = None) -> Protocol:
+def _protocol(sessions: Sessions, folder: Path | None = None) -> EvaluationProtocol:
     rows = [sample_rows(sessions.plan.rows(i), 10, 0) for i in range(sessions.count)]
-    return Protocol(sessions, rows, 20, 2, folder)
+    return EvaluationProtocol(sessions, rows, 20, 2, folder)
 
 
 def test_titles_bring_their_tokens_with_them(config: Config, trained: Trained, sessions: Sessions) -> None:
     """A later title is its document's docid word by word, and the model that was trained before can generate it."""
-    retriever = _system(config, trained, "autoregressive/text.title").make(0)
+    retriever = _spec(config, trained, "autoregressive/text.title").make(0)
     retriever.insert(sessions.documents(1))
     table = retriever.table
     assert len(table.tokens) > 0
@@ -139,6 +139,15 @@ def test_every_cell_of_every_system_is_measured(report: dict[str, Any]) -> None:
         assert f"{system}/GA/Hit@1" in report["measures"]
 
 
+def test_a_run_makes_the_claims_of_its_systems(report: dict[str, Any]) -> None:
+    made = {claim["name"] for claim in report["claims"]}
+    texts, numeric = ("ngram", "autoregressive/text.title"), (NUMERIC, "diffusion/hkmeans")
+    assert {f"F1 {text} {each}" for text in texts for each in numeric} <= made
+    kinds = ("G-initial-share", "G-oracle", "K-bm25", "K-dense")
+    assert {f"{kind} {each}" for kind in kinds for each in numeric} <= made
+    assert {"F3-bm25 ngram bm25", "H-latency"} <= made
+
+
 def test_run_files_are_written_for_every_cell(directory: Path) -> None:
     assert {p.name for p in (directory / "runs" / "bm25-s0").iterdir()} == {
         f"run_{t}_{i}.txt" for t in range(3) for i in range(t + 1)
@@ -157,7 +166,7 @@ def test_existing_leaf_adds_no_code_and_free_does(report: dict[str, Any]) -> Non
     rows = {row[0]: row for row in report["tables"]["Docids at the last session"][1:]}
     assert rows[MULTI][5] == 0
     assert rows[f"{MULTI} expand=free"][5] > 0
-    assert rows["autoregressive/atomic"][6] > 0  # documents that it could not admit
+    assert rows["autoregressive/atomic"][6] > 0  # documents that it could not insert
 
 
 def test_a_second_run_is_identical_with_several_at_a_time(
@@ -170,41 +179,67 @@ def test_a_second_run_is_identical_with_several_at_a_time(
     assert again["measures"] == report["measures"]
 
 
-def test_what_was_followed_is_kept_and_not_done_again(
+def test_the_cluster_reaches_every_training(
+    directory: Path, config: Config, sessions: Sessions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A training that is not told of it would run in this process whatever cluster.yaml says."""
+    given: list[tuple[int, Any]] = []
+
+    def fit_all(trainings: Sequence[Training], cluster: Any) -> list[FitResult]:
+        given.append((len(trainings), cluster))
+        return training.fit_all(trainings)  # finished, so that nothing is trained
+
+    monkeypatch.setattr(train_arms, "fit_all", fit_all)
+    cluster = clusters.load(Path(__file__).parents[3] / "cluster.yaml")
+    every = SystemTraining(config, sessions, directory, cluster)
+    without = ("bm25", "dense", "adc", "hybrid")
+    assert set(every.collect().results) == set(config.systems) - set(without)
+    assert sum(count for count, _ in given) == len(config.systems) - len(without)
+    assert all(one is cluster for _, one in given)
+
+
+@pytest.mark.parametrize("workers", [None, 2])
+def test_trainings_at_the_same_time_cannot_have_workers(workers: int | None) -> None:
+    given = {"method": "dynamic_retrieval", "parallel": 2, "training": {"workers": workers}}
+    with pytest.raises(ConfigError, match="parallel=2 needs training"):
+        build(Config, given)
+
+
+def test_what_was_searched_is_kept_and_not_done_again(
     directory: Path, config: Config, sessions: Sessions, tmp_path: Path
 ) -> None:
     """An interrupted run goes on at the first system and seed that is missing."""
-    study = Study(config, sessions, directory, None)
-    kept = study._place("bm25", 0)
-    fresh = follow_seed(study.systems["bm25"], replace(study.protocol, directory=tmp_path), 0)
-    found = Followed.load(kept)
-    for name, rows in fresh.cells.values.items():
-        for one, other in zip(rows, found.cells.values[name], strict=True):
+    study, bm25 = SessionStudy(config, sessions, directory, None), SessionSystem("bm25")
+    kept = study.path(bm25, 0)
+    fresh = evaluate_seed(study.specs[bm25], replace(study.protocol, directory=tmp_path), 0)
+    found = SessionResults.load(kept)
+    for name, rows in fresh.values.items():
+        for one, other in zip(rows, found.values[name], strict=True):
             np.testing.assert_array_equal(one, other)
-    np.testing.assert_array_equal(found.cells.diagonal["oracle"][1], fresh.cells.diagonal["oracle"][1])
-    assert [count for count, _ in found.admitted] == [count for count, _ in fresh.admitted]
-    before = (kept / FOLLOWED).stat().st_mtime_ns
-    study.follow("bm25", 0)
-    assert (kept / FOLLOWED).stat().st_mtime_ns == before
+    np.testing.assert_array_equal(found.diagonal["oracle"][1], fresh.diagonal["oracle"][1])
+    assert [count for count, _ in found.inserted] == [count for count, _ in fresh.inserted]
+    before = kept.stat().st_mtime_ns
+    study.evaluate(bm25, 0)
+    assert kept.stat().st_mtime_ns == before
 
 
-def test_admission_changes_no_weight_codebook_or_old_code(config: Config, trained: Trained, sessions: Sessions) -> None:
+def test_insertion_changes_no_weight_codebook_or_old_code(config: Config, trained: Trained, sessions: Sessions) -> None:
     for name in (NUMERIC, "diffusion/hkmeans", MULTI):
-        system = _system(config, trained, name)
-        retriever: Any = system.make(0)
+        spec = _spec(config, trained, name)
+        retriever: Any = spec.make(0)
         before = {id: code.tolist() for id, code in zip(retriever.table.doc_ids, retriever.table.codes, strict=True)}
-        follow(system, _protocol(sessions), 1)  # would raise WeightsChanged
+        evaluate_seed(spec, _protocol(sessions), 0)  # would raise WeightsChanged
         retriever.insert(sessions.documents(1))
         after = {id: code.tolist() for id, code in zip(retriever.table.doc_ids, retriever.table.codes, strict=True)}
         assert before.items() <= after.items()
         assert len(after) > len(before)
 
 
-def test_training_on_admission_is_caught(config: Config, trained: Trained, sessions: Sessions) -> None:
-    system = _system(config, trained, NUMERIC)
+def test_training_on_insertion_is_caught(config: Config, trained: Trained, sessions: Sessions) -> None:
+    spec = _spec(config, trained, NUMERIC)
 
     def make(seed: int) -> Any:
-        retriever: Any = system.make(seed)
+        retriever: Any = spec.make(seed)
         insert = retriever.insert
 
         def cheat(documents: Sequence[Document]) -> int:
@@ -216,18 +251,17 @@ def test_training_on_admission_is_caught(config: Config, trained: Trained, sessi
         return retriever
 
     with pytest.raises(WeightsChanged, match="changed weights"):
-        follow(replace(system, make=make), _protocol(sessions), 1)
+        evaluate_seed(replace(spec, make=make), _protocol(sessions), 0)
 
 
 def test_what_was_fitted_on_other_documents_is_refused(directory: Path, sessions: Sessions, tmp_path: Path) -> None:
-    ids = [document.id for document in sessions.initial.documents]
-    require_fitted_on(directory / "prepared" / "documents", ids)
-    require_fitted_on(directory / "prepared" / "chunks-2", ids)
-    require_fitted_on(directory / "prepared" / "ngram", ids)
-    every = [document.id for document in sessions.data.documents]
-    write_json(tmp_path / FITTED, {"documents": fit_hash(every)})
+    for folder in ("documents", "chunks-2", "ngram"):
+        check_fit(directory / "prepared" / folder, sessions.data, sessions)
+    check_fit(tmp_path / "of_the_initial", sessions.initial, sessions)
     with pytest.raises(FutureLeak, match="fitted on other documents"):
-        require_fitted_on(tmp_path, ids)
+        check_fit(tmp_path / "of_all", sessions.data, sessions)
+    with pytest.raises(FutureLeak):  # whatever it is called with later
+        check_fit(tmp_path / "of_all", sessions.initial, sessions)
 
 
 def test_nothing_prepared_knows_a_later_document(trained: Trained, sessions: Sessions) -> None:
@@ -247,19 +281,19 @@ def test_test_queries_decide_nothing(config: Config, trained: Trained, sessions:
     assert ours.weights.read_bytes() == theirs.weights.read_bytes()
 
 
-def test_a_new_process_admits_the_same_way(
+def test_a_new_process_inserts_the_same_way(
     directory: Path, config: Config, trained: Trained, sessions: Sessions
 ) -> None:
     opened: Any = methods.get("dynamic_retrieval").load(artifacts.open_artifact(directory / "artifact"))
     assert set(opened.documents) == {document.id for document in sessions.data.documents}
     queries = [row.query.text for row in sessions.plan.rows(2)][:8]
     for name in (NUMERIC, "diffusion/hkmeans", MULTI, "ngram", "bm25", "dense"):
-        system = _system(config, trained, name)
-        retriever = system.make(0)
+        spec = _spec(config, trained, name)
+        retriever = spec.make(0)
         for t in (1, 2):
             retriever.insert(sessions.documents(t))
-        ours = retriever.search(queries, [system.options] * len(queries))
-        theirs = opened.retrievers[name].search(queries, [system.options] * len(queries))
+        ours = retriever.search(queries, [spec.options] * len(queries))
+        theirs = opened.retrievers[name].search(queries, [spec.options] * len(queries))
         assert [r.hits for r in ours] == [r.hits for r in theirs], name
 
 
@@ -289,11 +323,11 @@ def test_restricted_decoding_finds_nothing_else(config: Config, trained: Trained
     ids = [document.id for document in sessions.documents(1)]
     query = sessions.plan.rows(1)[0].query.text
     for name in (NUMERIC, MULTI, "ngram", "hybrid"):
-        system = _system(config, trained, name)
-        retriever = system.make(0)
+        spec = _spec(config, trained, name)
+        retriever = spec.make(0)
         retriever.insert(sessions.documents(1))
         view: Any = restricted(copy.copy(retriever), ids)
-        hits = view.search([query], [replace(system.options, k=10)])[0].hits
+        hits = view.search([query], [replace(spec.options, k=10)])[0].hits
         assert len(hits) == 10
         assert {hit.doc_id for hit in hits} <= set(ids)
 
@@ -301,11 +335,11 @@ def test_restricted_decoding_finds_nothing_else(config: Config, trained: Trained
 def test_lists_are_full(config: Config, trained: Trained, sessions: Sessions) -> None:
     query = sessions.plan.rows(0)[0].query.text
     total = len(sessions.initial.documents)
-    for system in systems(config, trained):
+    for system, spec in systems(config, trained).items():
         for k in (7, total + 50):
-            (found,) = system.make(0).search([query], [replace(system.options, k=k)])
-            assert len({hit.doc_id for hit in found.hits}) == len(found.hits) == min(k, total), system.name
-            assert all(a.score >= b.score for a, b in zip(found.hits, found.hits[1:], strict=False)), system.name
+            (found,) = spec.make(0).search([query], [replace(spec.options, k=k)])
+            assert len({hit.doc_id for hit in found.hits}) == len(found.hits) == min(k, total), system.label
+            assert all(a.score >= b.score for a, b in zip(found.hits, found.hits[1:], strict=False)), system.label
 
 
 def test_neutral_documents_are_neither_hits_nor_distractors() -> None:
@@ -336,12 +370,12 @@ def test_a_planted_distractor_counts_against_earlier_sessions(
     data = replace(sessions.data, documents=[*sessions.data.documents, *planted])
     plan = replace(sessions.plan, session_of={**sessions.plan.session_of, **dict.fromkeys([d.id for d in planted], 1)})
     spoiled = replace(protocol, sessions=Sessions(data, plan, sessions.initial))
-    bm25 = _system(config, trained, "bm25")
-    clean = follow(bm25, protocol, 1).cells.values["Hit@10"][0][0]
-    worse = follow(bm25, spoiled, 1).cells.values["Hit@10"][0][0]
+    bm25 = _spec(config, trained, "bm25")
+    clean = evaluate_seed(bm25, protocol, 0).values["Hit@10"][0][0]
+    worse = evaluate_seed(bm25, spoiled, 0).values["Hit@10"][0][0]
     assert worse[0].mean() == clean[0].mean() > 0.5
     assert worse[1].mean() < clean[1].mean() / 2
-    assert np.isnan(follow(bm25, protocol, 1).cells.values["Hit@10"][2][0][1]).all()  # session 2 has not arrived
+    assert np.isnan(evaluate_seed(bm25, protocol, 0).values["Hit@10"][2][0][1]).all()  # session 2 has not arrived
 
 
 @pytest.mark.parametrize(
@@ -372,9 +406,9 @@ def test_a_trial_measures_its_last_system_on_initial_documents_alone(
     measured: list[str] = []
     measure = trial.measure_arrival
 
-    def spy(system: System, sessions: Sessions, config: Config) -> dict[str, float]:
-        measured.append(system.name)
-        return measure(system, sessions, config)
+    def spy(spec: RetrieverSpec, sessions: Sessions, config: Config) -> dict[str, float]:
+        measured.append(spec.system.label)
+        return measure(spec, sessions, config)
 
     monkeypatch.setattr(trial, "measure_arrival", spy)
     for number, wanted in enumerate((["ngram"], [MULTI, "ngram", "hybrid"])):
@@ -397,7 +431,7 @@ def test_a_simulated_arrival_knows_no_later_session(config: Config, sessions: Se
 def test_data_of_a_session_without_queries_is_refused(sessions: Sessions, tmp_path: Path) -> None:
     plan = replace(sessions.plan, test=[row for row in sessions.plan.test if row.session != 1])
     with pytest.raises(Exception, match="session 1 has no test query"):
-        Protocol.of(Sessions(sessions.data, plan, sessions.initial), 10, None, 2, 0, tmp_path)
+        EvaluationProtocol.of(Sessions(sessions.data, plan, sessions.initial), EvaluationConfig(), 0, tmp_path)
 
 
 def test_default_data_needs_no_folder() -> None:

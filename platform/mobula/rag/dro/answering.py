@@ -55,7 +55,7 @@ class Predictor:
         """A question with its candidates, and whether the retriever failed; then there are none."""
         (reply,) = self.searcher.ask([question], self.config.candidates)
         asked = Question("", question, (), ())
-        return shown(asked, [found.id for found in reply.found], "", self.config.order, 0), reply.failed
+        return shown(asked, [hit.id for hit in reply.hits], "", self.config.order, 0), reply.failed
 
     def select(self, asked: Asked) -> list[Pick]:
         """What the selector chooses."""

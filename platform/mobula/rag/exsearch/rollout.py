@@ -6,7 +6,7 @@ flight. Sampling, evaluation and serving run the same code; only temperature and
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -39,6 +39,16 @@ class Episode:
         """How many turns the agent has had."""
         return sum(turn.role == "assistant" for turn in self.trajectory.turns)
 
+    @property
+    def query(self) -> str:
+        """The last sub-query."""
+        return self.trajectory.queries[-1]
+
+    @property
+    def candidates(self) -> list[str]:
+        """The passages that it found."""
+        return [id for id, _, _ in self.trajectory.hits[-1]]
+
 
 class Rollouts:
     """An agent with its model, its searcher and its limits."""
@@ -51,8 +61,7 @@ class Rollouts:
         mode: Mode | None = None,
         greedy: bool = False,
     ) -> None:
-        self.model, self.searcher, self.config = model, searcher, config
-        self.mode = mode or Mode()
+        self.model, self.searcher, self.config, self.mode = model, searcher, config, mode or Mode()
         self.chat: Chat = chat_of(model, config.max_passage_tokens)
         self.temperature = GREEDY if greedy else config.temperature
 
@@ -75,15 +84,15 @@ class Rollouts:
         going = [episode for episode in episodes if episode.open]
         if not going:
             return
-        starts = self._noted(going)
-        drawn = self._draw(going, starts, self.config.max_action_tokens, "act")
+        starts = self._prefixes(going)
+        continuations = self._draw(going, starts, self.config.max_action_tokens, "act")
         broken = []
-        for episode, start, said in zip(going, starts, drawn, strict=True):
-            action = self._parse(episode, self._text(start, said))
+        for episode, start, continuation in zip(going, starts, continuations, strict=True):
+            action = self._parse(episode, self._text(start, continuation))
             if action.kind != "malformed" or self.config.on_malformed == "terminate":
-                self._say(episode, action, start, said)
+                self._say(episode, action, start, continuation)
             if action.kind == "malformed":
-                broken.append((episode, start, said))
+                broken.append((episode, start, continuation))
         self._repair(broken)
         self._search([episode for episode in going if episode.open])
 
@@ -96,60 +105,49 @@ class Rollouts:
                 episode.open, episode.trajectory.flags.forced_final = False, True
             turn = Turn.given("user", "", self.chat.close(episode.question))
             episode.trajectory.turns.append(turn)
-        drawn = self._draw(episodes, [[] for _ in episodes], self.config.max_answer_tokens, "answer")
-        for episode, said in zip(episodes, drawn, strict=True):
-            turn = self._turn([], said)
-            episode.trajectory.answer, episode.trajectory.prediction = turn, turn.text
+        continuations = self._draw(episodes, [[] for _ in episodes], self.config.max_answer_tokens, "answer")
+        for episode, continuation in zip(episodes, continuations, strict=True):
+            episode.trajectory.close(self._turn([], continuation))
 
     def direct(self, questions: Sequence[str], seeds: Sequence[int]) -> list[Trajectory]:
         """Answers without an agent's turns, from nothing or from what the question itself finds."""
-        found = self.asked(questions)
-        sampling = Sampling(self.config.max_answer_tokens, self.temperature, self.config.top_p)
-        drawn = self._sample([trajectory.context for trajectory in found], sampling, seeds)
-        for trajectory, said in zip(found, drawn, strict=True):
-            turn = self._turn([], said)
-            trajectory.answer, trajectory.prediction = turn, turn.text
-        return found
+        trajectories = self.prompts(questions)
+        contexts = [trajectory.context for trajectory in trajectories]
+        continuations = self._sample(contexts, self.config.max_answer_tokens, seeds)
+        for trajectory, continuation in zip(trajectories, continuations, strict=True):
+            trajectory.close(self._turn([], continuation))
+        return trajectories
 
-    def asked(self, questions: Sequence[str]) -> list[Trajectory]:
+    def prompts(self, questions: Sequence[str]) -> list[Trajectory]:
         """What :meth:`direct` answers: questions, with what they find if the mode searches."""
-        found = [Trajectory() for _ in questions]
+        trajectories = [Trajectory() for _ in questions]
         if self.mode.search:
             replies = self.searcher.ask(questions, self.config.k_show)
-            for trajectory, question, reply in zip(found, questions, replies, strict=True):
-                _note(trajectory, question, reply)
-                trajectory.shown.append([hit.id for hit in reply.found])
-        for trajectory, question in zip(found, questions, strict=True):
+            for trajectory, question, reply in zip(trajectories, questions, replies, strict=True):
+                trajectory.queries.append(question)
+                trajectory.keep(reply)
+                trajectory.shown.append([hit.id for hit in reply.hits])
+        for trajectory, question in zip(trajectories, questions, strict=True):
             passages = self._documents(trajectory.shown[0]) if trajectory.shown else []
             trajectory.turns.append(Turn.given("user", question, self.chat.direct(question, passages)))
-        return found
-
-    @property
-    def _depth(self) -> int:
-        return self.config.k_candidates if self.mode.select else self.config.k_show
+        return trajectories
 
     def _parse(self, episode: Episode, text: str) -> Action:
         first = episode.rounds == 0
         return parse(text, fact=not first and self.mode.record, query=first)
 
-    def _noted(self, episodes: Sequence[Episode]) -> list[list[int]]:
-        """What each turn begins with: the fact, where it is written apart from the chat; nothing otherwise."""
-        starts: list[list[int]] = [[] for _ in episodes]
-        noting = [row for row, episode in enumerate(episodes) if self.mode.apart and episode.rounds]
-        if not noting:
-            return starts
-        last = [(episodes[row].trajectory.queries[-1], episodes[row].trajectory.shown[-1]) for row in noting]
-        prompts = [self.chat.note(query, self._documents(ids)) for query, ids in last]
-        sampling = Sampling(self.config.max_action_tokens, self.temperature, self.config.top_p)
-        seeds = [seed_of(episodes[row].seed, episodes[row].rounds, "note") for row in noting]
-        drawn = self._sample(prompts, sampling, seeds)
-        for row, prompt, said in zip(noting, prompts, drawn, strict=True):
-            turn = self._turn([], self._cut(said))
-            fact, marked = parse_fact(turn.text)
-            episodes[row].trajectory.notes.append(Aside(prompt, turn))
+    def _prefixes(self, episodes: Sequence[Episode]) -> list[list[int]]:
+        """How each turn begins: with the fact, where it is written beside the chat; with nothing otherwise."""
+        prefixes: list[list[int]] = [[] for _ in episodes]
+        rows = [row for row, episode in enumerate(episodes) if self.mode.record_from_evidence and episode.rounds]
+        writing = [episodes[row] for row in rows]
+        prompts = [self.chat.note(episode.query, self._documents(episode.trajectory.shown[-1])) for episode in writing]
+        for row, aside in zip(rows, self._asides(writing, prompts, self.config.max_action_tokens, "note"), strict=True):
+            fact, marked = parse_fact(aside.turn.text)
+            episodes[row].trajectory.notes.append(aside)
             episodes[row].trajectory.flags.malformed += not marked
-            starts[row] = self.model.encode(f"{FACT} {fact or NONE}{self.chat.gap}")
-        return starts
+            prefixes[row] = self.model.encode(f"{FACT} {fact or NONE}{self.chat.separator}")
+        return prefixes
 
     def _repair(self, broken: Sequence[tuple[Episode, Sequence[int], Continuation]]) -> None:
         """A second chance: the turn begins as it must, and the agent writes on."""
@@ -159,25 +157,26 @@ class Rollouts:
             return
         episodes = [episode for episode, _, _ in broken]
         starts = [self._start(*parts) for parts in broken]
-        drawn = self._draw(episodes, starts, self.config.max_action_tokens, "repair")
-        for episode, start, said in zip(episodes, starts, drawn, strict=True):
+        continuations = self._draw(episodes, starts, self.config.max_action_tokens, "repair")
+        for episode, start, continuation in zip(episodes, starts, continuations, strict=True):
             episode.trajectory.flags.repaired += 1
-            self._say(episode, self._parse(episode, self._text(start, said)), start, said)
+            self._say(episode, self._parse(episode, self._text(start, continuation)), start, continuation)
 
-    def _start(self, episode: Episode, start: Sequence[int], said: Continuation) -> list[int]:
+    def _start(self, episode: Episode, start: Sequence[int], continuation: Continuation) -> list[int]:
         if start or episode.rounds == 0 or not self.mode.record:
             return [*start, *self.model.encode(QUERY)]
-        lines = [line.strip() for line in self._text([], said).replace(FACT, " ").split("\n") if line.strip()]
-        return self.model.encode(f"{FACT} {lines[0] if lines else ''}{self.chat.gap}{QUERY}")
+        lines = [line.strip() for line in self._text([], continuation).replace(FACT, " ").split("\n") if line.strip()]
+        return self.model.encode(f"{FACT} {lines[0] if lines else ''}{self.chat.separator}{QUERY}")
 
-    def _say(self, episode: Episode, action: Action, start: Sequence[int], said: Continuation) -> None:
+    def _say(self, episode: Episode, action: Action, start: Sequence[int], continuation: Continuation) -> None:
         """Put the agent's turn into the chat, with what it means; a turn that cannot be read ends the search."""
         trajectory, first = episode.trajectory, episode.rounds == 0
-        turn = self._turn(start, said)
-        wanted = self._allowed(episode, action)
+        turn = self._turn(start, continuation)
+        own = action.kind != "query" or self.mode.think
+        wanted = action if own else replace(action, query=episode.question)  # without thinking, the question itself
         unasked = FACT in turn.text and not self.mode.record
         if action.kind != "malformed" and (wanted != action or unasked):
-            text = wanted.written(self.chat.gap, fact=not first and self.mode.record)
+            text = wanted.written(self.chat.separator, fact=not first and self.mode.record)
             turn = Turn.given("assistant", text, [*self.model.encode(text), self.model.eos])
         trajectory.turns.append(turn)
         if action.kind == "malformed":
@@ -194,26 +193,22 @@ class Rollouts:
             trajectory.flags.repeat_queries += wanted.query in trajectory.queries
             trajectory.queries.append(wanted.query)
 
-    def _allowed(self, episode: Episode, action: Action) -> Action:
-        """The action, with the question for its query where an agent does not think."""
-        if action.kind == "query" and not self.mode.think:
-            return replace(action, query=episode.question)
-        return action
-
     def _search(self, episodes: Sequence[Episode]) -> None:
         if not episodes:
             return
-        if not self.mode.search:
-            replies = [Reply([]) for _ in episodes]
-        else:
-            replies = self.searcher.ask([episode.trajectory.queries[-1] for episode in episodes], self._depth)
+        depth, replies = (
+            self.config.k_candidates if self.mode.select else self.config.k_show,
+            [Reply([])] * len(episodes),
+        )
+        if self.mode.search:
+            replies = self.searcher.ask([episode.query for episode in episodes], depth)
         for episode, reply in zip(episodes, replies, strict=True):
-            _note(episode.trajectory, None, reply)
+            episode.trajectory.keep(reply)
         self._choose(episodes)
         for episode in episodes:
             shown = self._documents(episode.trajectory.shown[-1])
-            ids = self.chat.found(shown)
-            turn = self.config.max_action_tokens * (2 if self.mode.apart else 1)
+            ids = self.chat.results(shown)
+            turn = self.config.max_action_tokens * (2 if self.mode.record_from_evidence else 1)
             room = turn + 2 * len(self.chat.close(episode.question))
             if episode.trajectory.length + len(ids) + room + self.config.max_answer_tokens > self.config.seq_len:
                 episode.open, episode.trajectory.flags.overflow = False, True
@@ -224,26 +219,26 @@ class Rollouts:
 
     def _choose(self, episodes: Sequence[Episode]) -> None:
         """Which of the candidates are shown: the first ones, or those that the agent selects."""
-        choosing = [e for e in episodes if self.mode.select and e.trajectory.hits[-1]]
         for episode in episodes:
-            episode.trajectory.shown.append([id for id, _, _ in episode.trajectory.hits[-1][: self.config.k_show]])
-        if not choosing:
-            return
-        candidates = [[id for id, _, _ in episode.trajectory.hits[-1]] for episode in choosing]
-        prompts = [
-            self.chat.choose(episode.trajectory.queries[-1], self._documents(ids))
-            for episode, ids in zip(choosing, candidates, strict=True)
-        ]
-        sampling = Sampling(SELECTION_TOKENS * self.config.k_show, self.temperature, self.config.top_p)
-        seeds = [seed_of(episode.seed, episode.rounds, "select") for episode in choosing]
-        drawn = self._sample(prompts, sampling, seeds)
-        for episode, ids, prompt, said in zip(choosing, candidates, prompts, drawn, strict=True):
-            turn = self._turn([], said)
-            order = parse_permutation(turn.text, len(ids))
-            chosen = [ids[number - 1] for number in order[: self.config.k_show]]
-            episode.trajectory.flags.malformed_selections += not chosen
-            episode.trajectory.shown[-1] = chosen or episode.trajectory.shown[-1]
-            episode.trajectory.selections.append(Selection(prompt, turn, chosen))
+            episode.trajectory.shown.append(episode.candidates[: self.config.k_show])
+        choosing = [episode for episode in episodes if self.mode.select and episode.candidates]
+        prompts = [self.chat.choose(episode.query, self._documents(episode.candidates)) for episode in choosing]
+        asides = self._asides(choosing, prompts, SELECTION_TOKENS * self.config.k_show, "select")
+        for episode, aside in zip(choosing, asides, strict=True):
+            ids, trajectory = episode.candidates, episode.trajectory
+            permutation = parse_permutation(aside.turn.text, len(ids))
+            chosen = [ids[number - 1] for number in permutation[: self.config.k_show]]
+            trajectory.flags.malformed_selections += not chosen
+            trajectory.shown[-1] = chosen or trajectory.shown[-1]
+            trajectory.selections.append(Selection(aside.prompt, aside.turn, chosen))
+
+    def _asides(
+        self, episodes: Sequence[Episode], prompts: Sequence[list[int]], most: int, what: str
+    ) -> Iterator[Aside]:
+        """What agents write after prompts by themselves."""
+        seeds = [seed_of(episode.seed, episode.rounds, what) for episode in episodes]
+        for prompt, continuation in zip(prompts, self._sample(prompts, most, seeds), strict=True):
+            yield Aside(prompt, self._turn([], self._cut(continuation)))
 
     def _documents(self, ids: Sequence[str]) -> list[Document]:
         return [self.searcher.searcher.document(id) for id in ids]
@@ -255,43 +250,36 @@ class Rollouts:
         prompts = [[*e.trajectory.context, *start] for e, start in zip(episodes, starts, strict=True)]
         seeds = [seed_of(episode.seed, episode.rounds, what) for episode in episodes]
         memory = [episode.memory for episode in episodes]
-        drawn = self._sample(prompts, Sampling(most, self.temperature, self.config.top_p), seeds, memory)
-        for episode, kept in zip(episodes, memory, strict=True):
-            episode.memory = kept
-        return [self._cut(said) for said in drawn]
+        continuations = self._sample(prompts, most, seeds, memory)
+        for episode, state in zip(episodes, memory, strict=True):
+            episode.memory = state
+        return [self._cut(continuation) for continuation in continuations]
 
     def _sample(
-        self,
-        prompts: Sequence[Sequence[int]],
-        sampling: Sampling,
-        seeds: Sequence[int],
-        memory: list[Any] | None = None,
+        self, prompts: Sequence[Sequence[int]], most: int, seeds: Sequence[int], memory: list[Any] | None = None
     ) -> list[Continuation]:
-        return self.model.sample(prompts, sampling, seeds, self.config.batch, memory)
+        sampling = Sampling(most, self.temperature, self.config.top_p)
+        return self.model.sample(prompts, sampling, seeds, self.config.batch, memory) if prompts else []
 
-    def _cut(self, said: Continuation) -> Continuation:
-        """Without what an agent said in the environment's name, from the marker of its turns on."""
-        if SEARCH not in self.model.decode(said.ids):
-            return said
-        keep = next(n for n in range(1, len(said.ids) + 1) if SEARCH in self.model.decode(said.ids[:n]))
-        return Continuation(said.ids[:keep], said.log_probs[:keep], said.log_q[:keep], ended=False)
+    def _cut(self, continuation: Continuation) -> Continuation:
+        """Without what an agent wrote in the environment's name: all from the environment's marker on."""
+        ids, text = continuation.ids, self.model.decode(continuation.ids)
+        if SEARCH not in text:
+            return continuation
+        # A token that has only a part of the marker goes as well.
+        end = text.index(SEARCH)
+        keep = max(n for n in range(len(ids)) if len(self.model.decode(ids[:n])) <= end)
+        return Continuation(ids[:keep], continuation.log_probs[:keep], continuation.log_q[:keep], ended=False)
 
-    def _text(self, start: Sequence[int], said: Continuation) -> str:
-        return self.model.decode([*start, *said.ids]).strip()
+    def _text(self, start: Sequence[int], continuation: Continuation) -> str:
+        return self.model.decode([*start, *continuation.ids]).strip()
 
-    def _turn(self, start: Sequence[int], said: Continuation) -> Turn:
+    def _turn(self, start: Sequence[int], continuation: Continuation) -> Turn:
         """A turn with its end, which is not learned if it was not drawn."""
-        ids = [*start, *said.ids, self.model.eos]
-        mask = [*(GIVEN for _ in start), *(LATENT for _ in said.log_probs), *([] if said.ended else [GIVEN])]
-        return Turn("assistant", self._text(start, said), ids, mask, list(said.log_probs), list(said.log_q))
+        log_probs, log_q = list(continuation.log_probs), list(continuation.log_q)
+        mask = [GIVEN] * len(start) + [LATENT] * len(log_probs) + [GIVEN] * (not continuation.ended)
+        ids = [*start, *continuation.ids, self.model.eos]
+        return Turn("assistant", self._text(start, continuation), ids, mask, log_probs, log_q)
 
     def __getstate__(self) -> dict[str, Any]:
         raise TypeError("rollouts hold an open model; send the worker that opens it")
-
-
-def _note(trajectory: Trajectory, query: str | None, reply: Reply) -> None:
-    """Keep what a search found; ``query``: if it is not there yet."""
-    if query is not None:
-        trajectory.queries.append(query)
-    trajectory.hits.append([(found.id, found.score, found.rank) for found in reply.found])
-    trajectory.flags.retriever_errors += reply.failed

@@ -9,8 +9,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from mobula.models.finetune import TokenRow
 from mobula.rag.exsearch.chat import FACT, FINAL, NONE, QUERY, SEARCH
 from mobula.rag.objective import ANSWER
+from mobula.rag.search import Reply
 
 GIVEN = 0  # mask of what nobody learns: the environment's words, and what was put into the agent's mouth
 
@@ -44,7 +46,7 @@ class Turn:
 
 @dataclass
 class Aside:
-    """Something said beside the chat: a prompt by itself, and what was said after it."""
+    """A turn beside the chat: a prompt by itself, and what the agent wrote after it."""
 
     prompt: list[int]
     turn: Turn
@@ -73,10 +75,10 @@ class Flags:
 
 @dataclass
 class Trajectory:
-    """Turns, and what they mean: sub-queries, facts, what was found (id, score, rank) and shown, and the answer.
+    """Turns, and what they mean: sub-queries, facts, hits (id, score, rank), the passages shown, and the answer.
 
     ``turns`` end with the request for the answer; what was answered is ``prediction`` and ``answer``. ``notes`` are the
-    facts that were written apart from the chat.
+    facts that were written beside the chat.
     """
 
     turns: list[Turn] = field(default_factory=list)
@@ -103,21 +105,35 @@ class Trajectory:
     @property
     def log_ratio(self) -> float:
         """log p(z|x) at temperature 1 minus the log-probability that the trajectory was drawn with."""
-        return sum(sum(turn.log_probs) - sum(turn.log_q) for turn in self._said)
+        return sum(sum(turn.log_probs) - sum(turn.log_q) for turn in self._agent_turns)
 
     @property
     def sampled(self) -> list[float]:
         """log p of every token of the latent that was sampled."""
-        return [p for turn in self._said for p in turn.log_probs]
+        return [p for turn in self._agent_turns for p in turn.log_probs]
 
     @property
-    def _said(self) -> list[Turn]:
+    def _agent_turns(self) -> list[Turn]:
         return [*self.turns, *(aside.turn for aside in self.asides)]
 
     @property
     def asides(self) -> list[Aside]:
-        """All that was said beside the chat."""
+        """All turns beside the chat."""
         return [*self.selections, *self.notes]
+
+    def keep(self, reply: Reply) -> None:
+        """Keep what a search returned."""
+        self.hits.append([(hit.id, hit.score, hit.rank) for hit in reply.hits])
+        self.flags.retriever_errors += reply.failed
+
+    def close(self, answer: Turn) -> None:
+        """Keep the answer."""
+        self.answer, self.prediction = answer, answer.text
+
+    def transcript(self) -> dict[str, Any]:
+        """For readers, without tokens."""
+        completions = [turn.text for turn in self.turns if turn.role == "assistant"]
+        return {"completions": completions, "queries": self.queries, "facts": self.facts, "shown": self.shown}
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON."""
@@ -126,33 +142,29 @@ class Trajectory:
     @classmethod
     def read(cls, row: Mapping[str, Any]) -> Trajectory:
         """What :meth:`to_dict` made."""
-        answer = row["answer"]
-        return cls(
-            turns=[Turn(**turn) for turn in row["turns"]],
-            queries=row["queries"],
-            facts=row["facts"],
-            hits=[[(id, score, rank) for id, score, rank in found] for found in row["hits"]],
-            shown=row["shown"],
-            selections=[Selection(s["prompt"], Turn(**s["turn"]), s["ids"]) for s in row["selections"]],
-            notes=[Aside(s["prompt"], Turn(**s["turn"])) for s in row["notes"]],
-            prediction=row["prediction"],
-            answer=None if answer is None else Turn(**answer),
-            flags=Flags(**row["flags"]),
-        )
+        parts = {
+            "turns": [Turn(**turn) for turn in row["turns"]],
+            "hits": [[(id, score, rank) for id, score, rank in hits] for hits in row["hits"]],
+            "selections": [Selection(s["prompt"], Turn(**s["turn"]), s["ids"]) for s in row["selections"]],
+            "notes": [Aside(s["prompt"], Turn(**s["turn"])) for s in row["notes"]],
+            "answer": None if row["answer"] is None else Turn(**row["answer"]),
+            "flags": Flags(**row["flags"]),
+        }
+        return cls(**{**row, **parts})
 
 
 @dataclass(frozen=True)
 class Action:
-    """What an agent's turn says: a fact, unless it is the first turn, and then a sub-query or the end."""
+    """An agent's turn, read: a fact, unless it is the first turn, and then a sub-query or the end."""
 
     kind: Literal["query", "final", "malformed"]
     fact: str = ""
     query: str = ""
 
-    def written(self, gap: str, *, fact: bool) -> str:
+    def written(self, separator: str, *, fact: bool) -> str:
         """The turn in its proper form, with or without the fact."""
         rest = f"{QUERY} {self.query}" if self.kind == "query" else FINAL
-        return f"{FACT} {self.fact or NONE}{gap}{rest}" if fact else rest
+        return f"{FACT} {self.fact or NONE}{separator}{rest}" if fact else rest
 
 
 MALFORMED = Action("malformed")
@@ -170,24 +182,24 @@ def parse(text: str, *, fact: bool, query: bool) -> Action:
         _, marker, text = text.partition(FACT)
         if not marker:
             return MALFORMED
-    places = {marker: text.find(marker) for marker in (QUERY, FINAL) if marker in text}
-    if not places:
+    positions = {marker: text.find(marker) for marker in (QUERY, FINAL) if marker in text}
+    if not positions:
         return MALFORMED
-    first = min(places, key=places.__getitem__)
+    first = min(positions, key=positions.__getitem__)
     if fact:
-        recorded = " ".join(text[: places[first]].split())
+        recorded = " ".join(text[: positions[first]].split())
         recorded = "" if recorded.lower() == NONE else recorded
     if first == FINAL:
         return MALFORMED if query else Action("final", recorded)
-    rest = text[places[QUERY] + len(QUERY) :]
+    rest = text[positions[QUERY] + len(QUERY) :]
     for marker in (QUERY, FACT, FINAL):
         rest = rest.split(marker)[0]
-    asked = " ".join(rest.split("\n")[0].split())
-    return Action("query", recorded, asked) if asked else MALFORMED
+    query_text = " ".join(rest.split("\n")[0].split())
+    return Action("query", recorded, query_text) if query_text else MALFORMED
 
 
 def parse_fact(text: str) -> tuple[str, bool]:
-    """Read a fact that was written by itself, and whether it has its marker; without that, all that was said counts."""
+    """Read a fact that was written by itself, and whether it has its marker; without that, the whole text counts."""
     before, marker, rest = text.partition(FACT)
     fact = rest if marker else before
     for other in (SEARCH, QUERY, FACT, FINAL):
@@ -196,25 +208,12 @@ def parse_fact(text: str) -> tuple[str, bool]:
     return ("" if fact.lower() == NONE else fact), bool(marker)
 
 
-@dataclass(frozen=True)
-class TrainRow:
-    """A row of the M-step: tokens, and by token 0 (not learned), 1 (latent) or 2 (answer).
-
-    ``old``: log-probabilities under the model that sampled it, where a ratio to it is learned.
-    """
-
-    ids: list[int]
-    mask: list[int]
-    weight: float
-    old: list[float] | None = None
-
-
-def rows(trajectory: Trajectory, gold: Sequence[int], weight: float) -> list[TrainRow]:
-    """What is learned from a trajectory: its own tokens and the GOLD answer, and each aside by itself."""
+def rows(trajectory: Trajectory, gold: Sequence[int], weight: float) -> list[TokenRow]:
+    """The rows of a trajectory under EM: its own tokens and the GOLD answer, and each aside by itself."""
     return _with_asides(trajectory, [*gold], [ANSWER] * len(gold), None, weight)
 
 
-def own_rows(trajectory: Trajectory, weight: float) -> list[TrainRow]:
+def own_rows(trajectory: Trajectory, weight: float) -> list[TokenRow]:
     """The same with the answer that was sampled, and with log-probabilities: what a policy gradient learns from."""
     answer = trajectory.answer
     assert answer is not None
@@ -224,14 +223,13 @@ def own_rows(trajectory: Trajectory, weight: float) -> list[TrainRow]:
 
 def _with_asides(
     trajectory: Trajectory, answer: list[int], mask: list[int], old: list[float] | None, weight: float
-) -> list[TrainRow]:
+) -> list[TokenRow]:
     turns = trajectory.turns
-    ids = [*trajectory.context, *answer]
     kinds = [*(kind for turn in turns for kind in turn.mask), *mask]
     before = None if old is None else [*(p for turn in turns for p in turn.aligned), *old]
-    found = [TrainRow(ids, kinds, weight, before)]
+    result = [TokenRow([*trajectory.context, *answer], kinds, weight, before)]
     for aside in trajectory.asides:
         prompt, turn = aside.prompt, aside.turn
-        said = None if old is None else [*(0.0 for _ in prompt), *turn.aligned]
-        found.append(TrainRow([*prompt, *turn.ids], [*(GIVEN for _ in prompt), *turn.mask], weight, said))
-    return found
+        own = None if old is None else [0.0] * len(prompt) + turn.aligned
+        result.append(TokenRow([*prompt, *turn.ids], [GIVEN] * len(prompt) + turn.mask, weight, own))
+    return result

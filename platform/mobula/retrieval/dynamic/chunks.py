@@ -23,7 +23,6 @@ from mobula.retrieval.search import Unsupported
 
 SHORTEST = 16  # tokens of a last chunk that is kept
 SEPARATOR = "\x1f"  # between a document's id and the number of its chunk; no id of a text collection holds it
-TARGETS = ("best_chunk", "all")
 
 
 @dataclass
@@ -35,7 +34,7 @@ class ChunksConfig:
     query_target: str = key(
         "best_chunk",
         "what a training query is paired with: its document's chunk nearest to it, or all",
-        choices=TARGETS,
+        choices=("best_chunk", "all"),
     )
 
 
@@ -48,23 +47,18 @@ def cut(ids: Sequence[int], size: int, most: int) -> list[tuple[int, int]]:
     if len(ends) > 1 and ends[-1][1] - ends[-1][0] < SHORTEST:
         ends.pop()
     if len(ends) > most:
-        ends = [ends[place] for place in np.linspace(0, len(ends) - 1, most).round().astype(int)]
+        ends = [ends[index] for index in np.linspace(0, len(ends) - 1, most).round().astype(int)]
     return ends or [(0, 0)]
 
 
 def chunk_documents(documents: Sequence[Document], tokenizer: StaticEmbedding, config: ChunksConfig) -> list[Document]:
-    """The chunks of documents as documents of their own, in order; ids as :func:`chunk_id` makes them."""
+    """The chunks of documents as documents of their own, in order; :func:`owner` tells whose they are."""
     chunks = []
     for document, ids in zip(documents, tokenizer.encode([body(d) for d in documents]), strict=True):
         for number, (begin, end) in enumerate(cut(ids, config.size, config.per_document)):
             text = tokenizer.decode(ids[begin:end]) if len(ids) else body(document)
-            chunks.append(Document(chunk_id(document.id, number), "", text, document.date))
+            chunks.append(Document(f"{document.id}{SEPARATOR}{number}", "", text, document.date))
     return chunks
-
-
-def chunk_id(doc_id: str, number: int) -> str:
-    """The id of a document's chunk."""
-    return f"{doc_id}{SEPARATOR}{number}"
 
 
 def owner(id: str) -> str:
@@ -80,26 +74,27 @@ def chunk_data(
     members: dict[str, list[int]] = {}
     for row, chunk in enumerate(chunks):
         members.setdefault(owner(chunk.id), []).append(row)
-    every = {split: [_of_all(query, chunks, members) for query in found] for split, found in data.queries.items()}
-    if config.query_target == "best_chunk" and every.get("train"):
+    queries = {
+        split: [_asking_for(query, [chunks[row].id for gold in query.gold for row in members[gold]]) for query in asked]
+        for split, asked in data.queries.items()
+    }
+    if config.query_target == "best_chunk" and queries.get("train"):
         vectors = encoder.embed([chunk.text for chunk in chunks])
         train = data.queries["train"]
-        asked = encoder.embed([query.text for query in train])
-        every["train"] = [
-            _of_best(query, vector, chunks, members, vectors) for query, vector in zip(train, asked, strict=True)
+        pairs = zip(train, encoder.embed([query.text for query in train]), strict=True)
+        queries["train"] = [
+            _asking_for(query, [chunks[_nearest(members[gold], vectors, asked)].id for gold in query.gold])
+            for query, asked in pairs
         ]
-    return replace(data, documents=chunks, queries=every)
+    return replace(data, documents=chunks, queries=queries)
 
 
-def _of_all(query: Query, chunks: list[Document], members: dict[str, list[int]]) -> Query:
-    return replace(query, gold=tuple(chunks[row].id for g in query.gold for row in members[g]), grades=None)
+def _asking_for(query: Query, ids: Sequence[str]) -> Query:
+    return replace(query, gold=tuple(ids), grades=None)
 
 
-def _of_best(
-    query: Query, vector: np.ndarray, chunks: list[Document], members: dict[str, list[int]], vectors: np.ndarray
-) -> Query:
-    best = (members[g][int((vectors[members[g]] @ vector).argmax())] for g in query.gold)
-    return replace(query, gold=tuple(chunks[row].id for row in best), grades=None)
+def _nearest(rows: list[int], vectors: np.ndarray, asked: np.ndarray) -> int:
+    return rows[int((vectors[rows] @ asked).argmax())]
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The config of a `dynamic_retrieval` experiment."""
+"""The config of a `dynamic_retrieval` experiment, and the systems that it names."""
 
 from __future__ import annotations
 
@@ -22,12 +22,41 @@ from mobula.retrieval.dynamic.chunks import ChunksConfig, Expansion
 from mobula.retrieval.dynamic.hybrid import FusionConfig
 from mobula.retrieval.dynamic.multi import MultiConfig
 from mobula.retrieval.ngrams.config import NgramConfig
+from mobula.study import StudyEvaluation, System, parallel_problems
 from mobula.training import TrainingConfig
 
 BASELINES = ("bm25", "dense", "dual", "dual_hn", "adc")
 MULTI = "multi_chunk"
 NGRAMS = ("ngram", "multiview")
 HYBRID = "hybrid"
+
+
+def options_of(text: str) -> tuple[tuple[str, str], ...]:
+    """``expand=free,tie=residual`` by name.
+
+    Raises:
+        ValueError: for a part without a value.
+    """
+    return tuple((name, value) for name, value in (part.split("=", 1) for part in text.split(",")))
+
+
+class SessionSystem(System):
+    """A system of the comparison by value: ``paradigm/family`` or another name, and how it differs from the config."""
+
+    @property
+    def label(self) -> str:
+        """For tables and plots: ``autoregressive/multi_chunk expand=free,tie=residual``."""
+        return " ".join(filter(None, [self.arm, ",".join(f"{name}={value}" for name, value in self.options)]))
+
+    @property
+    def paradigm(self) -> str:
+        """How it learns; ``adc`` for code-only retrieval, the whole name for others."""
+        return self.arm.partition("/")[0]
+
+    @property
+    def family(self) -> str:
+        """The docid family; empty for systems without docids."""
+        return self.arm.partition("/")[2]
 
 
 @dataclass
@@ -41,10 +70,9 @@ class LearningRates:
 
 
 @dataclass
-class EvaluationConfig:
+class EvaluationConfig(StudyEvaluation):
     """What is measured, on every session at every state of the corpus."""
 
-    seeds: int = key(1, "training seeds per system: seed, seed + 1, ...", ge=1, le=20)
     primary: str = key("Hit@10", "measure that claims use", choices=MEASURES)
     depth: int = key(100, "documents per ranked list", ge=1, le=1000)
     beam: int = key(100, "beam width of autoregressive docid models", ge=1, le=256)
@@ -55,8 +83,6 @@ class EvaluationConfig:
     max_rows: int | None = key(None, "rows per session; null: all", ge=1)
     dev_queries: int = key(200, "dev queries scored while training", ge=1)
     latency_queries: int = key(30, "queries timed one by one at the last state", ge=1)
-    resamples: int = key(10_000, "bootstrap resamples", ge=100)
-    decisive: bool = key(True, "false: too small to decide; every claim is undecided (smoke)")
 
 
 def _numeric() -> DocidConfig:
@@ -69,7 +95,7 @@ def _text() -> DocidConfig:
 
 @dataclass
 class Config(ExperimentConfig):
-    """Which systems are followed through the sessions. ``paradigm/family`` systems and n-gram systems are trained."""
+    """Which systems are searched through the sessions. ``paradigm/family`` systems and n-gram systems are trained."""
 
     RENAMED: ClassVar = RENAMED
 
@@ -77,7 +103,9 @@ class Config(ExperimentConfig):
         ["bm25", "dense", "adc", "autoregressive/rq", "autoregressive/random", "autoregressive/multi_chunk", "ngram"],
         "bm25, dense, dual, dual_hn, adc, paradigm/family, paradigm/multi_chunk, ngram, multiview, hybrid",
     )
-    parallel: int = key(1, "trainings at a time, later systems followed, each on a Ray actor; 1: in this process", ge=1)
+    parallel: int = key(
+        1, "trainings at a time, later systems that are searched, each on a Ray actor; 1: in this process", ge=1
+    )
     data: DataConfig = section(DataConfig)
     sessions: SessionsConfig = section(SessionsConfig)
     docid: DocidConfig = section(_numeric)  # type: ignore[arg-type]
@@ -95,17 +123,16 @@ class Config(ExperimentConfig):
 
     def problems(self) -> list[str]:
         """Contradictions across sections."""
-        found = list(self._bad_systems())
+        problems = list(self._bad_systems())
         if self.model.backbone in LANGUAGE_MODELS:
-            found.append(f"model.backbone={self.model.backbone}: dynamic_retrieval trains small and encoder only")
+            problems.append(f"model.backbone={self.model.backbone}: dynamic_retrieval trains small and encoder only")
         for text in self.evaluation.variants:
-            found.extend(self._bad_variant(text))
-        if self.parallel > 1 and self.training.workers != 0:
-            found.append(f"parallel={self.parallel} needs training.workers=0: trainings have the actors")
+            problems.extend(self._bad_variant(text))
+        problems.extend(parallel_problems(self.parallel, {"training.workers": self.training.workers}))
         numeric = any("/" in name for name in self.systems)
         if HYBRID in self.systems and not (numeric and "ngram" in self.systems):
-            found.append("systems: hybrid fuses a numeric system with ngram; name both")
-        return found
+            problems.append("systems: hybrid fuses a numeric system with ngram; name both")
+        return problems
 
     def serving_problems(self) -> list[str]:
         """What an artifact lacks that a trial of a sweep does without: better known before training."""
@@ -123,6 +150,11 @@ class Config(ExperimentConfig):
         """Paradigms of the multi_chunk systems."""
         return [name.partition("/")[0] for name in self.systems if name.endswith(f"/{MULTI}")]
 
+    def multi_system(self, paradigm: str, per_document: int | None = None) -> SessionSystem:
+        """The multi_chunk system of a paradigm; one with another number of chunks than ``chunks`` says so."""
+        is_other = per_document not in (None, self.chunks.per_document)
+        return SessionSystem(f"{paradigm}/{MULTI}", (("m", per_document),) if is_other else ())
+
     @property
     def grams(self) -> list[str]:
         """The n-gram systems."""
@@ -134,7 +166,7 @@ class Config(ExperimentConfig):
 
     def variant(self, text: str) -> MultiConfig:
         """``multi`` with changes such as ``expand=free,tie=residual``."""
-        return replace(self.multi, **dict(part.split("=", 1) for part in text.split(",")))
+        return replace(self.multi, **dict(options_of(text)))
 
     def _bad_systems(self) -> Iterator[str]:
         known = (*BASELINES, *NGRAMS, HYBRID)

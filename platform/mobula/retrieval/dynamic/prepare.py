@@ -13,13 +13,13 @@ import numpy as np
 from mobula.artifacts import write_json
 from mobula.config import digest
 from mobula.data.records import Document, Query, RetrievalData
-from mobula.data.sessions import SessionPlan, plan_sessions
+from mobula.data.sessions import SessionPlan
 from mobula.errors import DataError, MobulaError
 from mobula.models.encoders import load_encoder
 from mobula.models.text import load_static
 from mobula.retrieval.dynamic.chunks import chunk_data, owner
 from mobula.retrieval.dynamic.config import Config
-from mobula.retrieval.lexical import Bm25, tune
+from mobula.retrieval.lexical import tune
 from mobula.retrieval.prepare import Material, prepare
 from mobula.retrieval.search import SearchOptions
 
@@ -66,13 +66,6 @@ class Sessions:
         return self.plan.documents(self.data.documents, session)
 
 
-def divide(config: Config, data: RetrievalData, directory: Path) -> Sessions:
-    """The sessions of a run; the plan is kept in its directory."""
-    plan = plan_sessions(data, config.sessions)
-    plan.save(directory / "sessions.json")
-    return Sessions.of(data, plan)
-
-
 def prepare_documents(config: Config, sessions: Sessions, directory: Path) -> Material:
     """What systems of one docid per document, the dual encoders and code-only retrieval are fitted on."""
     return _prepare(config, sessions.initial, directory / DOCUMENTS, sessions)
@@ -89,34 +82,29 @@ def prepare_chunks(config: Config, sessions: Sessions, directory: Path, per_docu
 
 def _prepare(config: Config, data: RetrievalData, directory: Path, sessions: Sessions) -> Material:
     material = prepare(config, data, directory)
-    note_fit(directory, data)
-    require_fitted_on(directory, [document.id for document in sessions.initial.documents])
+    check_fit(directory, data, sessions)
     return material
 
 
-def note_fit(directory: Path, data: RetrievalData) -> None:
-    """Leave in a folder that has just been prepared which documents it was fitted on."""
-    if not (directory / FITTED).is_file():
-        write_json(directory / FITTED, {"documents": fit_hash(document.id for document in data.documents)})
-
-
-def fit_hash(ids: Iterable[str]) -> str:
-    """Identity of the documents that something was fitted on, whole or in chunks."""
-    return digest(sorted({owner(id) or id for id in ids}))
-
-
-def require_fitted_on(directory: Path, ids: Sequence[str]) -> None:
-    """Check that what lies in a prepared folder saw exactly these documents.
+def check_fit(directory: Path, data: RetrievalData, sessions: Sessions) -> None:
+    """Record in a folder that has just been prepared from ``data`` which documents it was fitted on; check an old one.
 
     Raises:
-        FutureLeak: if it saw others.
+        FutureLeak: if it was fitted on others than the initial documents.
     """
-    found = json.loads((directory / FITTED).read_text(encoding="utf-8"))["documents"]
-    if found != fit_hash(ids):
+    path = directory / FITTED
+    if not path.is_file():
+        write_json(path, {"documents": fit_hash(data.documents)})
+    if json.loads(path.read_text(encoding="utf-8"))["documents"] != fit_hash(sessions.initial.documents):
         raise FutureLeak(
-            f"{directory.name}: fitted on other documents than the {len(ids)} initial ones; "
+            f"{directory.name}: fitted on other documents than the {len(sessions.initial.documents)} initial ones; "
             "remove the folder so that it is made anew"
         )
+
+
+def fit_hash(documents: Iterable[Document]) -> str:
+    """Identity of the documents that something was fitted on, whole or in chunks."""
+    return digest(sorted({owner(document.id) or document.id for document in documents}))
 
 
 def write_negatives(material: Material, texts: Sequence[str]) -> None:
@@ -131,15 +119,9 @@ def write_negatives(material: Material, texts: Sequence[str]) -> None:
     bm25, _ = tune(material.data.documents, material.data.queries["dev"])
     rows = {document.id: row for row, document in enumerate(material.data.documents)}
     negatives = np.zeros(len(material.prepared.examples), np.int64)
-    wrong = _ranked(bm25, texts, rows)
-    random = np.random.default_rng(0)
-    for place, (query, own) in enumerate(material.prepared.examples.tolist()):
-        others = [row for row in wrong[query] if row != own]
-        negatives[place] = others[0] if others else random.integers(len(rows))
+    results = bm25.search(texts, [SearchOptions(k=NEGATIVE_DEPTH)] * len(texts))
+    rng = np.random.default_rng(0)
+    for example, (query, own) in enumerate(material.prepared.examples.tolist()):
+        others = [rows[hit.doc_id] for hit in results[query].hits if rows[hit.doc_id] != own]
+        negatives[example] = others[0] if others else rng.integers(len(rows))
     np.save(path, negatives, allow_pickle=False)
-
-
-def _ranked(bm25: Bm25, texts: Sequence[str], rows: dict[str, int]) -> list[list[int]]:
-    options = SearchOptions(k=NEGATIVE_DEPTH)
-    found = bm25.search(texts, [options] * len(texts))
-    return [[rows[hit.doc_id] for hit in result.hits] for result in found]

@@ -6,6 +6,7 @@ that arrives; the initial documents' own training and dev queries that ask for i
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -20,15 +21,14 @@ from mobula.data.sessions import SessionsConfig, plan_sessions
 from mobula.errors import DataError
 from mobula.evaluation.ranking import per_query
 from mobula.retrieval.dynamic.config import HYBRID, MULTI, NGRAMS, Config
-from mobula.retrieval.dynamic.fitting import Trained, fit_systems
 from mobula.retrieval.dynamic.prepare import Sessions
-from mobula.retrieval.dynamic.systems import System, systems
+from mobula.retrieval.dynamic.systems import RetrieverSpec, systems
+from mobula.retrieval.dynamic.train_systems import Trained, fit_systems
 from mobula.retrieval.prepare import sample
 from mobula.retrieval.results import Timed, search_all, time_systems
 from mobula.threads import one_thread
 
-HELD_OUT = 0.2
-DEPTH = 10
+HELD_OUT = 0.2  # share of the initial documents
 
 
 def train_trial(config: Config, directory: Path, report: Callable[[dict[str, Any]], None]) -> None:
@@ -37,13 +37,12 @@ def train_trial(config: Config, directory: Path, report: Callable[[dict[str, Any
     The last of ``systems`` is measured, so a fusion comes after its parts. Models that several trials need are trained
     once, in a folder beside theirs.
     """
+    # Of a sweep the trials are what runs at the same time: each trains in its own process.
+    config = replace(config, training=replace(config.training, workers=config.training.workers or 0))
     sessions = simulated(config)
     shared = directory.parent / "prepared"
     parts = [_trained(config, sessions, shared, name) for name in config.systems if name != HYBRID]
-    trained = parts[0]
-    for part in parts[1:]:
-        trained = _joined(trained, part)
-    *_, measured = systems(replace(config, evaluation=_alone(config)), trained)
+    *_, measured = systems(replace(config, evaluation=_alone(config)), functools.reduce(_joined, parts)).values()
     report({"step": config.training.total_steps, **measure_arrival(measured, sessions, config)})
 
 
@@ -58,29 +57,25 @@ def simulated(config: Config) -> Sessions:
     queries = {"train": initial.queries["train"], "dev": initial.queries["dev"], "test": []}
     within = RetrievalData(data.name, data.source, initial.sha256, initial.documents, queries)
     split = replace(config.sessions, sessions=1, initial=1 - HELD_OUT, queries=SessionsConfig.queries)
-    found = Sessions.of(within, plan_sessions(within, split))
-    if not found.plan.rows(1):
+    sessions = Sessions.of(within, plan_sessions(within, split))
+    if not sessions.plan.rows(1):
         raise DataError(f"{data.name}: no training query asks for a held-out document; tune on a set that has some")
-    return found
+    return sessions
 
 
-def measure_arrival(system: System, sessions: Sessions, config: Config) -> dict[str, float]:
+def measure_arrival(spec: RetrieverSpec, sessions: Sessions, config: Config) -> dict[str, float]:
     """Quality on the held-out documents' queries once these have arrived, and the median ms of one query."""
-    retriever = system.make(0)
+    retriever = spec.make(0)
     retriever.insert(sessions.documents(1))
     queries = sample([row.query for row in sessions.plan.rows(1)], config.evaluation.dev_queries, config.seed)
     texts = [query.text for query in queries]
     with one_thread():
-        results = search_all(retriever.search, texts, system.options)
+        results = search_all(retriever.search, texts, spec.options)
         timed = texts[: config.evaluation.latency_queries]
-        ms = time_systems([Timed("trial", retriever.search, system.options)], timed)["trial"]
+        ms = time_systems([Timed("trial", retriever.search, spec.options)], timed)["trial"]
     hits = [result.hits for result in results]
-    found = per_query(hits, queries, documents=len(sessions.data.documents), measures=["Hit@10", "MRR@10"])
-    return {
-        "hit@10": float(found["Hit@10"].mean()),
-        "mrr@10": float(found["MRR@10"].mean()),
-        "ms": float(np.median(ms)),
-    }
+    quality = per_query(hits, queries, documents=len(sessions.data.documents), measures=["Hit@10", "MRR@10"])
+    return {**{name.lower(): float(values.mean()) for name, values in quality.items()}, "ms": float(np.median(ms))}
 
 
 def _alone(config: Config) -> Any:
@@ -99,10 +94,5 @@ def _trained(config: Config, sessions: Sessions, shared: Path, name: str) -> Tra
 
 
 def _joined(one: Trained, other: Trained) -> Trained:
-    return replace(
-        one,
-        chunks=one.chunks | other.chunks,
-        ngrams=one.ngrams | other.ngrams,
-        tasks=one.tasks | other.tasks,
-        results=one.results | other.results,
-    )
+    parts = ("chunks", "ngrams", "tasks", "results")
+    return replace(one, **{part: getattr(one, part) | getattr(other, part) for part in parts})

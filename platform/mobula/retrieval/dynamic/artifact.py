@@ -1,6 +1,6 @@
 """The artifact of a `dynamic_retrieval` run: what was trained on the initial documents, and what arrived since.
 
-Opening it admits every session once more, without training, so what is served has grown the way the run saw it grow.
+Opening it inserts every session once more, without training, so what is served has grown the way the run saw it grow.
 """
 
 from __future__ import annotations
@@ -22,13 +22,14 @@ from mobula.retrieval.build import ModelConfig, load_model, save_model
 from mobula.retrieval.docids.table import DocidTable
 from mobula.retrieval.dynamic.chunks import ChunksConfig
 from mobula.retrieval.dynamic.config import Config
-from mobula.retrieval.dynamic.fitting import Trained, multi_name
 from mobula.retrieval.dynamic.multi import MultiConfig, MultiDocidRetriever
 from mobula.retrieval.dynamic.prepare import Sessions
+from mobula.retrieval.dynamic.train_systems import Trained
 from mobula.retrieval.ngrams.retriever import load as load_ngrams
 from mobula.retrieval.prepare import make_inputs
+from mobula.retrieval.retrievers import DocidRetriever
 from mobula.retrieval.search import Retriever
-from mobula.retrieval.train_arms import Fitted, load_arm
+from mobula.retrieval.train_arms import Fitted
 
 KIND = "retriever"
 MULTI_FOLDER, NGRAM_FOLDER, ARRIVALS = "multi", "ngrams", "arrivals.jsonl"
@@ -60,8 +61,8 @@ def load(artifact: Artifact) -> IndexedCorpus:
     opened = static.load(artifact)
     retrievers = dict(opened.retrievers)
     for folder in artifact.meta["multi"]:
-        found = _load_multi(artifact, folder, opened)
-        retrievers[found.name] = found
+        retriever = _load_multi(artifact, folder, opened)
+        retrievers[retriever.name] = retriever
     for name in artifact.meta["ngrams"]:
         retrievers[name] = load_ngrams(artifact.directory / NGRAM_FOLDER / name, name=name)
     opened = replace(opened, retrievers=retrievers)
@@ -88,10 +89,10 @@ def _fill(folder: Path, config: Config, sessions: Sessions, trained: Trained) ->
 
 
 def _write_multi(folder: Path, config: Config, trained: Trained, paradigm: str, count: int) -> None:
-    name = multi_name(config, paradigm, count)
+    name = config.multi_system(paradigm, count).label
     task = trained.tasks[name]
     directory = folder / task.arm.directory
-    save_model(directory, load_arm(task, trained.results[name][0]), task.table.hash)
+    save_model(directory, trained.model(name, 0), task.table.hash)
     task.table.save(directory / "docids")
     save_file({"vectors": trained.chunks[count].embeddings}, directory / "chunks.safetensors")
     facts = {"name": name, "chunks": asdict(config.chunks), "multi": asdict(config.multi)}
@@ -103,21 +104,11 @@ def _load_multi(artifact: Artifact, folder: str, opened: IndexedCorpus) -> Retri
     facts = artifact.read_json(f"{MULTI_FOLDER}/{folder}/multi.json")
     table = DocidTable.load(directory / "docids")
     vectors = load_file(directory / "chunks.safetensors")["vectors"]
-    paradigm, _, family = folder.partition("-")
-    model_config = ModelConfig(**artifact.meta["model"])
-    arm = Arm(paradigm, family)
+    model_config, arm = ModelConfig(**artifact.meta["model"]), Arm(*folder.split("-", 1))
     inputs = make_inputs(model_config, [arm], vectors.mean(0))[model_config.reader(arm)]
-    return MultiDocidRetriever(
-        facts["name"],
-        load_model(directory, table),
-        table,
-        inputs,
-        opened.encoder,
-        load_static("wordllama"),
-        build(ChunksConfig, facts["chunks"]),
-        build(MultiConfig, facts["multi"]),
-        vectors,
-    )
+    docids = DocidRetriever(str(arm), load_model(directory, table), table, inputs, opened.encoder)
+    chunks, multi = build(ChunksConfig, facts["chunks"]), build(MultiConfig, facts["multi"])
+    return MultiDocidRetriever(facts["name"], docids, load_static("wordllama"), chunks, multi, vectors)
 
 
 def _arrivals(artifact: Artifact) -> list[list[Document]]:

@@ -22,8 +22,8 @@ class Relation:
 
     subject: str
     object: str
-    said: tuple[str, ...]
-    asked: tuple[str, ...]
+    verbs: tuple[str, ...]
+    nouns: tuple[str, ...]
 
 
 RELATIONS = {
@@ -80,12 +80,12 @@ class Hop:
 
     query: str
     sentence: str
-    found: str
+    object: str
     passage: str
 
 
 @dataclass(frozen=True)
-class Asked:
+class GeneratedQuestion:
     """A question: its chain of relations, its plan, its answer."""
 
     id: str
@@ -113,12 +113,12 @@ class World:
     """
 
     def __init__(self, seed: int, size: Size) -> None:
-        chance = random.Random(f"world {seed}")
+        rng = random.Random(f"world {seed}")
         pools = {
-            "person": _named(chance, FIRST_NAMES, LAST_NAMES, size.people, "people"),
-            "town": _some(chance, TOWNS, size.towns, "towns"),
-            "firm": _named(chance, FIRM_NAMES, FIRM_KINDS, size.firms, "firms"),
-            "book": _named(chance, BOOK_FIRST, BOOK_SECOND, size.books, "books"),
+            "person": _named(rng, FIRST_NAMES, LAST_NAMES, size.people, "people"),
+            "town": _some(rng, TOWNS, size.towns, "towns"),
+            "firm": _named(rng, FIRM_NAMES, FIRM_KINDS, size.firms, "firms"),
+            "book": _named(rng, BOOK_FIRST, BOOK_SECOND, size.books, "books"),
         }
         self.seed = seed
         self.passage_of: dict[str, str] = {}
@@ -126,56 +126,58 @@ class World:
         self.documents: list[Document] = []
         for kind in ("person", "firm", "book"):
             for number, name in enumerate(pools[kind]):
-                self._add(chance, kind, f"{kind}-{number}", name, pools)
+                self._add(rng, kind, f"{kind}-{number}", name, pools)
 
-    def _add(self, chance: random.Random, kind: str, place: str, name: str, pools: dict[str, list[str]]) -> None:
+    def _add(self, rng: random.Random, kind: str, id: str, name: str, pools: dict[str, list[str]]) -> None:
         known = [key for key, relation in RELATIONS.items() if relation.subject == kind]
         facts = {}
-        for key in chance.sample(known, min(FACTS_OF_A_PERSON, len(known))):
+        for key in rng.sample(known, min(FACTS_OF_A_PERSON, len(known))):
             relation = RELATIONS[key]
-            found = chance.choice([other for other in pools[relation.object] if other != name])
-            facts[key] = Fact(key, found, f"{name} {chance.choice(relation.said)} {found}")
-        self.facts[name], self.passage_of[name] = facts, place
+            object = rng.choice([other for other in pools[relation.object] if other != name])
+            facts[key] = Fact(key, object, f"{name} {rng.choice(relation.verbs)} {object}")
+        self.facts[name], self.passage_of[name] = facts, id
         text = " ".join(f"{fact.sentence} ." for fact in facts.values())
-        self.documents.append(Document(place, name, text))
+        self.documents.append(Document(id, name, text))
 
-    def questions(self, count: int, name: str, *, held_out: bool, hops: Sequence[int] = (1, 2, 3)) -> list[Asked]:
+    def questions(
+        self, count: int, name: str, *, held_out: bool, hops: Sequence[int] = (1, 2, 3)
+    ) -> list[GeneratedQuestion]:
         """Questions, all different. ``held_out``: whether chains that are held out may occur.
 
         Raises:
             DataError: if the world has not so many.
         """
-        chance = random.Random(f"questions {self.seed} {name}")
+        rng = random.Random(f"questions {self.seed} {name}")
         lengths, shares = zip(*((length, share) for length, share in HOPS if length in hops), strict=True)
-        found: dict[str, Asked] = {}
-        for number, length in enumerate(chance.choices(lengths, shares, k=count)):
-            drawn = (self._ask(chance, length, f"{name}-{self.seed}-{number}") for _ in range(TRIES))
-            fitting = (q for q in drawn if q and q.text not in found and (held_out or not q.held_out))
-            asked = next(fitting, None)
-            if asked is None:
+        questions: dict[str, GeneratedQuestion] = {}
+        for number, length in enumerate(rng.choices(lengths, shares, k=count)):
+            candidates = (self._ask(rng, length, f"{name}-{self.seed}-{number}") for _ in range(TRIES))
+            fitting = (q for q in candidates if q and q.text not in questions and (held_out or not q.held_out))
+            question = next(fitting, None)
+            if question is None:
                 raise DataError(
                     f"{name}: a world of {len(self.documents)} passages has no {count} questions of {hops} "
                     "hops; ask for fewer, or make the world larger"
                 )
-            found[asked.text] = asked
-        return list(found.values())
+            questions[question.text] = question
+        return list(questions.values())
 
-    def _ask(self, chance: random.Random, hops: int, id: str) -> Asked | None:
-        subject = chance.choice(list(self.facts))
+    def _ask(self, rng: random.Random, hops: int, id: str) -> GeneratedQuestion | None:
+        subject = rng.choice(list(self.facts))
         entity, words, plan = subject, subject, []
         chain: list[str] = []
         for _ in range(hops):
             facts = self.facts.get(entity)
             if facts is None:  # a town, of which nothing is said
                 return None
-            fact = chance.choice(list(facts.values()))
-            asked = chance.choice(RELATIONS[fact.relation].asked)
-            plan.append(Hop(f"{asked} of {entity}", fact.sentence, fact.object, self.passage_of[entity]))
-            words, entity = f"the {asked} of {words}", fact.object
+            fact = rng.choice(list(facts.values()))
+            noun = rng.choice(RELATIONS[fact.relation].nouns)
+            plan.append(Hop(f"{noun} of {entity}", fact.sentence, fact.object, self.passage_of[entity]))
+            words, entity = f"the {noun} of {words}", fact.object
             chain.append(fact.relation)
-        if entity in (subject, *(hop.found for hop in plan[:-1])):
+        if entity in (subject, *(hop.object for hop in plan[:-1])):
             return None  # a chain that comes back to where it was answers itself
-        return Asked(id, f"what is {words} ?", entity, tuple(chain), tuple(plan), tuple(chain) in HELD_OUT)
+        return GeneratedQuestion(id, f"what is {words} ?", entity, tuple(chain), tuple(plan), tuple(chain) in HELD_OUT)
 
 
 def _chains() -> Iterator[tuple[str, str]]:
@@ -205,15 +207,15 @@ def words() -> list[str]:
         *BOOK_SECOND,
         ". what is the of ?",
     ]
-    texts += [text for relation in RELATIONS.values() for text in (*relation.said, *relation.asked)]
+    texts += [text for relation in RELATIONS.values() for text in (*relation.verbs, *relation.nouns)]
     return sorted({word for text in texts for word in text.split()})
 
 
-def _named(chance: random.Random, first: Sequence[str], second: Sequence[str], count: int, kind: str) -> list[str]:
-    return [" ".join(pair) for pair in _some(chance, list(product(first, second)), count, kind)]
+def _named(rng: random.Random, first: Sequence[str], second: Sequence[str], count: int, kind: str) -> list[str]:
+    return [" ".join(pair) for pair in _some(rng, list(product(first, second)), count, kind)]
 
 
-def _some(chance: random.Random, pool: Sequence, count: int, kind: str) -> list:
+def _some(rng: random.Random, pool: Sequence, count: int, kind: str) -> list:
     if count > len(pool):
         raise DataError(f"world.{kind}={count}: there are names for {len(pool)}")
-    return chance.sample(list(pool), count)
+    return rng.sample(list(pool), count)

@@ -7,58 +7,54 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 
 from mobula import artifacts
-from mobula.alternation import Row
 from mobula.artifacts import Artifact, read_jsonl, write_json, write_jsonl
+from mobula.cluster.pool import Row
 from mobula.data.records import Document
-from mobula.models.causal import CausalModel
+from mobula.rag.exsearch.agent import Agent
 from mobula.rag.exsearch.config import Mode, RetrieveConfig, RolloutConfig
 from mobula.rag.exsearch.rollout import Rollouts
-from mobula.rag.exsearch.workers import Agent
-from mobula.rag.search import Retrying, open_searcher
 
 KIND = "searcher"
-DOCUMENTS, EXAMPLES, ITERATIONS = "documents.jsonl", "examples.json", "iterations.json"
+MODEL, DOCUMENTS, EXAMPLES, ITERATIONS = "model", "documents.jsonl", "examples.json", "iterations.json"
+
+
+@dataclass(frozen=True)
+class StoredCorpus:
+    """The documents of an artifact's folder."""
+
+    folder: Path
+
+    def documents(self) -> Sequence[Document]:
+        """The documents."""
+        return [Document(**row) for row in read_jsonl(self.folder / DOCUMENTS)]
 
 
 class Predictor:
     """An agent that searches and answers, greedily. ``examples``: questions by kind."""
 
-    def __init__(
-        self,
-        folder: Path,
-        retrieve: RetrieveConfig,
-        rollout: RolloutConfig,
-        mode: Mode,
-        examples: Mapping[str, Sequence[str]],
-    ) -> None:
-        self.retrieve, self.rollout, self.mode, self.examples = retrieve, rollout, mode, examples
-        self._folder = folder
+    def __init__(self, agent: Agent, examples: Mapping[str, Sequence[str]]) -> None:
+        self.agent, self.examples = agent, examples
 
     @cached_property
     def rollouts(self) -> Rollouts:
         """The agent in action; opened on first use."""
-        documents = [Document(**row) for row in read_jsonl(self._folder / DOCUMENTS)]
-        how = self.retrieve
-        searcher = open_searcher(documents, how.kind, how.encoder)
-        model = CausalModel.open(str(self._folder / "model")).placed()
-        retrying = Retrying(searcher, how.timeout_s, how.retries, how.backoff_s)
-        return Rollouts(model, retrying, self.rollout, self.mode, greedy=True)
+        return self.agent.rollouts(greedy=True)
 
     def answer(self, questions: Sequence[str]) -> list[str]:
         """The answer to each question."""
-        return [found.prediction for found in self.rollouts.run(questions, [0] * len(questions))]
+        return [trajectory.prediction for trajectory in self.rollouts.run(questions, [0] * len(questions))]
 
 
 def write(directory: Path, agent: Agent, rows: Sequence[Row], examples: Mapping[str, Sequence[str]]) -> Artifact:
     """Write the agent's model, its passages, examples of questions, and the iterations that led to it."""
 
     def fill(folder: Path) -> None:
-        shutil.copytree(agent.model, folder / "model")
+        shutil.copytree(agent.model, folder / MODEL)
         write_jsonl(folder / DOCUMENTS, (asdict(document) for document in agent.corpus.documents()))
         write_json(folder / EXAMPLES, examples)
         write_json(folder / ITERATIONS, list(rows))
@@ -69,6 +65,7 @@ def write(directory: Path, agent: Agent, rows: Sequence[Row], examples: Mapping[
 
 def load(artifact: Artifact) -> Predictor:
     """Open the agent of an artifact."""
-    meta = artifact.meta
-    parts = RetrieveConfig(**meta["retrieve"]), RolloutConfig(**meta["rollout"]), Mode(**meta["mode"])
-    return Predictor(artifact.directory, *parts, artifact.read_json(EXAMPLES))
+    meta, folder = artifact.meta, artifact.directory
+    retrieve, rollout, mode = RetrieveConfig(**meta["retrieve"]), RolloutConfig(**meta["rollout"]), Mode(**meta["mode"])
+    agent = Agent(folder / MODEL, StoredCorpus(folder), retrieve, rollout, mode)
+    return Predictor(agent, artifact.read_json(EXAMPLES))

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 from mobula.alternation import seed_of
 from mobula.data.multihop import hotpotqa_100
 from mobula.data.questions import hotpotqa
 from mobula.data.records import Document
+from mobula.data.worlds.words import GeneratedQuestion, Size, world
 from mobula.errors import BadRecord, DataError
 from mobula.evaluation.answers import normal
 from mobula.rag.exsearch.config import DataConfig
-from mobula.rag.exsearch.world import Asked, Size, world
 
 SPLITS = ("warm_up", "train", "dev", "test")
 SKILL_WORLDS = 8
@@ -42,6 +43,12 @@ class Problem:
     support: tuple[str, ...]
     kind: str
     plan: tuple[Lookup, ...]
+
+    @classmethod
+    def read(cls, row: Mapping[str, Any]) -> Problem:
+        """A problem from its JSON."""
+        plan = tuple(Lookup(**step) for step in row["plan"])
+        return cls(**{**row, "answers": tuple(row["answers"]), "support": tuple(row["support"]), "plan": plan})
 
 
 @dataclass(frozen=True)
@@ -73,35 +80,38 @@ def problems_of(config: DataConfig, split: str) -> list[Problem]:
         BadRecord: for an answer that is empty in the normal form of answers.
         DataError: for more questions than there are.
     """
-    found = MAKERS[config.source](config, split)
-    for problem in found:
+    problems = MAKERS[config.source](config, split)
+    for problem in problems:
         if not normal(problem.answers[0]):
             raise BadRecord(f"question {problem.id}: its answer {problem.answers[0]!r} has no word; leave it out")
-    return found
+    return problems
 
 
 def skill_problems(config: DataConfig, count: int) -> list[tuple[Corpus, list[Problem]]]:
     """One-hop questions of other worlds, by corpus."""
-    found = []
+    parts = []
     for number in range(SKILL_WORLDS):
         share = len(range(number, count, SKILL_WORLDS))
         if share:
             corpus = corpus_of(config, f"skill {number}")
-            asked = world(corpus.seed, corpus.size).questions(share, "skill", held_out=False, hops=(1,))
-            found.append((corpus, [_problem(question) for question in asked]))
-    return found
+            questions = world(corpus.seed, corpus.size).questions(share, "skill", held_out=False, hops=(1,))
+            parts.append((corpus, [_problem(question) for question in questions]))
+    return parts
 
 
 def _world_problems(config: DataConfig, split: str) -> list[Problem]:
     corpus = corpus_of(config, split)
-    asked = world(corpus.seed, corpus.size).questions(getattr(config, split), split, held_out=split == "test")
-    return [_problem(question) for question in asked]
+    questions = world(corpus.seed, corpus.size).questions(getattr(config, split), split, held_out=split == "test")
+    return [_problem(question, split) for question in questions]
 
 
-def _problem(asked: Asked) -> Problem:
-    kind = f"{len(asked.chain)}-hop" + (", chain held out" if asked.held_out else "")
-    plan = tuple(Lookup(hop.query, hop.found, hop.passage) for hop in asked.plan)
-    return Problem(asked.id, asked.text, (asked.answer,), tuple(hop.passage for hop in asked.plan), kind, plan)
+def _problem(question: GeneratedQuestion, split: str = "") -> Problem:
+    kind = f"{len(question.chain)}-hop"
+    if split == "test" and len(question.chain) == 2:  # only there, chains occur that no other split has
+        kind += ", chain held out" if question.held_out else ", chain seen"
+    plan = tuple(Lookup(hop.query, hop.object, hop.passage) for hop in question.plan)
+    support = tuple(hop.passage for hop in question.plan)
+    return Problem(question.id, question.text, (question.answer,), support, kind, plan)
 
 
 def _hotpotqa_problems(config: DataConfig, split: str) -> list[Problem]:

@@ -1,4 +1,4 @@
-"""The world of exsearch: what its questions need, and what gives nothing away."""
+"""The world of words: what its questions need, and what gives nothing away."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from collections import Counter
 
 import pytest
 
+from mobula.data.worlds.words import HELD_OUT, RELATIONS, Size, World, words, world
 from mobula.errors import DataError
-from mobula.rag.exsearch.world import HELD_OUT, RELATIONS, Size, World, words, world
 from mobula.retrieval.lexical import Bm25, terms
 from mobula.retrieval.search import SearchOptions
 
@@ -27,11 +27,11 @@ def test_a_plan_leads_from_the_question_to_the_answer(made: World) -> None:
     for asked in made.questions(300, "train", held_out=True):
         for hop in asked.plan:
             assert f"{hop.sentence} ." in texts[hop.passage]
-            assert hop.sentence.endswith(hop.found)
-        assert asked.answer == asked.plan[-1].found
+            assert hop.sentence.endswith(hop.object)
+        assert asked.answer == asked.plan[-1].object
         assert asked.answer not in asked.text
         for before, after in zip(asked.plan, asked.plan[1:], strict=False):
-            assert after.query.endswith(f"of {before.found}")
+            assert after.query.endswith(f"of {before.object}")
 
 
 def test_hops_have_their_shares(made: World) -> None:
@@ -56,9 +56,9 @@ def test_a_raw_question_finds_the_first_passage_and_not_the_last(made: World) ->
 
 def test_questions_and_passages_call_relations_by_different_words(made: World) -> None:
     said = {term for document in made.documents for term in terms(document.text)}
-    asked = {term for relation in RELATIONS.values() for text in relation.asked for term in terms(text)}
+    asked = {term for relation in RELATIONS.values() for text in relation.nouns for term in terms(text)}
     assert not said & asked
-    assert all(len(set(relation.asked)) == 2 for relation in RELATIONS.values())
+    assert all(len(set(relation.nouns)) == 2 for relation in RELATIONS.values())
 
 
 def test_held_out_chains_are_of_test_questions_alone(made: World) -> None:
