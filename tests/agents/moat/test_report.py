@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mobula.agents.moat.report import gap_closes
-from mobula.study import Results, StudyConfig, StudyEvaluation
+from mobula.study import Results, StudyConfig, StudyEvaluation, System
 
 
 @pytest.mark.parametrize(
@@ -21,7 +21,8 @@ from mobula.study import Results, StudyConfig, StudyEvaluation
 def test_a_gap_closes_if_its_size_shrinks_whatever_its_sign(
     before: float, after: float, effect: float, verdict: str
 ) -> None:
-    results = Results(StudyConfig(arms=["moat"], evaluation=StudyEvaluation(seeds=3, resamples=500)), {}, {})
+    config = StudyConfig(arms=["moat"], evaluation=StudyEvaluation(seeds=3, resamples=500))
+    results = Results(config, {System("moat"): [[{"query": "a"}]]}, {})
     noise = np.random.default_rng(0).normal(0, 0.01, (3, 200))
     noise -= noise.mean()
     claim = gap_closes(results, "C8 gap_s", "success", before + noise, after - noise)
