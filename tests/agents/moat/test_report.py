@@ -22,7 +22,7 @@ def test_a_gap_closes_if_its_size_shrinks_whatever_its_sign(
     before: float, after: float, effect: float, verdict: str
 ) -> None:
     config = StudyConfig(arms=["moat"], evaluation=StudyEvaluation(seeds=3, resamples=500))
-    results = Results(config, {System("moat"): [[{"query": "a"}]]}, {})
+    results = Results(config, {System("moat"): [[{"query": "a"}]] * 3}, {})
     noise = np.random.default_rng(0).normal(0, 0.01, (3, 200))
     noise -= noise.mean()
     claim = gap_closes(results, "C8 gap_s", "success", before + noise, after - noise)
