@@ -3,21 +3,23 @@
     python -m benchmarks.same_results runs/before runs/after
 
 Compared are every training's losses and dev metrics, every alternation's metrics by iteration, and the measures of the
-report by their names, their intervals and claims not. Of rows numbers are compared, not names: keys may be renamed and
-folders moved, and two metrics that change places are not noticed. Times are left out. Exits with 1 where anything
-differs, or where there is nothing to compare.
+report by their names and up to rounding; their intervals and claims are not. Of rows numbers are compared, not names:
+keys may be renamed, folders moved and columns added, and two metrics that change places are not noticed. Times are left
+out. Exits with 1 where anything differs, or where there is nothing to compare.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import sys
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 TIMES = ("seconds", "examples_per_s", "time", "ms", "wall_s")
+ROUNDING = 1e-12  # the same values, added up in another order
 SHOWN = 10  # measures that differ, by name
 Numbers = tuple[tuple[float, ...], ...]
 
@@ -39,12 +41,22 @@ def rows(run: Path, file: str) -> Iterator[tuple[Numbers, str]]:
             yield tuple(tuple(numbers(row)) for row in found), str(path.parent.relative_to(run))
 
 
+def _extends(new: Numbers, old: Numbers) -> bool:
+    """Whether every row of the one has all numbers of the other's, and perhaps more."""
+    return len(new) == len(old) and all(
+        not Counter(before) - Counter(after) for before, after in zip(old, new, strict=True)
+    )
+
+
 def same(title: str, before: list[tuple[Numbers, str]], after: list[tuple[Numbers, str]]) -> bool:
     """Print how many agree, and the paths of those that do not."""
     left, right = defaultdict(list), defaultdict(list)
     for paths, entries in ((left, before), (right, after)):
         for found, path in entries:
             paths[found].append(path)
+    for old in list(left):  # a row that has gained a column still has the same results
+        if not right[old] and (new := next((new for new in right if right[new] and _extends(new, old)), None)):
+            right[old] = right.pop(new)
     equal = sum(min(len(left[found]), len(right[found])) for found in list(left))
     print(f"{title}: {len(before)} before, {len(after)} after, {equal} identical")
     for name, mine, others in (("before", left, right), ("after", right, left)):
@@ -62,7 +74,7 @@ def main(before: Path, after: Path) -> int:
     ]
     one, two = (json.loads((run / "report.json").read_text(encoding="utf-8"))["measures"] for run in (before, after))
     shared = sorted(one.keys() & two.keys())
-    differ = [name for name in shared if one[name]["value"] != two[name]["value"]]
+    differ = [name for name in shared if not math.isclose(one[name]["value"], two[name]["value"], abs_tol=ROUNDING)]
     print(
         f"measures: {len(one)} before, {len(two)} after, {len(shared) - len(differ)} of {len(shared)} shared are equal"
     )
