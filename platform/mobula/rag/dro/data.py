@@ -135,7 +135,7 @@ class FactWorld(Questions):
         return [{"query": query, "permutations": [facts], "weights": [1.0]} for query, facts in enumerate(gold)]
 
     def select(self, questions: FactQuestions, how: str) -> list[Permutation]:
-        raise NotImplementedError(f"facts have no retriever: they are selected by a selector, not by {how}")
+        raise MobulaError(f"facts have no retriever: they are selected by a selector, not by {how}")
 
     def measure(
         self, questions: FactQuestions, permutations: Sequence[Permutation], answers: Sequence[str]
