@@ -14,6 +14,7 @@ from mobula.agents.moat.stage import current_checkpoint
 from mobula.agents.worlds import SOURCES
 from mobula.alternation import Outcome, best_iteration
 from mobula.evaluation import tables
+from mobula.evaluation.claims import holm
 from mobula.evaluation.intervals import mean_interval
 from mobula.experiment import Claim, Report, Verdict
 from mobula.study import Results, System
@@ -125,11 +126,13 @@ def _claims(config: Config, results: Results, first: Sequence[Outcome]) -> Itera
             statement = f"{results.first} beats {other} on {where} compositions"
             yield results.claim(f"{claim} {other}", statement, results.first, other, split)
     yield from _surrogate(config, first)
-    for arm in config.arms[1:]:
-        if CLAIM.get(arm, "C1") != "C1":
-            against = config.counterpart(arm)
-            statement = f"{against} beats {arm} on trained compositions"
-            yield results.claim(f"{CLAIM[arm]} {arm}", statement, against, arm, "test_in")
+    others = [(arm, config.counterpart(arm)) for arm in config.arms[1:] if CLAIM.get(arm, "C1") != "C1"]
+    yield from holm(
+        [
+            results.claim(f"{CLAIM[arm]} {arm}", f"{best} beats {arm} on trained compositions", best, arm, "test_in")
+            for arm, best in others
+        ]
+    )
     yield from _gaps(results, first)
 
 

@@ -17,7 +17,7 @@ from mobula.artifacts import read_jsonl
 from mobula.cluster.spec import ClusterSpec
 from mobula.config import digest
 from mobula.evaluation import tables
-from mobula.evaluation.claims import always
+from mobula.evaluation.claims import always, holm
 from mobula.experiment import Claim, Report, Run
 from mobula.locks import alone
 from mobula.rag.dro import artifact
@@ -295,10 +295,14 @@ def claims(results: Results, varied: Sequence[Variances]) -> Iterator[Claim]:
     hits = [f"hit@{cut}" for cut in cuts(config.retrieve.choose)]
     names = ["exact"] if config.data.source == FACTS else list(dict.fromkeys([hits[0], hits[-1]]))
     for metric in names:
-        for one, other, statement in _pairs(config):
-            if results.has(one) and results.has(other):
-                name = f"{one} - {other}" if len(names) == 1 else f"{one} - {other}, {metric}"
-                yield results.claim(name, statement, one, other, metric)
+        named = "" if len(names) == 1 else f", {metric}"
+        pairs = [
+            (one, results.claim(f"{one} - {other}{named}", statement, one, other, metric))
+            for one, other, statement in _pairs(config)
+            if results.has(one) and results.has(other)
+        ]
+        yield from holm([claim for one, claim in pairs if one == results.first])
+        yield from (claim for one, claim in pairs if one != results.first)
 
 
 def _pairs(config: Config) -> Iterator[tuple[System, System, str]]:

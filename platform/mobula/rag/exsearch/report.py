@@ -9,7 +9,7 @@ import numpy as np
 
 from mobula.errors import DataError, MobulaError
 from mobula.evaluation import tables
-from mobula.evaluation.claims import always
+from mobula.evaluation.claims import always, holm
 from mobula.experiment import Claim, Report
 from mobula.rag.exsearch.config import STEPS, WARM_UP, Config
 from mobula.rag.exsearch.measures import SEARCHES, SHARES
@@ -150,9 +150,13 @@ def claims_of(results: Results, bounds: tuple[np.ndarray, np.ndarray]) -> Iterat
         statements[System(f"no_{step}")] = f"an agent trained without {step} answers less"
     for step in STEPS:
         statements[System.of(first, **{step: "off"})] = f"switching {step} off in testing lowers exact match"
-    for system, statement in statements.items():
-        if results.has(system):
-            yield results.claim(f"{first.label} - {system.label}", statement, first, system, "em")
+    yield from holm(
+        [
+            results.claim(f"{first.label} - {system.label}", statement, first, system, "em")
+            for system, statement in statements.items()
+            if results.has(system)
+        ]
+    )
     shuffled = System.of(first, passages="shuffled")
     if results.has(shuffled):
         statement = f"the position of a passage does not matter (not worse by {PERMUTED} where they are permuted)"
