@@ -17,7 +17,8 @@ from mobula.models import pretrained
 from mobula.models.causal import CausalModel, Sampling
 
 pytestmark = [
-    pytest.mark.end_to_end, pytest.mark.language,
+    pytest.mark.end_to_end,
+    pytest.mark.language,
     pytest.mark.timeout(1800),
     pytest.mark.skipif(data_folder() is None, reason="MOBULA_DATA is not set"),
 ]
