@@ -154,11 +154,16 @@ def finetune(
     if not (directory / MODEL).is_dir():
         model = task.open()
         load_weights(model.network, result.weights)
-        partial = directory / f".{MODEL}.partial"
-        shutil.rmtree(partial, ignore_errors=True)
-        model.save(partial)
-        partial.replace(directory / MODEL)
+        save_whole(model, directory / MODEL)
     return result
+
+
+def save_whole(model: CausalModel, folder: Path) -> None:
+    """Save a model so that an interrupted save is never mistaken for a whole one."""
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    model.save(partial)
+    partial.replace(folder)
 
 
 def _content(value: Any) -> Any:

@@ -149,7 +149,7 @@ def _embed_documents(encoder: TextEncoder, data: RetrievalData, directory: Path)
         return np.load(path, allow_pickle=False)
     log.info("embedding %d documents with %s", len(data.documents), encoder.name)
     vectors = encoder.embed([body(d) for d in data.documents]).astype(np.float32)
-    _save(path, vectors)
+    save_array(path, vectors)
     write_text(directory / "doc_ids.txt", "\n".join(d.id for d in data.documents))
     return vectors
 
@@ -171,8 +171,8 @@ def _write_training(
     for reader, features in inputs.items():
         StoredFeatures.write(directory / TRAINING / reader, features, texts)
     vectors = _query_vectors(encoder, inputs, texts, directory / TRAINING)
-    _save(directory / "training_vectors.npy", vectors.astype(np.float16))
-    _save(directory / "examples.npy", examples)
+    save_array(directory / "training_vectors.npy", vectors.astype(np.float16))
+    save_array(directory / "examples.npy", examples)
 
 
 def _query_vectors(encoder: TextEncoder, inputs: dict[str, QueryInputs], texts: list[str], stored: Path) -> np.ndarray:
@@ -231,7 +231,7 @@ def _write_dev(
     texts = [query.text for query in queries]
     for reader, features in inputs.items():
         StoredFeatures.write(directory / "dev" / reader, features, texts)
-    _save(directory / "dev_vectors.npy", encoder.embed(texts).astype(np.float32))
+    save_array(directory / "dev_vectors.npy", encoder.embed(texts).astype(np.float32))
     write_text(directory / "dev_gold.txt", "\n".join("\t".join(query.gold) for query in queries))
 
 
@@ -243,7 +243,7 @@ def sample(queries: list[Query], count: int | None, seed: int) -> list[Query]:
     return [queries[i] for i in kept]
 
 
-def _save(path: Path, array: np.ndarray) -> None:
+def save_array(path: Path, array: np.ndarray) -> None:
     """Write an array so that an interrupted write is never mistaken for a whole one."""
     partial = path.with_name(f"{path.stem}.partial.npy")
     np.save(partial, array, allow_pickle=False)

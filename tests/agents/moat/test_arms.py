@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from mobula.agents.moat import study
 from mobula.agents.moat.config import ARMS as KINDS
 from mobula.agents.moat.config import UNGATED, Config
 from mobula.agents.moat.data import TaskData
 from mobula.agents.moat.moat import stage_facts
 from mobula.agents.moat.stage import ArmContext, steps_for
 from mobula.agents.moat.study import Arms, systems
-from mobula.alternation import DONE, History, Row
+from mobula.alternation import DONE, AlternationConfig, History, Outcome, Row
 from mobula.artifacts import read_jsonl, sha256
 from mobula.config import build
 from mobula.errors import ConfigError
 from mobula.models.causal import CausalModel
 from mobula.models.sft import SftTask, read_pairs
+from mobula.study import System
 from tests.agents.moat.small import run_in
 
 ARMS = ["moat", "moat_no_gate", "noisy_30", "random_pairs", "best_plan", "rft", "extra_steps", "integrated"]
@@ -224,3 +227,21 @@ def test_ablations_are_ungated_and_compared_with_the_ungated_arm(directory: Path
     assert rows["random_pairs"]["compared with"] == "moat_no_gate, iterations 1"
     assert rows["rft"]["compared with"] == "moat"
     assert all(rows[arm]["stages accepted"] == rows[arm]["of those offered"] for arm in (UNGATED, "random_pairs"))
+
+
+def test_an_ungated_arm_does_not_fall_back_to_its_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep-best with iteration 0 among the candidates would be a gate by another name."""
+    chosen: list[int] = []
+    rows = [{"dev_success": value} for value in (0.9, 0.4, 0.5)]
+
+    class Until:
+        def until(self, iteration: int) -> None:
+            chosen.append(iteration)
+
+    monkeypatch.setattr(study, "current_checkpoint", lambda history: history)
+    arms = Arms(SimpleNamespace(alternation=AlternationConfig(monitor="dev_success")), tmp_path, None)
+    monkeypatch.setattr(Arms, "outcome", lambda self, arm, seed: Outcome(rows, 0, "", Until()))
+    for arm in ("moat", "moat_no_gate"):
+        arms.checkpoint(System(arm), 0)
+    arms.checkpoint(System.of("moat_no_gate", iterations=1), 0)
+    assert chosen == [0, 2, 1]

@@ -163,10 +163,15 @@ class Arms(Portable):
         return start.agents(checkpoint.planner, checkpoint.grounder)
 
     def checkpoint(self, system: System, seed: int) -> Checkpoint:
-        """The best iteration by ``alternation.monitor`` among a system's; the last without it."""
+        """The best iteration by ``alternation.monitor`` among a system's; the last without it.
+
+        The start is none of an ungated arm's: to fall back to it is what a gate would do.
+        """
         outcome = self.outcome(system.arm, seed)
         rows = outcome.rows[: dict(system.options).get("iterations", len(outcome.rows)) + 1]
-        return current_checkpoint(outcome.history.until(alternation.best_iteration(rows, self.config.alternation)))
+        skipped = int(not ARMS[system.arm].gate and len(rows) > 1)
+        best = skipped + alternation.best_iteration(rows[skipped:], self.config.alternation)
+        return current_checkpoint(outcome.history.until(best))
 
 
 def _data_facts(data: TaskData) -> DataFacts:

@@ -151,7 +151,10 @@ class Arms(Portable):
         return alternation.run(loop, config, path, seed=seed, cluster=self.cluster, progress=progress)
 
     def bounds(self, arm: str) -> tuple[np.ndarray, np.ndarray]:
-        """The IWAE bound f[S, Q] of dev questions, before the first iteration and at the best one."""
+        """The IWAE bound f[S, Q] of dev questions, before the first iteration and at the best one.
+
+        A question all of whose samples were too long has no bound; it is left out of both.
+        """
         start: list[list[float]] = []
         best: list[list[float]] = []
         for seed in self.config.seeds:
@@ -159,7 +162,9 @@ class Arms(Portable):
             for iteration, values in ((0, start), (outcome.best, best)):
                 scores = outcome.history.until(iteration).rows(DEV_SCORE)
                 values.append([em.weights(score).log_mean_lik for score in scores])
-        return np.array(start), np.array(best)
+        before, after = np.array(start), np.array(best)
+        known = (np.isfinite(before) & np.isfinite(after)).all(0)
+        return before[:, known], after[:, known]
 
     def agent(self, system: System, seed: int, split: str) -> Agent:
         """The agent of a system among the passages of a split."""

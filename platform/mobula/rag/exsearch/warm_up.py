@@ -14,7 +14,7 @@ from mobula.cluster.spec import ClusterSpec
 from mobula.data.worlds.words import words
 from mobula.locks import alone
 from mobula.models.causal import CausalModel, word_tokenizer
-from mobula.models.finetune import MODEL, finetune
+from mobula.models.finetune import MODEL, finetune, save_whole
 from mobula.rag.exsearch.agent import searcher_of
 from mobula.rag.exsearch.chat import MARKERS, QUERY, TURN, chat_of
 from mobula.rag.exsearch.config import SKILL, WARM_UP, Config, Mode
@@ -44,7 +44,7 @@ def start_model(config: Config, directory: Path, seed: int, mode: Mode, cluster:
     path = directory / SKILL / mode.name
     with _alone(path) as missing:
         if missing and config.model.base:
-            fresh(config, seed).save(path / MODEL)
+            save_whole(fresh(config, seed), path / MODEL)
         elif missing:
             log.info("seed %d: skill stage, %s", seed, mode.name)
             fresh(config, seed).save(path / FRESH)

@@ -42,9 +42,10 @@ def run(run: Run) -> Report:
     sessions = Sessions.of(data, plan)
     study = SessionStudy(config, sessions, run.directory, run.cluster)
     with pool(config.parallel if config.parallel > 1 else 0, run.cluster) as workers:
-        evaluated = study.execute(workers)
-    trained = study.trained
-    run.bind("encoder", trained.documents.encoder.hash)
+        study.train_all(workers)
+        trained = study.trained
+        run.bind("encoder", trained.documents.encoder.hash)  # before results of another encoder are read
+        evaluated = study.evaluate_all(workers)
     with one_thread():
         for system, ms in measure_latency(list(study.specs.values()), study.protocol).items():
             evaluated[system].ms = ms

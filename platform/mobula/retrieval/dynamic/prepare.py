@@ -20,7 +20,7 @@ from mobula.models.text import load_static
 from mobula.retrieval.dynamic.chunks import chunk_data, owner
 from mobula.retrieval.dynamic.config import Config
 from mobula.retrieval.lexical import tune
-from mobula.retrieval.prepare import Material, prepare
+from mobula.retrieval.prepare import Material, prepare, save_array
 from mobula.retrieval.search import SearchOptions
 
 log = logging.getLogger(__name__)
@@ -124,4 +124,4 @@ def write_negatives(material: Material, texts: Sequence[str]) -> None:
     for example, (query, own) in enumerate(material.prepared.examples.tolist()):
         others = [rows[hit.doc_id] for hit in results[query].hits if rows[hit.doc_id] != own]
         negatives[example] = others[0] if others else rng.integers(len(rows))
-    np.save(path, negatives, allow_pickle=False)
+    save_array(path, negatives)

@@ -34,9 +34,8 @@ class SessionStudy(SystemTraining):
         """How every system's retriever is made, once everything is trained."""
         return systems(self.config, self.trained)
 
-    def execute(self, workers: Pool) -> dict[SessionSystem, SessionResults]:
-        """Train every system, and only then search; the results by system, its seeds side by side."""
-        self.train_all(workers)
+    def evaluate_all(self, workers: Pool) -> dict[SessionSystem, SessionResults]:
+        """Search with every system, once all are trained; the results by system, its seeds side by side."""
         workers.map(self.evaluate, list(self.specs), range(self.config.evaluation.seeds))
         return {
             system: joined([SessionResults.load(self.path(system, seed)) for seed in self._seeds_of(system)])
