@@ -17,7 +17,7 @@ from mobula.models.finetune import MODEL, FinetuneTask, TokenRow, collate, finet
 from mobula.training import TrainingConfig
 from mobula.training.loop import REFERENCE
 
-ROWS = [TokenRow([3, 4, 5, 1], [0, 2, 1, 1], 0.5, [0.0, -1.0, -2.0, -3.0]), TokenRow([3, 1], [0, 1])]
+ROWS = [TokenRow([3, 4, 5, 1], [0, 2, 1, 1], 0.5), TokenRow([3, 1], [0, 1])]
 
 
 @dataclass
@@ -58,7 +58,6 @@ def test_rows_are_padded_on_the_right() -> None:
     assert batch["ids"].tolist() == [[3, 4, 5, 1], [3, 1, 0, 0]]
     assert batch["attention"].tolist() == [[1, 1, 1, 1], [1, 1, 0, 0]]
     assert batch["mask"].tolist() == [[0, 2, 1, 1], [0, 1, 0, 0]]
-    assert batch["old"].tolist() == [[0, -1, -2, -3], [0, 0, 0, 0]]
     assert batch["weights"].tolist() == [0.5, 1.0]
 
 

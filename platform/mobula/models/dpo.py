@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mobula.models.finetune import FinetuneTask, TokenRow, row_log_probs
+from mobula.models.finetune import FinetuneTask, TokenRow, row_log_probs, without_dropout
 
 REFERENCE_BATCH = 32  # pairs
 
@@ -54,11 +54,7 @@ class DpoTask(FinetuneTask):
 
     def build(self) -> nn.Module:
         """The network to start with, without dropout: the reference has none either."""
-        network = super().build()
-        for module in network.modules():
-            if isinstance(module, nn.Dropout):
-                module.p = 0.0
-        return network
+        return without_dropout(super().build())
 
     def reference(self, model: nn.Module) -> dict[str, Tensor]:
         """log pi_ref of both continuations of every pair, f32[P, 2]."""

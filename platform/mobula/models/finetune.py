@@ -35,15 +35,11 @@ class LoraConfig:
 
 @dataclass(frozen=True)
 class TokenRow:
-    """A training row: token ids, and by token 0 (given) or the kind of what is learned (1, 2, ... as the loss says).
-
-    ``old``: log p of every token under the policy that sampled the row, where a ratio to it is learned.
-    """
+    """A training row: token ids, and by token 0 (given) or the kind of what is learned (1, 2, ... as the loss says)."""
 
     ids: list[int]
     mask: list[int]
     weight: float = 1.0
-    old: list[float] | None = None
 
     @classmethod
     def of(cls, prompt: Sequence[int], target: Sequence[int]) -> TokenRow:
@@ -59,19 +55,15 @@ class TokenRow:
 def collate(rows: Sequence[TokenRow]) -> dict[str, Tensor]:
     """Rows as tensors, padded on the right with 0.
 
-    ``ids``, ``attention`` (1 on real tokens) and ``mask`` (what is learned) i64[R, n], ``old`` f32[R, n], 0 where
-    there is none, ``weights`` f32[R].
+    ``ids``, ``attention`` (1 on real tokens) and ``mask`` (what is learned) i64[R, n], ``weights`` f32[R].
     """
     length = max(len(row.ids) for row in rows)
     ids, attention, mask = (torch.zeros(len(rows), length, dtype=torch.long) for _ in range(3))
-    old = torch.zeros(len(rows), length)
     for i, row in enumerate(rows):
         end = len(row.ids)
         ids[i, :end], mask[i, :end], attention[i, :end] = torch.tensor(row.ids), torch.tensor(row.mask), 1
-        if row.old is not None:
-            old[i, :end] = torch.tensor(row.old)
     weights = torch.tensor([row.weight for row in rows])
-    return {"ids": ids, "attention": attention, "mask": mask, "old": old, "weights": weights}
+    return {"ids": ids, "attention": attention, "mask": mask, "weights": weights}
 
 
 def next_token_logits(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
@@ -88,6 +80,14 @@ def token_log_probs(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
 def row_log_probs(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     """Sum f32[R] of the log-probabilities of each row's learned tokens."""
     return token_log_probs(model, batch).masked_fill(batch["mask"][:, 1:] == 0, 0.0).sum(1)
+
+
+def without_dropout(network: nn.Module) -> nn.Module:
+    """The network with its dropout off, so that it trains as the reference scores."""
+    for module in network.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    return network
 
 
 @dataclass

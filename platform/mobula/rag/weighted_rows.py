@@ -8,12 +8,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
-from mobula.artifacts import read_jsonl, write_jsonl
-from mobula.cluster.pool import Row
+from mobula.artifacts import write_jsonl
 from mobula.models.causal import CausalModel
-from mobula.models.finetune import FinetuneTask, TokenRow, token_log_probs
+from mobula.models.finetune import FinetuneTask, TokenRow, token_log_probs, without_dropout
 from mobula.rag.objective import ANSWER, clipped_loss, em_loss, learned_tokens
 
 DATA = "rows.jsonl"
@@ -30,11 +31,6 @@ class QueryRows:
 def write_rows(path: Path, queries: Iterable[QueryRows]) -> None:
     """Write the rows of queries, a line a query."""
     write_jsonl(path, ({"before": q.before, "rows": [asdict(row) for row in q.rows]} for q in queries))
-
-
-def read_rows(path: Path) -> list[QueryRows]:
-    """What :func:`write_rows` wrote."""
-    return [_query_rows(line) for line in read_jsonl(path)]
 
 
 def log_joint(model: CausalModel, rows: Sequence[TokenRow]) -> Iterator[tuple[float, float]]:
@@ -56,15 +52,21 @@ class RowsTask(FinetuneTask):
     """Train the model saved in ``start`` on the rows of ``data``; an example is a query with all its rows.
 
     ``answer`` is the weight of answer tokens. With ``clip`` the loss is a policy gradient, clipped by the ratio to the
-    model that sampled the rows.
+    model in ``start``, which must have sampled the rows. Its log-probabilities are the trainer's, at the training's
+    precision: a sampler's differ from them, and the ratio would not begin at 1.
     """
 
     answer: float = 1.0
     clip: float | None = None
 
+    def build(self) -> nn.Module:
+        """The network to start with; under a policy gradient without dropout."""
+        network = super().build()
+        return network if self.clip is None else without_dropout(network)
+
     def read(self, line: Any) -> Sequence[TokenRow]:
         """The rows of a query."""
-        return _query_rows(line).rows
+        return [TokenRow(**row) for row in line["rows"]]
 
     def rows(self, example: Any) -> Sequence[TokenRow]:
         """All of them."""
@@ -80,15 +82,35 @@ class RowsTask(FinetuneTask):
         """The share of tokens that are learned."""
         return self.target_tokens / sum(len(row.ids) for query in self.items for row in query)
 
+    def reference(self, model: nn.Module) -> dict[str, Tensor]:
+        """Under a policy gradient, log p f32[N] of all tokens but rows' first ones, row after row."""
+        if self.clip is None:
+            return {}
+        device, found = next(model.parameters()).device, []
+        for index in range(self.examples):
+            batch = super().batch(torch.tensor([index]), torch.Generator())
+            log_probs = token_log_probs(model, {name: part.to(device) for name, part in batch.items()}).cpu()
+            found.append(log_probs[batch["attention"][:, 1:] == 1])
+        return {"log_probs": torch.cat(found)}
+
+    def refer(self, references: dict[str, Tensor]) -> None:
+        """Keep the reference's log-probabilities, by query and row."""
+        counts = [[len(row.ids) - 1 for row in query] for query in self.items]
+        queries = references["log_probs"].split([sum(count) for count in counts])
+        self._old = [query.split(count) for query, count in zip(queries, counts, strict=True)]
+
+    def batch(self, indices: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+        """As :class:`.FinetuneTask`; under a policy gradient with ``old`` f32[R, n - 1], the reference's log p."""
+        batch = super().batch(indices, generator)
+        if self.clip is None:
+            return batch
+        old = [row for i in indices.tolist() for row in self._old[i]]
+        return {**batch, "old": pad_sequence(old, batch_first=True)}
+
     def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor | float]]:
         """The weighted loss of the batch's queries; parts of a batch with equally many queries average to its loss."""
         log_probs = token_log_probs(model, batch)
         mask, queries = batch["mask"][:, 1:], int(batch["examples"])
         if self.clip is None:
             return em_loss(log_probs, mask, batch["weights"], queries, self.tokens, self.answer), {}
-        old = batch["old"][:, 1:]
-        return clipped_loss(log_probs, old, mask, batch["weights"], queries, self.tokens, self.clip), {}
-
-
-def _query_rows(line: Row) -> QueryRows:
-    return QueryRows([TokenRow(**row) for row in line["rows"]], line["before"])
+        return clipped_loss(log_probs, batch["old"], mask, batch["weights"], queries, self.tokens, self.clip), {}

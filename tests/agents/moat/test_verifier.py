@@ -39,7 +39,7 @@ def verifier(worlds: dict[str, World], tasks: list[Task], tmp_path_factory: pyte
     write_pairs(folder / "pairs.jsonl", verifier_pairs(model, list(gold_cases(worlds, tasks))))
     finetune(
         SftTask(folder / "fresh", folder / "pairs.jsonl"),
-        replace(small.TRAINING, batch=24, lr=2e-3, steps=300),
+        replace(small.TRAINING, batch=24, lr=2e-3, steps=450),
         folder,
         seed=0,
         name="verifier",

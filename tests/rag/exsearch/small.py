@@ -6,9 +6,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from mobula.artifacts import read_jsonl
 from mobula.config import build
 from mobula.models.causal import CausalModel, Continuation, Sampling
-from mobula.models.finetune import finetune
+from mobula.models.finetune import TokenRow, finetune
 from mobula.rag.em import SampleWorker
 from mobula.rag.exsearch import artifact
 from mobula.rag.exsearch.agent import Agent, searcher_of
@@ -18,7 +19,7 @@ from mobula.rag.exsearch.exsearch import Trajectories
 from mobula.rag.exsearch.rollout import Rollouts
 from mobula.rag.exsearch.warm_up import fresh, oracle_of
 from mobula.rag.search import Retrying, Searcher
-from mobula.rag.weighted_rows import RowsTask, write_rows
+from mobula.rag.weighted_rows import QueryRows, RowsTask, write_rows
 from mobula.training import TrainingConfig
 
 CONFIG: dict[str, Any] = {
@@ -35,6 +36,11 @@ CONFIG: dict[str, Any] = {
     "evaluation": {"decisive": False, "resamples": 200},
 }
 Say = Callable[[str], str]
+
+
+def read_rows(path: Path) -> list[QueryRows]:
+    """What :func:`write_rows` wrote."""
+    return [QueryRows([TokenRow(**row) for row in line["rows"]], line["before"]) for line in read_jsonl(path)]
 
 
 def config(**changes: Any) -> Config:

@@ -16,7 +16,7 @@ import torch
 from mobula.alternation import Row
 from mobula.errors import ConfigError, DataError
 from mobula.models.causal import CausalModel, Continuation
-from mobula.models.finetune import TokenRow, collate, token_log_probs
+from mobula.models.finetune import TokenRow
 from mobula.rag.em import ScoreWorker, SnapshotMismatch
 from mobula.rag.exsearch import rollout as rollout_module
 from mobula.rag.exsearch.agent import Agent, SolveWorker
@@ -26,7 +26,7 @@ from mobula.rag.exsearch.exsearch import ExSearch, QGainWorker, Trajectories
 from mobula.rag.exsearch.report import claims_of, require_search, warnings
 from mobula.rag.exsearch.trajectory import Trajectory, rows
 from mobula.rag.exsearch.warm_up import fresh, oracle_of
-from mobula.rag.weighted_rows import QueryRows, RowsTask, read_rows, write_rows
+from mobula.rag.weighted_rows import QueryRows, RowsTask, write_rows
 from mobula.study import Results, System
 from tests.rag.exsearch import small
 
@@ -355,7 +355,7 @@ def test_the_loss_is_the_weighted_sum_over_learned_tokens(task: RowsTask) -> Non
     network = task.build()
     loss, _ = task.loss(network, task.batch(torch.arange(4), torch.Generator()))
     model, expected = CausalModel.open(str(task.start)), 0.0
-    every = [row for query in read_rows(task.data) for row in query.rows]
+    every = [row for query in small.read_rows(task.data) for row in query.rows]
     for row in every:
         (said,) = model.log_probs([row.ids[:1]], [row.ids[1:]])
         expected -= row.weight * sum(p for p, kind in zip(said.tolist(), row.mask[1:], strict=True) if kind)
@@ -392,15 +392,14 @@ def test_weights_are_constants(task: RowsTask) -> None:
 
 
 def test_a_ratio_beyond_its_clip_teaches_nothing(agent: Agent, task: RowsTask) -> None:
-    found = [row for query in read_rows(task.data) for row in query.rows][:1]
-    ids = collate(found)
-    said = token_log_probs(task.build(), ids).detach()[0].tolist()
+    found = [row for query in small.read_rows(task.data) for row in query.rows][:1]
     moved = {"same": 0.0, "risen": -1.0, "fallen": 1.0}
 
     def norm(kind: str, advantage: float) -> float:
-        old = [0.0, *(p + moved[kind] for p in said)]
-        write_rows(task.data, [QueryRows([replace(found[0], weight=advantage, old=old)])])
+        write_rows(task.data, [QueryRows([replace(found[0], weight=advantage)])])
         clipped = RowsTask(task.start, task.data, clip=0.2)
+        with torch.no_grad():
+            clipped.refer({"log_probs": clipped.reference(clipped.build())["log_probs"] + moved[kind]})
         return float(gradient(clipped, [[0]])[1].norm())
 
     assert norm("same", 1.0) > 0 and norm("fallen", 1.0) > 0 and norm("risen", -1.0) > 0
@@ -408,7 +407,7 @@ def test_a_ratio_beyond_its_clip_teaches_nothing(agent: Agent, task: RowsTask) -
 
 
 def test_the_gain_of_q_is_what_a_training_has_gained(agent: Agent, task: RowsTask) -> None:
-    rows_of = read_rows(task.data)[0].rows
+    rows_of = small.read_rows(task.data)[0].rows
     item = {"rows": [asdict(row) for row in rows_of], "before": -10.0}
     (found,) = QGainWorker(agent).process([item], 0)
     plain = 0.0
@@ -471,7 +470,7 @@ def _threads() -> Iterator[None]:
 def test_rows_keep_their_order_and_weights(tmp_path: Path) -> None:
     made = [QueryRows([TokenRow([1, 2], [0, 1], 0.25), TokenRow([1, 3], [0, 2], 0.75)], -3.0), QueryRows([], None)]
     write_rows(tmp_path / "rows.jsonl", made)
-    assert read_rows(tmp_path / "rows.jsonl") == made
+    assert small.read_rows(tmp_path / "rows.jsonl") == made
 
 
 def test_a_trajectory_teaches_the_gold_answer_and_not_its_own(agent: Agent, samples: list[Row]) -> None:

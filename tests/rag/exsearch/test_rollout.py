@@ -190,8 +190,9 @@ def test_tokens_that_are_trained_on_are_those_that_were_sampled() -> None:
     given = [token for turn in found.turns if turn.role == "user" for token in turn.ids]
     assert [token for token, kind in zip(row.ids, row.mask, strict=True) if kind == 0] == given
     (own,) = own_rows(found, -0.1)
-    assert own.old is not None and len(own.old) == len(own.ids)
-    assert [p != 0 for p in own.old] == [kind > 0 for kind in own.mask]
+    context = len(found.context)
+    assert own.mask[:context] == row.mask[:context]
+    assert found.answer is not None and own.ids == [*found.context, *found.answer.ids]
 
 
 def test_a_trajectory_is_read_as_it_was_written() -> None:

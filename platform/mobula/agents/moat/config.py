@@ -27,7 +27,7 @@ class Arm:
     left of their own programs (``criticised``), programs that ``solved`` the task, the ``gold`` ones, or nothing.
     ``critic`` and ``noise``: who judges; empty: as configured. ``gate``: whether a stage can be rejected.
     ``max_iterations``: where it ends at the latest. ``against``: the arm that it is compared with; empty: the first.
-    ``budget_matched``: training is as long as that of the arm it is compared with, counted in target tokens.
+    ``budget_matched``: agents whose training is as long as in the arm it is compared with, counted in target tokens.
     """
 
     planner: str = ""
@@ -36,7 +36,7 @@ class Arm:
     noise: float = 0.0
     gate: bool = True
     max_iterations: int | None = None
-    budget_matched: bool = False
+    budget_matched: tuple[str, ...] = ()
     against: str = ""
 
 
@@ -54,9 +54,9 @@ ARMS = {
     "noisy_10": _ablation("preferred", "criticised", critic="noisy", noise=0.1, max_iterations=1),
     "noisy_30": _ablation("preferred", "criticised", critic="noisy", noise=0.3, max_iterations=1),
     "random_pairs": _ablation("random", "criticised", max_iterations=1),
-    "best_plan": _ablation("best", "criticised", max_iterations=1, budget_matched=True),
-    "rft": Arm("solved", "solved", critic="execution", budget_matched=True),
-    "extra_steps": Arm("gold", "gold", budget_matched=True),
+    "best_plan": _ablation("best", "criticised", max_iterations=1, budget_matched=("planner",)),
+    "rft": Arm("solved", "solved", critic="execution", budget_matched=("planner", "grounder")),
+    "extra_steps": Arm("gold", "gold", budget_matched=("planner", "grounder")),
 }
 # One model that writes plan and program, trained on the gold rows for as long as the first arm's two are.
 INTEGRATED = "integrated"

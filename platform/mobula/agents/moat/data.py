@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar, Literal
 
-from mobula.agents.language import Tool
+from mobula.agents.language import MOST_STATEMENTS, Tool
 from mobula.agents.moat.config import Config
 from mobula.agents.worlds import GROUNDER_STYLES, PLANNER_STYLES, Task, World
 from mobula.agents.worlds.world import STYLES
@@ -177,13 +177,22 @@ class TaskData(Portable):
         rows = [(task, template.join(str(task.gold_plan), str(task.gold_actions))) for task in self.tasks["train"]]
         return self.planning(model, rows)
 
-    def tokenizer(self, *words: str) -> Any:
-        """A tokenizer of the words of the train split: tasks, programs, plans of every style; and some more ``words``.
+    def unwritable(self, model: CausalModel, split: str) -> int:
+        """How many gold programs of a split have words that the model does not know, so that it cannot write them."""
+        programs = [task.gold_actions for task in self.tasks[split] if task.gold_actions]
+        unknown = model.tokenizer.unk_token_id
+        return 0 if unknown is None else sum(unknown in model.encode(program) for program in programs)
 
-        Words of other splits that are not among them are unknown, as they are to a trained model.
+    def tokenizer(self, *words: str) -> Any:
+        """A tokenizer of the words of the train split, in tasks, programs and plans of every style, and ``words``.
+
+        What the action language itself defines is known as well (tools, numbered results and subgoals, constants of the
+        worlds); other words of other splits are unknown, as they are to a trained model.
         """
         rng, shares = random.Random(0), [[float(i == s) for i in range(len(STYLES))] for s in range(len(STYLES))]
-        texts = [ACT, *words]
+        texts = [ACT, *words, *(f"S{number}: R{number} =" for number in range(1, MOST_STATEMENTS + 1))]
+        for world in self.worlds.values():
+            texts += [*world.tools(), *world.constants()]
         for task in self.tasks["train"]:
             world, actions = self.worlds[task.family], str(task.gold_actions)
             plans = [world.annotated(task, styles, rng) for styles in shares]

@@ -38,7 +38,7 @@ CHECKPOINT, PREFERENCES = "checkpoint.json", "preferences.jsonl"
 class ArmContext:
     """What all phases of one arm and seed share: the tasks and the independent agents that they start from.
 
-    ``budget``: target tokens that the arm may learn from, by agent and iteration; None: as many as it likes.
+    ``budget``: target tokens by agent and iteration that those of its agents learn from which are budget-matched.
     """
 
     config: Config
@@ -186,7 +186,8 @@ class Stage:
         if isinstance(training, str):
             return skipped(training)
         config = replace(training.config, lr=training.config.lr * 3.0**-attempt)
-        if arm.budget is not None:
+        if self.agent in arm.arm.budget_matched:
+            assert arm.budget is not None
             tokens = arm.budget[self.agent][context.iteration]
             if tokens == 0:
                 return skipped("the arm that it is compared with trained nothing here")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -23,6 +23,7 @@ from mobula.alternation import Outcome, Row
 from mobula.cluster.spec import ClusterSpec
 from mobula.config import digest
 from mobula.experiment import DataFacts, Report, Run
+from mobula.models.causal import CausalModel
 from mobula.models.finetune import MODEL
 from mobula.portable import Portable
 from mobula.study import Study, System, arm_directory
@@ -49,6 +50,7 @@ def run(run: Run) -> Report:
     outcomes = {arm: [arms.outcome(arm, seed) for seed in config.seeds] for arm in alternating}
     build_report(report, config, results, outcomes)
     checkpoint = arms.checkpoint(System(first), config.seed)
+    report.notes.extend(_unwritable(arms.data, CausalModel.open(str(checkpoint.grounder))))
     artifact.write(run.artifact_directory, arms.data, checkpoint, outcomes[first][0].rows)
     return report
 
@@ -172,6 +174,12 @@ class Arms(Portable):
         skipped = int(not ARMS[system.arm].gate and len(rows) > 1)
         best = skipped + alternation.best_iteration(rows[skipped:], self.config.alternation)
         return current_checkpoint(outcome.history.until(best))
+
+
+def _unwritable(data: TaskData, model: CausalModel) -> Iterator[str]:
+    for split in TESTS:
+        if count := data.unwritable(model, split):
+            yield f"tasks {split}: {count} have gold programs with words that the agents do not know"
 
 
 def _data_facts(data: TaskData) -> DataFacts:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from fractions import Fraction
 from itertools import pairwise, product
 from typing import Any
@@ -23,6 +24,7 @@ from mobula.agents.worlds.world import Form, Generated, Task, matched, operand
 
 HELD_OUT_PAIRS = {("-", "*"), ("*", "+")}
 PAIRS = sorted(set(product("+-*", repeat=2)) - HELD_OUT_PAIRS)
+NUMBERS = 10  # 0 to 9
 DISTRACTED = 0.3  # share of tasks with a number that nothing needs
 NAMES = ("anna", "ben", "carla", "dan")
 THINGS = ("apples", "stamps", "coins", "cards")
@@ -78,6 +80,10 @@ class Arith(Generated):
             )
         }
 
+    def constants(self) -> Sequence[str]:
+        """The numbers, and what stands between them."""
+        return [*map(str, range(NUMBERS)), *SUBGOALS]
+
     def draw(self, rng: random.Random, held_out: bool) -> Form:
         """Held-out forms are of the three kinds in equal shares."""
         kind = rng.choice(("pair", "chain", "distractor")) if held_out else "trained"
@@ -87,13 +93,13 @@ class Arith(Generated):
             operators = _chain(rng)
         else:
             operators = rng.choice(PAIRS)
-        numbers = [rng.randrange(10) for _ in range(len(operators) + 1)]
+        numbers = [rng.randrange(NUMBERS) for _ in range(len(operators) + 1)]
         position = None
         if kind == "distractor":
             position = 1
         elif rng.random() < DISTRACTED:
             position = rng.choice((0, len(operators)))
-        distractor = None if position is None else (position, rng.randrange(10))
+        distractor = None if position is None else (position, rng.randrange(NUMBERS))
         composition = f"arith:{''.join(operators)}" + (":between" if kind == "distractor" else "")
         return Form(composition, _program(operators, numbers), (operators, tuple(numbers), distractor))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from fractions import Fraction
 from functools import cached_property
 from itertools import pairwise, product
@@ -82,6 +83,10 @@ class Kb(Generated):
                 Tool("Retrieve", ("text", "number"), "the facts nearest to a text", self._retrieve),
             )
         }
+
+    def constants(self) -> Sequence[str]:
+        """Entities, and relations as the schema names them."""
+        return [*ENTITIES, *RELATIONS]
 
     def draw(self, rng: random.Random, held_out: bool) -> Form:
         """Held-out forms are of the three kinds in equal shares."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import product
@@ -80,6 +81,10 @@ class Shop(Generated):
                 Tool("Buy", ("any",), "buys the cheapest of them", _buy),
             )
         }
+
+    def constants(self) -> Sequence[str]:
+        """Types, attributes and prices."""
+        return [*TYPES, *COLOURS, *SIZES, *map(str, PRICES)]
 
     def draw(self, rng: random.Random, held_out: bool) -> Form:
         """Held-out forms are of the three kinds in equal shares."""

@@ -88,6 +88,10 @@ class World(ABC):
         """Whether a plan is one: here, numbered steps."""
         return read_plan(plan) is not None
 
+    def constants(self) -> Sequence[str]:
+        """Every word that arguments of programs may have, where those are a closed set; nothing by default."""
+        return ()
+
     def warm(self) -> None:  # noqa: B027
         """Open what tools would open on first use; nothing by default."""
 

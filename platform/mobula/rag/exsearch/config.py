@@ -224,6 +224,9 @@ class Config(StudyConfig):
             yield f"arms: {self.arms[0]} does not alternate, so it cannot be the first"
         if self.model.width % self.model.heads or self.model.width // self.model.heads % 2:
             yield f"model.width={self.model.width} does not divide into model.heads={self.model.heads} of even width"
+        if self.em.start_from != "previous":
+            for arm in (arm for arm in self.arms if arm in ARMS and ARMS[arm].learns == "policy"):
+                yield f"em.start_from={self.em.start_from}: {arm} learns from ratios to the model that sampled"
         if self.em.weights.correction == "exact" and self.rollout.top_p != 1:
             yield "em.weights.correction=exact needs rollout.top_p=1: it cannot correct for what is never drawn"
         if self.em.weights.correction == "exact" and self.rollout.on_malformed != "terminate":

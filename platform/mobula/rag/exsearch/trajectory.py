@@ -37,12 +37,6 @@ class Turn:
         """A turn that nobody learns."""
         return cls(role, text, list(ids), [GIVEN] * len(ids), [], [])
 
-    @property
-    def aligned(self) -> list[float]:
-        """``log_probs`` by token, 0 where none was sampled."""
-        sampled = iter(self.log_probs)
-        return [next(sampled) if kind else 0.0 for kind in self.mask]
-
 
 @dataclass
 class Aside:
@@ -210,26 +204,21 @@ def parse_fact(text: str) -> tuple[str, bool]:
 
 def rows(trajectory: Trajectory, gold: Sequence[int], weight: float) -> list[TokenRow]:
     """The rows of a trajectory under EM: its own tokens and the GOLD answer, and each aside by itself."""
-    return _with_asides(trajectory, [*gold], [ANSWER] * len(gold), None, weight)
+    return _with_asides(trajectory, [*gold], [ANSWER] * len(gold), weight)
 
 
 def own_rows(trajectory: Trajectory, weight: float) -> list[TokenRow]:
-    """The same with the answer that was sampled, and with log-probabilities: what a policy gradient learns from."""
+    """The same with the answer that was sampled: what a policy gradient learns from."""
     answer = trajectory.answer
     assert answer is not None
     mask = [ANSWER if kind else GIVEN for kind in answer.mask]
-    return _with_asides(trajectory, answer.ids, mask, answer.aligned, weight)
+    return _with_asides(trajectory, answer.ids, mask, weight)
 
 
-def _with_asides(
-    trajectory: Trajectory, answer: list[int], mask: list[int], old: list[float] | None, weight: float
-) -> list[TokenRow]:
-    turns = trajectory.turns
-    kinds = [*(kind for turn in turns for kind in turn.mask), *mask]
-    before = None if old is None else [*(p for turn in turns for p in turn.aligned), *old]
-    result = [TokenRow([*trajectory.context, *answer], kinds, weight, before)]
+def _with_asides(trajectory: Trajectory, answer: list[int], mask: list[int], weight: float) -> list[TokenRow]:
+    kinds = [*(kind for turn in trajectory.turns for kind in turn.mask), *mask]
+    result = [TokenRow([*trajectory.context, *answer], kinds, weight)]
     for aside in trajectory.asides:
         prompt, turn = aside.prompt, aside.turn
-        own = None if old is None else [0.0] * len(prompt) + turn.aligned
-        result.append(TokenRow([*prompt, *turn.ids], [GIVEN] * len(prompt) + turn.mask, weight, own))
+        result.append(TokenRow([*prompt, *turn.ids], [GIVEN] * len(prompt) + turn.mask, weight))
     return result
