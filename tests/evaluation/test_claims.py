@@ -5,8 +5,9 @@ import pytest
 from scipy import stats
 
 from mobula.errors import MobulaError
-from mobula.evaluation.claims import always, compare, equivalent, exceeds, holm, verdict
+from mobula.evaluation.claims import always, compare, equivalent, exceeds, holm, holm_by_statement, verdict
 from mobula.evaluation.intervals import matched_level
+from mobula.experiment import Claim
 
 
 def test_verdicts():
@@ -128,3 +129,16 @@ def test_claim_at_a_matched_level():
     # At 4 calls: 0.7 against 0.3 + 0.4 / 3 at 4 of [3, 6] calls.
     assert claim.effect == pytest.approx(0.7 - (0.3 + 0.4 / 3), abs=0.03)
     assert claim.verdict == "holds"
+
+
+def test_claims_that_speak_for_one_statement_are_corrected_together():
+    """p = 0.03 holds alone and not as one of two; another statement's claims, and those without p, do not count."""
+
+    def claim(name: str, p: float | None) -> Claim:
+        return Claim(name, "exceeds", 1.0, 0.1, 1.9, 100, "holds", p)
+
+    made = [claim("F1 a b", 0.03), claim("K dense", 0.03), claim("F1 a c", 0.2), claim("monotone", None)]
+    found = holm_by_statement(made)
+    assert [one.name for one in found] == [one.name for one in made]
+    assert [one.p for one in found] == [pytest.approx(0.06), 0.03, 0.2, None]
+    assert [one.verdict for one in found] == ["undecided", "holds", "undecided", "holds"]

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from mobula.retrieval.paradigms import EPSILON, autoregressive_loss, diffusion_loss, mask_codes, masking_rates
+from mobula.retrieval.paradigms import EPSILON, MEAN_RATE, code_loss, diffusion_loss, mask_codes, masking_rates
 
 B, L, K = 6, 4, 8
 
@@ -32,12 +32,27 @@ def test_loss_only_masked(weight: str) -> None:
     assert touched.tolist() == [False, True, False, False]
 
 
-def test_uniform_is_the_mean_over_masked_positions() -> None:
+def test_uniform_weighs_masked_positions_alike() -> None:
     logits, codes = example()
     z = mask_codes(codes, torch.full((B,), 0.5), generator())
     losses = -torch.log_softmax(logits, -1).gather(-1, codes.unsqueeze(-1)).squeeze(-1)
-    expected = losses[z == -1].mean()
+    expected = losses[z == -1].sum() / (B * L * MEAN_RATE)
     assert diffusion_loss(logits, codes, z, torch.full((B,), 0.5), "uniform").item() == pytest.approx(expected.item())
+
+
+def test_the_mean_masking_rate_is_that_of_the_rates() -> None:
+    assert masking_rates(10_000, generator()).mean().item() == pytest.approx(MEAN_RATE, abs=1e-4)
+
+
+@pytest.mark.parametrize("weight", ["uniform", "elbo"])
+def test_the_loss_of_a_batch_is_the_mean_of_its_parts(weight: str) -> None:
+    """Examples have different numbers of masked positions; a mean over each part's own would not add up."""
+    logits, codes = example()
+    rates = masking_rates(B, generator())
+    z = mask_codes(codes, rates, generator())
+    assert len({row.eq(-1).sum().item() for row in z}) > 1
+    parts = [diffusion_loss(*(each[i : i + 2] for each in (logits, codes, z, rates)), weight) for i in range(0, B, 2)]
+    assert torch.stack(parts).mean().item() == pytest.approx(diffusion_loss(logits, codes, z, rates, weight).item())
 
 
 def test_elbo_normalised_by_l_not_by_masked_count() -> None:
@@ -106,7 +121,7 @@ def test_codes_are_masked_at_their_rate() -> None:
 def test_the_twin_loss_is_the_mean_log_likelihood() -> None:
     logits, codes = example()
     expected = -torch.log_softmax(logits, -1).gather(-1, codes.unsqueeze(-1)).mean()
-    assert autoregressive_loss(logits, codes).item() == pytest.approx(expected.item())
+    assert code_loss(logits, codes).item() == pytest.approx(expected.item())
 
 
 def test_masks_depend_on_the_generator_alone() -> None:

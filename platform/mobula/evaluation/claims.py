@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -92,6 +92,22 @@ def holm(claims: Sequence[Claim]) -> list[Claim]:
         survives = least <= 1 - LEVEL + 1e-9
         adjusted[i] = replace(claim, p=least, verdict=claim.verdict if survives else "undecided")
     return adjusted
+
+
+def holm_by_statement(claims: Iterable[Claim]) -> list[Claim]:
+    """:func:`holm` within every family of claims whose names begin with the same word, such as ``F1 a b`` and ``F1 c``.
+
+    They speak for one statement of several systems. Claims without a p-value are left as they are.
+    """
+    found = list(claims)
+    families: dict[str, list[int]] = {}
+    for i, claim in enumerate(found):
+        if claim.p is not None:
+            families.setdefault(claim.name.split()[0], []).append(i)
+    for places in families.values():
+        for i, corrected in zip(places, holm([found[i] for i in places]), strict=True):
+            found[i] = corrected
+    return found
 
 
 def always(name: str, statement: str, values: Sequence[float], *, least: float = 0.0, decisive: bool = True) -> Claim:

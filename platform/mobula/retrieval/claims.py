@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mobula.evaluation.claims import compare
+from mobula.evaluation.claims import compare, holm_by_statement
 from mobula.experiment import Claim
 from mobula.retrieval.config import Config
 from mobula.retrieval.decoding.recovery import Recovery
@@ -47,11 +47,8 @@ class Claims:
     recovered: Mapping[Decoded, Sequence[Recovery]]
 
     def all(self) -> Iterator[Claim]:
-        """Every claim that the experiment has the systems for, A to G."""
-        yield from self._quality()
-        yield from self._threshold()
-        yield from self._latency()
-        yield from self._recovery()
+        """Every claim that the experiment has the systems for, A to G; Holm's correction within a statement."""
+        yield from holm_by_statement([*self._quality(), *self._threshold(), *self._latency(), *self._recovery()])
 
     def comparisons(self) -> Iterator[Comparison]:
         """Claims A, F, G and E, which compare ranking quality."""

@@ -6,7 +6,7 @@ gives log p(c_l | z, q) for every position l. Three paradigms differ in what is 
 
 masked diffusion (the method)
     t ~ U(0, 1), p = (1 - e) t + e; each c_l becomes [MASK] with probability p, the query never.
-    Loss: sum over masked l of -log p(c_l | z, q), as their mean or with the weight 1/p of the bound on -log p(c | q).
+    Loss: sum over masked l of -log p(c_l | z, q), all alike or with the weight 1/p of the bound on -log p(c | q).
     Decoder: z = [MASK]^L; T times, predict all masked positions and commit the most confident ones.
 autoregressive (the twin, on the same network with causal attention)
     Nothing is hidden: the network shifts c right by one. Loss: mean over l of -log p(c_l | c_<l, q).
@@ -35,6 +35,7 @@ from mobula.retrieval.network import MASK, DocidModel, NetworkKind
 from mobula.retrieval.search import SearchOptions
 
 EPSILON = 1e-3  # smallest masking probability; bounds the weight 1/p
+MEAN_RATE = (1 + EPSILON) / 2  # of masking_rates
 
 
 # The forward process: what is hidden of a docid
@@ -60,17 +61,18 @@ def diffusion_loss(logits: Tensor, codes: Tensor, z: Tensor, rates: Tensor, weig
     """Cross-entropy of the masked positions of z.
 
     ``elbo`` is the bound on -log p(c|q) per level: (1/B) sum_b (1/L) sum_{i masked} CE / p_b (MDLM, eq. 10).
-    ``uniform`` is the mean over all masked positions of the batch. An empty mask contributes 0.
+    ``uniform`` is their sum over the number that is masked on average: a mean over examples, so that a position weighs
+    the same however a batch is divided. An empty mask contributes 0.
     """
     masked = z == MASK
     losses = F.cross_entropy(logits.transpose(1, 2).float(), codes, reduction="none") * masked
     if weight == "elbo":
         return (losses / rates[:, None]).sum() / codes.numel()
-    return losses.sum() / masked.sum().clamp(min=1)
+    return losses.sum() / (codes.numel() * MEAN_RATE)
 
 
-def autoregressive_loss(logits: Tensor, codes: Tensor) -> Tensor:
-    """Mean of -log p(c_l | c_<l, q) over batch and levels."""
+def code_loss(logits: Tensor, codes: Tensor) -> Tensor:
+    """Mean over batch and levels of -log p(c_l | c_<l, q), or of -log p(c_l | q) where positions see no others."""
     return F.cross_entropy(logits.transpose(1, 2).float(), codes)
 
 
@@ -142,8 +144,8 @@ class Autoregressive(Paradigm):
         return {"z": codes}
 
     def loss(self, logits: Tensor, batch: dict[str, Tensor], weight: str) -> Tensor:
-        """See :func:`autoregressive_loss`."""
-        return autoregressive_loss(logits, batch["codes"])
+        """See :func:`code_loss`."""
+        return code_loss(logits, batch["codes"])
 
     def decoder(self, model: DocidModel, table: DocidTable) -> Decoder | ArDecoder:
         """A beam through the trie of corpus codes."""
@@ -162,7 +164,11 @@ class Classifier(MaskedDiffusion):
 
     def corrupt(self, codes: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
         """Mask everything: t = 1."""
-        return {"z": torch.full_like(codes, MASK), "rates": torch.ones(len(codes))}
+        return {"z": torch.full_like(codes, MASK)}
+
+    def loss(self, logits: Tensor, batch: dict[str, Tensor], weight: str) -> Tensor:
+        """See :func:`code_loss`: all positions are masked."""
+        return code_loss(logits, batch["codes"])
 
 
 PARADIGMS: dict[str, Paradigm] = {each.name: each for each in (MaskedDiffusion(), Autoregressive(), Classifier())}

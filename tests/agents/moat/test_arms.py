@@ -11,7 +11,7 @@ import pytest
 
 from mobula.agents.moat import study
 from mobula.agents.moat.config import ARMS as KINDS
-from mobula.agents.moat.config import UNGATED, Config
+from mobula.agents.moat.config import INDEPENDENT, UNGATED, Config
 from mobula.agents.moat.data import TaskData
 from mobula.agents.moat.moat import stage_facts
 from mobula.agents.moat.stage import ArmContext, steps_for
@@ -160,6 +160,17 @@ def test_arms_end_after_their_iterations_and_are_compared_at_equal_ones(director
     assert statements["C5 random_pairs"].startswith("moat_no_gate, iterations 1 beats")
     assert statements["C6 noisy_30"].startswith("moat_no_gate, iterations 1 beats")
     assert statements["C7 rft"].startswith("moat beats")
+    compared = {name.split()[1] for name in statements if not name.startswith(("C3", "C8"))}
+    assert compared == {INDEPENDENT, *CONFIG["arms"][1:]}  # no arm is trained and then left out
+
+
+def test_only_what_replaces_a_stage_has_its_budget(directory: Path) -> None:
+    """best_plan replaces the planner's: its grounder is trained as MOAT's is."""
+    planner, grounder = (
+        phase(directory, "best_plan", stage) / "fit" / "metrics.jsonl" for stage in ("planner_sft-0", "grounder_sft-0")
+    )
+    steps = [max(row["step"] for row in read_jsonl(path)) for path in (planner, grounder)]
+    assert steps[1] == CONFIG["grounder_sft"]["steps"] != steps[0]
 
 
 def test_plots_show_what_was_trained_and_what_stands(directory: Path) -> None:

@@ -13,6 +13,7 @@ from mobula.data.records import Document
 from mobula.experiment import Report
 from mobula.rag.candidates import Candidates, as_shown
 from mobula.rag.dro.config import COLD, Config
+from mobula.rag.dro.study import claims as claims_of
 from mobula.rag.dro.study import fill, metrics, warnings
 from mobula.rag.selections import RANDOM_HIT, measured, selected
 from mobula.study import Results, System
@@ -91,6 +92,17 @@ def test_claims_are_about_hits_over_questions_that_have_any() -> None:
         claims
     )
     assert made.measures["dro/tau"].value == 0.5
+
+
+def test_an_arm_without_a_selector_of_its_own_is_compared_by_its_answers() -> None:
+    """By hits it would be the retriever's order a second time, whatever its generator has learned."""
+    answered = [{**row, "f1": 0.4 if row["hit@1"] is not None else 0.5} for row in evaluated(0.4)]
+    made = results([likelihoods([-5, -4], [-5, -4, -4])], evaluated(0.25))
+    made.rows[System("rag_sft")] = [answered]
+    claims = {claim.name: claim for claim in claims_of(made, [])}
+    named = sorted(name for name in claims if name.startswith("dro - rag_sft"))
+    assert named == ["dro - rag_sft, exact", "dro - rag_sft, f1"]
+    assert claims["dro - rag_sft, f1"].effect == pytest.approx(0.1 * 7 / 8)
 
 
 def test_recall_stands_beside_hits_where_support_is_known() -> None:

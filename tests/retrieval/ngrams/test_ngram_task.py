@@ -89,6 +89,22 @@ def test_padding_is_not_trained(task: NgramTask) -> None:
     assert loss.item() == pytest.approx(-chosen[spans != NONE].mean().item(), abs=1e-4)
 
 
+def test_a_code_weighs_the_same_however_a_batch_is_divided(task: NgramTask) -> None:
+    """Spans have different lengths: a mean of the parts' means would count codes of short ones for more."""
+    torch.manual_seed(0)
+    network, every = task.build().eval(), torch.arange(0, task.examples, max(1, task.examples // 12))
+    weights = task.weights(every).double()
+    assert len(set(weights.tolist())) > 1
+
+    def loss(indices: torch.Tensor) -> float:
+        batch = {**task.batch(indices, torch.Generator()), "unseen": torch.zeros(0, 1)}
+        with torch.no_grad():
+            return float(task.loss(network, batch)[0])
+
+    parts = [(float(task.weights(part).sum()), loss(part)) for part in every.split(3)]
+    assert sum(weight * part for weight, part in parts) / float(weights.sum()) == pytest.approx(loss(every), rel=1e-5)
+
+
 def targets_of(streams: Streams, config: NgramConfig, query: np.ndarray, document: int = 0, view="text") -> np.ndarray:
     targets = SpanTargets(streams, config, view, np.random.default_rng(0))
     return targets.codes(targets.draw(query, document))

@@ -40,6 +40,7 @@ REDRAWN = 40  # dev questions for which it is
 WATCHED = 500  # training questions of which samples are compared with the posterior
 LEAK = 0.1  # share of questions by which the passages shown first may hold answers more often than others
 FALL = 0.02  # nats by which the likelihood of training questions may fall in an iteration
+ANSWERS = ("f1", "exact")  # measures of what was answered, whoever chose the passages
 NOT_REPRODUCED = "the paper's 8B models and its figures are not reproduced"
 FACT_NOTE = "selector and generator of about 0.05 M parameters in a world of generated facts"
 PASSAGE_NOTE = "a pointer over sentence vectors and a weak reader of spans, both far below 1 M parameters"
@@ -292,17 +293,27 @@ def claims(results: Results, varied: Sequence[Variances]) -> Iterator[Claim]:
         few, many = (np.mean([one[what][m] for one in varied], 0) for m in (min(SAMPLES), max(SAMPLES)))
         statement = f"{called} varies less with {max(SAMPLES)} samples than with {min(SAMPLES)} (fall of its variance)"
         yield results.compare(f"variance, {what}", statement, few, many)
-    hits = [f"hit@{cut}" for cut in cuts(config.retrieve.choose)]
-    names = ["exact"] if config.data.source == FACTS else list(dict.fromkeys([hits[0], hits[-1]]))
-    for metric in names:
-        named = "" if len(names) == 1 else f", {metric}"
+    for metric in ("exact",) if config.data.source == FACTS else dict.fromkeys([*_hits(config), *ANSWERS]):
+        named = "" if config.data.source == FACTS else f", {metric}"
         pairs = [
             (one, results.claim(f"{one} - {other}{named}", statement, one, other, metric))
             for one, other, statement in _pairs(config)
-            if results.has(one) and results.has(other)
+            if results.has(one) and results.has(other) and metric in _compared_by(config, other)
         ]
         yield from holm([claim for one, claim in pairs if one == results.first])
         yield from (claim for one, claim in pairs if one != results.first)
+
+
+def _hits(config: Config) -> list[str]:
+    every = [f"hit@{cut}" for cut in cuts(config.retrieve.choose)]
+    return [every[0], every[-1]]
+
+
+def _compared_by(config: Config, other: System) -> Sequence[str]:
+    """What a system is compared by: its answers where it trains no selector, for then its passages are another's."""
+    if config.data.source == FACTS:
+        return ["exact"]
+    return ANSWERS if other.arm in ARMS and "selector" not in ARMS[other.arm].train else _hits(config)
 
 
 def _pairs(config: Config) -> Iterator[tuple[System, System, str]]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mobula.evaluation.claims import exceeds
+from mobula.evaluation.claims import exceeds, holm_by_statement
 from mobula.evaluation.intervals import Estimate, difference_estimate
 from mobula.experiment import Claim
 from mobula.retrieval.dynamic.config import SessionSystem
@@ -44,7 +44,11 @@ class Comparison:
 
 
 def claims(results: Results) -> Iterator[Claim]:
-    """Every claim whose systems were evaluated."""
+    """Every claim whose systems were evaluated; Holm's correction within a statement."""
+    yield from holm_by_statement(_claims(results))
+
+
+def _claims(results: Results) -> Iterator[Claim]:
     for comparison in comparisons(results):
         if {comparison.better, comparison.worse} <= results.systems.keys():
             yield comparison.claim(results)

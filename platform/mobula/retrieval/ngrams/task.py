@@ -93,6 +93,10 @@ class NgramTask(Task):
             "unseen": self._unseen(generator),
         }
 
+    def weights(self, indices: Tensor) -> Tensor:
+        """How many codes each span has: the loss is their mean."""
+        return torch.from_numpy((np.array(self.opened.targets[indices.numpy()]) != NONE).sum(1))
+
     def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor | float]]:
         """Mean cross-entropy of the codes in nats; only positions with a code are scored."""
         if not isinstance(model, DocidTransformer):
