@@ -7,7 +7,7 @@ import pytest
 from planted import Planted, corpus_table, hashed, keys, log_softmax, random_table
 
 from mobula.retrieval.decoding import Decoder, schedule
-from mobula.retrieval.decoding.denoise import Proposal, gumbel
+from mobula.retrieval.decoding.denoise import Proposal, gumbel, softmax
 from mobula.retrieval.search import BadSearch, SearchOptions, StepEvent
 
 
@@ -170,6 +170,24 @@ def test_low_confidence_remask_revises():
     assert any(len(event.commits) > 1 for event in events)
 
 
+def two_documents(key, z):
+    """Sure of code 0 at level 1, fairly sure of it at level 2, and for code 1 at level 0."""
+    return np.log([[0.4, 0.6], [0.99, 0.01], [0.9, 0.1]])
+
+
+@pytest.mark.parametrize("remask_conf", ["at_commit", "leave_one_out"])
+def test_the_surest_stays_and_the_forced_goes(remask_conf: str) -> None:
+    """After the surest code one document is left, so the constraint makes the other levels certain. They are not."""
+    table = corpus_table([[0, 0, 0], [1, 1, 1]], [2, 2, 2])
+    options = {"decoder": "match", "steps": 3, "remask": "low_conf", "remask_conf": remask_conf}
+    found, _ = decode(table, two_documents, **options)
+    first, second, last = found.trace
+    confident = {level: conf for level, _, conf in first.commits}
+    assert [confident[level] for level in range(3)] == pytest.approx([0.4, 0.99, 0.9])
+    assert (first.remasked, second.remasked, last.remasked) == ([0, 2], [0], [])
+    assert found.raw_code == (0, 0, 0)
+
+
 def test_leave_one_out_counts_its_rows():
     table = corpus_table(list(itertools.product(range(3), repeat=4)), [3] * 4)
     found, _ = decode(
@@ -190,7 +208,14 @@ def test_forced_fill_costs_no_call():
     table = corpus_table(codes, [50] * 8)
     found, model = decode(table, hashed(width=50), decoder="match", steps=8)
     assert found.nfe == len(model.seen) == found.steps_used < 8
-    assert len(found.trace[-1].commits) > 1 and found.trace[-1].commits[-1][2] == 1.0
+    assert len(found.trace[-1].commits) > 1
+    # What nothing else is left for is no surer for that: the confidence is the network's.
+    z = np.full(8, -1)
+    for event in found.trace:
+        own = np.exp(log_softmax(hashed(width=50)(0, tuple(z.tolist()))))
+        for level, code, conf in event.commits:
+            z[level] = code
+            assert conf == pytest.approx(own[level, code], rel=1e-5)
 
 
 def test_threshold_commits_what_is_sure():
@@ -215,7 +240,8 @@ def test_gumbel_float64():
     # argmax(logits + noise) samples from softmax(logits), while conf stays that of the softmax itself.
     logits = np.array([2.0, 1.0, 0.0, -2.0])
     rng = np.random.default_rng(1)
-    many = Proposal(np.zeros(20_000, int), np.tile(logits, (20_000, 1)), gumbel(rng, (20_000, 4)))
+    tiled = np.tile(logits, (20_000, 1))
+    many = Proposal(np.zeros(20_000, int), tiled, gumbel(rng, (20_000, 4)), softmax(tiled))
     expected = np.exp(log_softmax(logits))
     assert np.allclose(np.bincount(many.codes, minlength=4) / 20_000, expected, atol=0.01)
     assert np.allclose(many.conf, expected[many.codes])

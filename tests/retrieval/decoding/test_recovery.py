@@ -42,6 +42,29 @@ def test_remasking_repairs_the_error():
     assert any(repaired) and not all(repaired)
 
 
+SPARSE = corpus_table(np.random.default_rng(0).integers(0, 4, (12, 6)), [4] * 6)
+
+
+def knowing_one(key, z):
+    """Sure of the codes of document ``key``, wherever nothing else is given away."""
+    logits = np.zeros((6, 4))
+    logits[np.arange(6), SPARSE.codes[key]] = [3.0, 3.5, 4.0, 4.5, 5.0, 5.5]
+    return logits
+
+
+@pytest.mark.parametrize("remask_conf", ["at_commit", "leave_one_out"])
+def test_an_error_that_leaves_one_document_is_repaired_under_the_constraint(remask_conf: str) -> None:
+    """The wrong code forces all others, which must not make them certain."""
+    decoder, queries = Decoder(Planted(SPARSE, knowing_one), SPARSE), range(12)
+    options = {"decoder": "match", "steps": 6}
+    gold = [{f"d{i}"} for i in queries]
+    plain = recovery(decoder, keys(*queries), SearchOptions(**options), gold)
+    again = SearchOptions(**options, remask="low_conf", remask_conf=remask_conf)
+    repaired = recovery(decoder, keys(*queries), again, gold)
+    assert not plain.final.any()
+    assert repaired.final.all()
+
+
 def test_the_forced_code_is_wrong_and_valid():
     table = corpus_table([[0, 0], [1, 0], [1, 1]], [3, 3])
     logits = np.array([[0.0, 5.0, 9.0], [0.0, 5.0, 9.0]])

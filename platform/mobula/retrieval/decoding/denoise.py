@@ -1,8 +1,13 @@
 """The denoising loop: from a masked code to a full one, a few positions a step (spec 5 and 6.1).
 
 :func:`denoise` is written for one row; rows of many requests advance side by side because it yields what it
-wants to ask of the network (see :mod:`.calls`), so each keeps its own budget, state and random numbers and
-leaves when it is done. L levels, K codes a level; -1 is [MASK].
+wants to ask of the network (see :mod:`.batched_calls`), so each keeps its own budget, state and random numbers
+and leaves when it is done. L levels, K codes a level; -1 is [MASK].
+
+Two probabilities of a proposed code are told apart. What is committed next goes by the one under the constraint: it
+is the network's posterior over the documents that are left. What is masked again goes by the network's own, from the
+step's table before any constraint: under the constraint a code that nothing else is left for has probability 1
+however unlikely the network finds it, so the forced codes would stay and the surest would go.
 """
 
 from __future__ import annotations
@@ -25,12 +30,14 @@ LEAST = -1e9  # log-probability of a possible code that the network rules out: u
 class Proposal:
     """What the network says about some masked ``positions`` i64[m].
 
-    ``logits`` f64[m, K] carry no noise and are -inf where a code is ruled out, ``noise`` is added to choose.
+    ``logits`` f64[m, K] carry no noise and are -inf where a code is ruled out, ``noise`` is added to choose. ``own``
+    f64[m, K] are the network's probabilities before anything was ruled out.
     """
 
     positions: np.ndarray
     logits: np.ndarray
     noise: np.ndarray
+    own: np.ndarray
     codes: np.ndarray = field(init=False)
     conf: np.ndarray = field(init=False)
     probs: np.ndarray = field(init=False)
@@ -76,14 +83,10 @@ class Row:
     def ask(self, leave_out: np.ndarray) -> Decoding[tuple[np.ndarray, np.ndarray]]:
         """The network's tables f64[L, K] for the present code and for it without each position in ``leave_out``.
 
-        Nothing is asked where the answer is known: everything masked, or one possible code left.
+        Nothing is asked where everything is masked: that answer is known.
         """
-        if not len(leave_out):
-            if (self.z == MASK).all():
-                return self.first, self.first[:0]
-            # Without re-masking `fill` has already dealt with a single code left.
-            if self.options.remask != "none" and self.forced() is not None:
-                return np.zeros_like(self.first), self.first[:0]
+        if not len(leave_out) and (self.z == MASK).all():
+            return self.first, self.first[:0]
         z = np.repeat(self.z[None], 1 + len(leave_out), axis=0)
         z[1 + np.arange(len(leave_out)), leave_out] = MASK
         tables = yield z
@@ -91,18 +94,20 @@ class Row:
 
     def propose(self, table: np.ndarray, positions: np.ndarray) -> Proposal:
         """Codes and confidences for masked ``positions``; draws this step's noise."""
-        allowed = None if self.bitset is None else self.bitset.allowed_all(self.valid)[0, positions]
-        logits = self._restrict(table, positions, allowed)
-        temperature = self.options.noise
+        logits = self._logits(table, positions)
+        own, temperature = softmax(logits), self.options.noise
+        if self.bitset is not None:
+            allowed = self.bitset.allowed_all(self.valid)[0, positions]
+            logits = np.where(allowed, np.maximum(logits, LEAST), -np.inf)
         noise = temperature * gumbel(self.rng, logits.shape) if temperature else np.zeros_like(logits)
-        return Proposal(positions, logits, noise)
+        return Proposal(positions, logits, noise, own)
 
-    def _restrict(self, table: np.ndarray, positions: np.ndarray, allowed: np.ndarray | None) -> np.ndarray:
-        """Logits f64[m, K] of ``positions`` after the end token's handicap and the constraint bool[m, K]."""
+    def _logits(self, table: np.ndarray, positions: np.ndarray) -> np.ndarray:
+        """The network's logits f64[m, K] of ``positions``, after the end token's handicap."""
         logits = table[positions]
         if self.options.eos_logit_off and self.corpus.end is not None:
             logits = logits - self.options.eos_logit_off * self.corpus.end[positions]
-        return logits if allowed is None else np.where(allowed, np.maximum(logits, LEAST), -np.inf)
+        return logits
 
     def values(self, proposal: Proposal) -> np.ndarray:
         """By what ``order`` ranks the proposed positions, f64[m]; higher is committed earlier."""
@@ -125,27 +130,27 @@ class Row:
         some document agrees with the code at any time.
         """
         for i in ranking:
-            position = int(proposal.positions[i])
-            code, conf = self._choose(proposal, i)
+            position, code = int(proposal.positions[i]), self._choose(proposal, i)
             if self.bitset is not None:
                 self.valid = self.bitset.commit(self.valid, position, np.array([code]))
-            self.z[position], self.conf[position] = code, conf
-            self._news.append((position, code, conf))
+            self._set(position, code, float(proposal.own[i, code]))
 
-    def _choose(self, proposal: Proposal, i: int) -> tuple[int, float]:
-        """Code and confidence for the i-th proposed position, given what has been committed since."""
-        one = slice(i, i + 1)
+    def _choose(self, proposal: Proposal, i: int) -> int:
+        """The code for the i-th proposed position, given what has been committed since."""
+        position, logits = int(proposal.positions[i]), proposal.logits[i]
         if self.bitset is not None:
-            allowed = self.bitset.allowed(self.valid, int(proposal.positions[i]))
-            logits = np.where(allowed, proposal.logits[one], -np.inf)
-            proposal, i = Proposal(proposal.positions[one], logits, proposal.noise[one]), 0
-        code = int(proposal.codes[i])
+            logits = np.where(self.bitset.allowed(self.valid, position)[0], logits, -np.inf)
+        code = int((logits + proposal.noise[i]).argmax())
         if self.forbidden is not None:
-            wrong = np.where(self.forbidden[proposal.positions[i]], -np.inf, proposal.logits[i])
+            wrong = np.where(self.forbidden[position], -np.inf, logits)
             # Where only right codes are possible there is no error to force.
             code = code if np.isneginf(wrong).all() else int(wrong.argmax())
             self.forbidden = None
-        return code, float(proposal.probs[i, code])
+        return code
+
+    def _set(self, position: int, code: int, conf: float) -> None:
+        self.z[position], self.conf[position] = code, conf
+        self._news.append((position, code, conf))
 
     def mask_again(self, positions: np.ndarray) -> None:
         """Mask committed ``positions`` again; what is possible follows from the codes that stay."""
@@ -158,13 +163,7 @@ class Row:
     def remeasure(self, positions: np.ndarray, tables: np.ndarray) -> None:
         """Confidence of committed ``positions`` i64[m] anew, each from its table f64[L, K] without that position."""
         for position, table in zip(positions, tables, strict=True):
-            allowed = None
-            if self.bitset is not None:
-                others = self.z[None].copy()
-                others[0, position] = MASK
-                allowed = self.bitset.allowed(self.bitset.of_codes(others), int(position))
-            logits = self._restrict(table, np.array([position]), allowed)
-            self.conf[position] = softmax(logits)[0, self.z[position]]
+            self.conf[position] = softmax(self._logits(table, np.array([position])))[0, self.z[position]]
 
     def forced(self) -> np.ndarray | None:
         """The one code i64[L] that is left, if one is; documents may share it."""
@@ -175,15 +174,18 @@ class Row:
         code = codes[:, 0]
         return code if (codes == code[:, None]).all() else None
 
-    def fill(self, positions: range) -> None:
-        """Fill what is masked where one code is left: no network call can change it."""
+    def fill(self, positions: range, table: np.ndarray) -> None:
+        """Fill what is masked where one code is left: no network call can change it.
+
+        Its confidence is the network's in the step's ``table`` f64[L, K].
+        """
         masked = self.masked(positions)
         code = self.forced() if len(masked) else None
         if code is None:
             return
-        for position in masked.tolist():
-            self.z[position], self.conf[position] = code[position], 1.0
-            self._news.append((position, int(code[position]), 1.0))
+        own = softmax(self._logits(table, masked))
+        for row, position in enumerate(masked.tolist()):
+            self._set(position, int(code[position]), float(own[row, code[position]]))
 
     def end_step(self, remasked: np.ndarray | Sequence[int] = ()) -> None:
         """Count the step and report it."""
@@ -225,7 +227,7 @@ def _commit_best(row: Row, run: range, masked: np.ndarray, count: int) -> Decodi
     table, _ = yield from row.ask(masked[:0])
     proposal = row.propose(table, masked)
     row.commit(proposal, ranked(row.values(proposal))[:count])
-    row.fill(run)
+    row.fill(run, table)
     row.end_step()
 
 
@@ -239,7 +241,7 @@ def _threshold(row: Row, run: range, threshold: float) -> Decoding[None]:
         # The end token waits (value -inf) however confident it is.
         sure = (proposal.conf >= threshold) & ~np.isneginf(values)
         row.commit(proposal, ranking[sure[ranking]] if sure.any() else ranking[:1])
-        row.fill(run)
+        row.fill(run, table)
         row.end_step()
 
 
@@ -253,7 +255,7 @@ def _ancestral(row: Row, run: range, steps: int) -> Decoding[None]:
         table, _ = yield from row.ask(revealed[:0])
         proposal = row.propose(table, revealed)
         row.commit(proposal, ranked(proposal.conf))
-        row.fill(run)
+        row.fill(run, table)
         row.end_step()
 
 
