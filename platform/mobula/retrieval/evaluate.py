@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from mobula.data.records import Query
@@ -18,11 +19,12 @@ from mobula.retrieval.claims import RECOVERY_BEAM
 from mobula.retrieval.config import Config
 from mobula.retrieval.decoding.recovery import Recovery, recovery
 from mobula.retrieval.dense import Dense
+from mobula.retrieval.diagnostics import Levels, flops, levels, model_bytes
 from mobula.retrieval.docids.code_only import RANKERS, CodeOnlyRetriever
 from mobula.retrieval.lexical import tune
 from mobula.retrieval.prepare import Material, sample
 from mobula.retrieval.report import Measured, fill
-from mobula.retrieval.results import BATCH, Search, Split, Timed, search_all, time_systems
+from mobula.retrieval.results import BATCH, Search, Split, Timed, search_all, time_batches, time_systems
 from mobula.retrieval.retrievers import DocidRetriever, DualRetriever
 from mobula.retrieval.search import Hit, SearchOptions, SearchResult
 from mobula.retrieval.systems import Decoded, base_options, decoded, systems
@@ -45,8 +47,9 @@ def evaluate_run(config: Config, material: Material, fitted: Fitted, directory: 
                 splits[name] = evaluation.measure(name, kept, directory / "runs" / name)
         evaluation.time(splits["test"])
         recovered = evaluation.recovery(splits["test"])
+        diagnosed = evaluation.levels(splits["test"]), evaluation.sizes()
     parameters = (evaluation.bm25.k1, evaluation.bm25.b)
-    measured = Measured(config, material, splits, evaluation.chosen, recovered, parameters, fitted.rates)
+    measured = Measured(config, material, splits, evaluation.chosen, recovered, parameters, fitted.rates, *diagnosed)
     fill(report, measured)
 
 
@@ -88,6 +91,23 @@ class Evaluation:
                 timed.append(Timed(system, self.models[arm][0].search, decoding))
         for each, ms in time_systems(timed, texts).items():
             split.outcome(each).ms = ms
+        for each, one in time_batches(timed, texts).items():
+            split.outcome(each).batch_ms = one
+
+    def levels(self, split: Split) -> dict[Arm, list[Levels]]:
+        """Likelihood and accuracy of the gold docids, by arm, one a seed."""
+        features, seed = self._features(split.texts), self.config.seed
+        read = {arm: features[self.config.model.reader(arm)] for arm in self.models}
+        return {
+            arm: [levels(model.decoder, read[arm], split.gold, seed) for model in models]
+            for arm, models in self.models.items()
+        }
+
+    def sizes(self) -> dict[str, dict[str, int]]:
+        """Bytes of weights and index of every retriever."""
+        sizes = {str(arm): model_bytes(models[0].decoder) for arm, models in self.models.items()}
+        flat = {"weights": 0, "index": self.material.embeddings.nbytes}
+        return {"bm25": {"weights": 0, "index": self.bm25.index_bytes}, "dense": flat, **sizes}
 
     def recovery(self, split: Split) -> dict[Decoded, list[Recovery]]:
         """Early-error recovery (spec 8) of the main arm with every remask rule, and of its twin, one a seed."""
@@ -144,8 +164,12 @@ class Evaluation:
                 log.info("%s, seed %d: %d of %d systems, now %s", split.name, seed, at, count, system.label)
             options = system.search_options(self.base)
             read = features[self.config.model.reader(arm)]
-            results = _search_features(self.models[arm][seed], read, split.gold, options)
-            split.record(system, results, seed=seed, width=_width(arm, options, split.documents))
+            model = self.models[arm][seed]
+            results = _search_features(model, read, split.gold, options)
+            split.record(system, results, seed=seed, width=_width(arm, options, split.documents), table=model.table)
+            cost = flops(model.model, float(np.mean([result.rows for result in results])))
+            if cost is not None:
+                split.outcome(system).facts.setdefault("mflops", []).append(cost / 1e6)
 
     def _features(self, texts: list[str]) -> dict[str, dict[str, torch.Tensor]]:
         """What the networks of the arms read of queries, by reader."""

@@ -74,6 +74,12 @@ class Bm25:
             raise DataError("BM25 needs a document with at least one word that is not a stop word")
         self._index = _Index([d.id for d in documents], corpus, k1, b)
 
+    @property
+    def index_bytes(self) -> int:
+        """Bytes of the postings with their scores."""
+        scorer = self._index.scorer
+        return 0 if scorer is None else sum(np.asarray(array).nbytes for array in scorer.scores.values())
+
     def search(self, queries: Sequence[str], options: Sequence[SearchOptions]) -> list[SearchResult]:
         """As :class:`mobula.retrieval.search.Retriever`."""
         index = self._index

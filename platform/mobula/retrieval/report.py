@@ -11,9 +11,11 @@ import numpy as np
 from mobula.evaluation import ranking
 from mobula.evaluation.intervals import mean_interval
 from mobula.experiment import Report
+from mobula.retrieval.arms import Arm
 from mobula.retrieval.claims import Claims
 from mobula.retrieval.config import Config
 from mobula.retrieval.decoding.recovery import Recovery
+from mobula.retrieval.diagnostics import Levels
 from mobula.retrieval.prepare import Material
 from mobula.retrieval.results import Split
 from mobula.retrieval.systems import Decoded, budgets, decoded
@@ -34,11 +36,25 @@ class Measured:
     recovered: Mapping[Decoded, Sequence[Recovery]]
     bm25: tuple[float, float]  # k1 and b
     rates: list[list[Any]]
+    levels: Mapping[Arm, Sequence[Levels]]  # one a seed
+    sizes: Mapping[str, Mapping[str, int]]  # bytes of weights and index by retriever
 
     @property
     def test(self) -> Split:
         """The split that claims are about."""
         return self.splits["test"]
+
+    @property
+    def seen(self) -> np.ndarray:
+        """Whether a gold document of a test query has training queries, bool[Q]."""
+        trained = {gold for query in self.material.data.queries.get("train", []) for gold in query.gold}
+        return np.array([any(gold in trained for gold in query.gold) for query in self.test.queries])
+
+    @property
+    def twin_tuned(self) -> bool:
+        """Whether dev preferred one learning rate of the twin to another."""
+        values = {value for name, _, value, _ in self.rates if name == str(self.config.twin) and value != "diverged"}
+        return len(values - {None}) > 1
 
 
 def fill(report: Report, run: Measured) -> None:
@@ -49,10 +65,13 @@ def fill(report: Report, run: Measured) -> None:
         for system, outcome in split.outcomes.items():
             for measure in outcome.values:
                 report.measures[f"{prefix}{system.label}/{measure}"] = split.measure(system, measure)
-    report.claims.extend(Claims(run.config, run.test, run.chosen, run.recovered).all())
+    claims = Claims(run.config, run.test, run.chosen, run.recovered, run.seen, run.twin_tuned)
+    report.claims.extend(claims.all())
     report.tables["By stratum"] = strata(run)
     report.tables["Early-error recovery"] = _recovery(run)
+    report.tables["Gold docids under the models"] = _levels(run)
     report.tables["Docids"] = _docids(run)
+    report.tables["Bytes"] = [["retriever", "weights", "index"], *([n, *s.values()] for n, s in run.sizes.items())]
     report.tables["Learning rates"] = [["arm", "rate", "dev value of its trial", "chosen"], *run.rates]
     report.plots.update(_plots(run))
     report.notes.extend(_notes(run))
@@ -60,9 +79,7 @@ def fill(report: Report, run: Measured) -> None:
 
 def strata(run: Measured) -> list[list[Any]]:
     """The primary measure where the gold document has training queries and where it has none."""
-    config, test = run.config, run.test
-    trained = {gold for query in run.material.data.queries.get("train", []) for gold in query.gold}
-    seen = np.array([any(gold in trained for gold in query.gold) for query in test.queries])
+    config, test, seen = run.config, run.test, run.seen
     primary = config.evaluation.primary
     rows: list[list[Any]] = [["system", "stratum", "queries", primary, "low", "high"]]
     for system in _in_strata(run):
@@ -91,6 +108,17 @@ def _recovery(run: Measured) -> list[list[Any]]:
     for system, seeds in run.recovered.items():
         final, top = (100 * float(np.mean([getattr(seed, part) for seed in seeds])) for part in ("final", "top"))
         rows.append([system.label, round(final, 1), round(top, 1)])
+    return rows
+
+
+def _levels(run: Measured) -> list[list[Any]]:
+    """Means over seeds; levels of different arms are as many as their docids have."""
+    head = ["arm", "-log p(docid|q), nats: NELBO, or of AR the value", "likeliest code right by level, %"]
+    rows: list[list[Any]] = [[*head, "-log p(code) by level, nats"]]
+    for arm, seeds in run.levels.items():
+        right, nll = (np.mean([getattr(s, name) for s in seeds], (0, 1))[:SHOWN_LEVELS] for name in ("right", "nll"))
+        by_level = (" ".join(f"{value:.{digits}f}" for value in row) for row, digits in ((100 * right, 1), (nll, 2)))
+        rows.append([str(arm), round(float(np.mean([seed.bound for seed in seeds])), 2), *by_level])
     return rows
 
 

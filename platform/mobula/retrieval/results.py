@@ -15,11 +15,15 @@ from mobula.errors import MobulaError
 from mobula.evaluation import ranking
 from mobula.evaluation.intervals import mean_interval
 from mobula.experiment import Measure
+from mobula.retrieval.diagnostics import code_ranks
+from mobula.retrieval.docids.table import DocidTable
 from mobula.retrieval.search import SearchOptions, SearchResult
 from mobula.study import System
 
 BATCH = 64
 WARM_UP = 5
+TIMED_BATCH, BATCHES = 32, 5
+DOCID_CUTS = (1, 10)
 
 K = TypeVar("K", bound=Hashable)
 Search = Callable[[Sequence[str], Sequence[SearchOptions]], list[SearchResult]]
@@ -36,11 +40,17 @@ class Timed(Generic[K]):
 
 @dataclass
 class Outcome:
-    """What a system did on a split: values[measure] holds f64[Q] per seed; the rest are means over queries."""
+    """What a system did on a split: ``values[measure]`` and ``calls`` (of the network) hold f64[Q] per seed.
+
+    ``facts`` are means over queries, per seed. ``ms`` f64[Q] are milliseconds of queries one by one, ``batch_ms`` those
+    of a query in batches of :data:`TIMED_BATCH`.
+    """
 
     values: dict[str, list[np.ndarray]] = field(default_factory=dict)
+    calls: list[np.ndarray] = field(default_factory=list)
     facts: dict[str, list[float]] = field(default_factory=dict)
     ms: np.ndarray = field(default_factory=lambda: np.zeros(0))
+    batch_ms: float | None = None
 
     def per_query(self, measure: str) -> np.ndarray:
         """f64[S, Q] of a measure."""
@@ -74,9 +84,18 @@ class Split:
         return [set(query.gold) for query in self.queries]
 
     def record(
-        self, system: System, results: Sequence[SearchResult], *, seed: int = 0, width: int | None = None
+        self,
+        system: System,
+        results: Sequence[SearchResult],
+        *,
+        seed: int = 0,
+        width: int | None = None,
+        table: DocidTable | None = None,
     ) -> None:
-        """Add one seed's results of a system; writes them as a TREC run file if there is a folder."""
+        """Add one seed's results of a system; writes them as a TREC run file if there is a folder.
+
+        With the docid ``table``, documents that share a docid also count as one place, in "docid Hit@k".
+        """
         hits = [result.hits for result in results]
         if self.directory is not None:
             tag = f"{system.slug}-s{seed}"
@@ -84,7 +103,16 @@ class Split:
         outcome = self.outcomes.setdefault(system, Outcome())
         for measure, values in ranking.per_query(hits, self.queries, documents=self.documents, width=width).items():
             outcome.values.setdefault(measure, []).append(values)
-        for fact, value in _facts(results).items():
+        if table is not None:
+            ranks = code_ranks([[hit.doc_id for hit in one] for one in hits], self.gold, table)
+            for k in DOCID_CUTS:
+                outcome.values.setdefault(f"docid Hit@{k}", []).append((ranks <= k).astype(np.float64))
+        if all(result.raw_exact is not None for result in results):
+            exact = np.array([result.raw_exact for result in results], dtype=np.float64)
+            outcome.values.setdefault("raw_exact", []).append(exact)
+        outcome.calls.append(np.array([result.nfe for result in results], dtype=np.float64))
+        # Hit@1 is 0 or 1.
+        for fact, value in _facts(results, outcome.values["Hit@1"][-1] > 0).items():
             outcome.facts.setdefault(fact, []).append(value)
 
     def outcome(self, system: System) -> Outcome:
@@ -104,16 +132,20 @@ class Split:
 
     def table(self) -> list[list[Any]]:
         """Rows for the report: quality in per cent, raw rates, cost."""
-        header = ["system", *ranking.MEASURES, "raw valid %", "raw exact %", "NFE", "rows", "p50 ms", "p95 ms"]
+        rates = ["raw valid %", "raw exact %", "rescued %"]
+        docids = [f"docid Hit@{k}" for k in DOCID_CUTS]
+        cost = ["NFE", "rows", "MFLOPs", "p50 ms", "p95 ms", f"ms in {TIMED_BATCH}s"]
+        header = ["system", *ranking.MEASURES, *docids, *rates, *cost]
         return [header, *(self._row(system) for system in self.outcomes)]
 
     def _row(self, system: System) -> list[Any]:
         outcome = self.outcomes[system]
-        quality = [_percent(outcome, measure) for measure in ranking.MEASURES]
-        rates = [_scaled(outcome.fact(fact), 100) for fact in ("raw_valid", "raw_exact")]
-        cost = [_scaled(outcome.fact(fact), 1) for fact in ("nfe", "rows")]
+        quality = [_percent(outcome, m) for m in (*ranking.MEASURES, *(f"docid Hit@{k}" for k in DOCID_CUTS))]
+        rates = [_scaled(outcome.fact(fact), 100) for fact in ("raw_valid", "raw_exact", "rescued")]
+        cost = [_scaled(outcome.fact(fact), 1) for fact in ("nfe", "rows", "mflops")]
         timed = [round(float(np.percentile(outcome.ms, p)), 2) if len(outcome.ms) else None for p in (50, 95)]
-        return [system.label, *quality, *rates, *cost, *timed]
+        batched = None if outcome.batch_ms is None else round(outcome.batch_ms, 2)
+        return [system.label, *quality, *rates, *cost, *timed, batched]
 
 
 def search_all(search: Search, texts: Sequence[str], options: SearchOptions) -> list[SearchResult]:
@@ -142,7 +174,22 @@ def time_systems(systems: Sequence[Timed[K]], texts: Sequence[str]) -> dict[K, n
     return {key: np.array(values) for key, values in times.items()}
 
 
-def _facts(results: Sequence[SearchResult]) -> dict[str, float]:
+def time_batches(systems: Sequence[Timed[K]], texts: Sequence[str]) -> dict[K, float]:
+    """Milliseconds a query in batches of :data:`TIMED_BATCH` (texts repeated to fill one): the median of 5 batches.
+
+    Systems take turns, and a first batch warms up.
+    """
+    batch = [texts[i % len(texts)] for i in range(TIMED_BATCH)]
+    times: dict[K, list[float]] = {system.key: [] for system in systems}
+    for _ in range(1 + BATCHES):
+        for system in systems:
+            started = time.perf_counter()
+            system.search(batch, [system.options] * TIMED_BATCH)
+            times[system.key].append((time.perf_counter() - started) * 1000 / TIMED_BATCH)
+    return {key: float(np.median(values[1:])) for key, values in times.items()}
+
+
+def _facts(results: Sequence[SearchResult], right: np.ndarray) -> dict[str, float]:
     facts = {
         "nfe": float(np.mean([r.nfe for r in results])),
         "rows": float(np.mean([r.rows for r in results])),
@@ -153,6 +200,10 @@ def _facts(results: Sequence[SearchResult]) -> dict[str, float]:
         known = [getattr(r, name) for r in results if getattr(r, name) is not None]
         if known:
             facts[name] = float(np.mean(known))
+    # How often the ranking is right although the generated code is not.
+    rescuable = [hit for hit, result in zip(right, results, strict=True) if result.raw_exact is False]
+    if rescuable:
+        facts["rescued"] = float(np.mean(rescuable))
     return facts
 
 

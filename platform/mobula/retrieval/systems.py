@@ -19,6 +19,7 @@ SHOWN = {
     "threshold": "tau={:g}",
     "order": "order={}",
     "remask": "remask={}",
+    "constraint": "constraint={}",
 }
 
 
@@ -91,11 +92,18 @@ DECODINGS: dict[str, Callable[[Config, Arm, int], Iterator[Decoded]]] = {
 
 
 def _sweeps(config: Config) -> Iterator[Decoded]:
-    """What the main arm is decoded by besides: budgets, thresholds, orders, and decoders that have none of these."""
+    """What the main arm is decoded by besides: budgets, thresholds, orders, remasking, and what has none of these.
+
+    Without the constraint one sees how often the network's own code is a document's: under it, always.
+    """
     main, evaluation = config.main, config.evaluation
     for steps in budgets(config):
         for decoder in evaluation.decoders:
             yield decoded(main, decoder=decoder, steps=steps)
+        if config.decode.constraint != "off":
+            yield decoded(main, decoder="match", steps=steps, constraint="off")
+        for rule in (rule for rule in evaluation.remask if rule != config.decode.remask):
+            yield decoded(main, decoder="match_rerank", steps=steps, remask=rule)
     for tau in evaluation.thresholds:
         yield decoded(main, decoder="match", threshold=tau)
     for order in evaluation.orders:

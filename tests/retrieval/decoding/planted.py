@@ -50,7 +50,7 @@ class Planted(nn.Module):
 
     def __init__(self, table: DocidTable, rule: Rule, paradigm: str = "diffusion") -> None:
         super().__init__()
-        self.rule, self.paradigm = rule, paradigm
+        self.rule, self.paradigm, self.causal = rule, paradigm, paradigm == "autoregressive"
         self.levels, self.width = table.levels, table.width
         self.register_buffer("sizes", torch.tensor(table.sizes.tolist()))
         self.seen: list[np.ndarray] = []
@@ -62,6 +62,9 @@ class Planted(nn.Module):
 
     def unconditional(self, memory: Memory) -> Memory:
         return Memory(memory.mask, torch.full_like(memory.pooled, 999.0))
+
+    def forward(self, query: dict[str, Tensor], z: Tensor) -> Tensor:
+        return self.logits(self.memory(query), z)
 
     def logits(self, memory: Memory, z: Tensor) -> Tensor:
         if z.dim() == 3:

@@ -129,6 +129,9 @@ def test_a_text_system_that_has_not_learnt_decides_nothing(tmp_path: Path) -> No
     made = _verdicts(results)["F1 ngram autoregressive/rq"]
     assert made.verdict == "undecided"
     assert "has not learnt" in made.statement
+    share = _verdicts(results)["H-gap"]
+    assert share.verdict == "undecided" and "ngram has not learnt" in share.statement
+    assert _verdicts(_results(QUALITY, {}, tmp_path))["H-gap"].verdict == "holds"
 
 
 def test_a_share_of_no_gap_is_not_defined(tmp_path: Path) -> None:

@@ -240,4 +240,5 @@ def _width(options: SearchOptions) -> int:
 
 
 def _queries_per_tile(model: DocidModel, width: int) -> int:
-    return max(1, tiles(device_of(model))[1] // width)
+    """As many as fill a narrow tile: a query that comes alone pays for the padding."""
+    return max(1, tiles(device_of(model))[0] // width)

@@ -92,6 +92,7 @@ class Family(ABC):
     name: str
     no_claim: str = ""  # why no claim is about this family
     titles: bool = False  # whether the docid is a title, which queries that are titles hold
+    orthogonal: bool = False  # whether codewords of different levels are, so that distances are sums over levels
 
     role: ClassVar[Role]
     eos: ClassVar[int | None] = None  # the end token that pads codes of variable length
@@ -369,8 +370,8 @@ FAMILIES: dict[str, Family] = {
     family.name: family
     for family in (
         Quantised("rq", fit_codebooks=quantised.fit_rq),
-        Quantised("pq", fit_codebooks=quantised.fit_pq),
-        Quantised("opq", fit_codebooks=quantised.fit_opq),
+        Quantised("pq", fit_codebooks=quantised.fit_pq, orthogonal=True),
+        Quantised("opq", fit_codebooks=quantised.fit_opq, orthogonal=True),
         Tree("hkmeans"),
         Text("text.title", source=text.title_or_lead, titles=True),
         Text("text.lead", source=text.lead),

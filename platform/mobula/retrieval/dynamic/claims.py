@@ -16,6 +16,7 @@ from mobula.retrieval.dynamic.evaluate_sessions import INITIAL_SHARE, ORACLE
 from mobula.retrieval.dynamic.measures import arriving, generalisation, spread
 from mobula.retrieval.dynamic.results import Results
 
+NOT_LEARNT = "has not learnt the initial documents as well as code-only retrieval finds them"
 MATCHES = 0.02  # "matches": not worse by two points or more
 BM25, DENSE, DUAL, NGRAM, MULTIVIEW = map(SessionSystem, ("bm25", "dense", "dual", "ngram", "multiview"))
 
@@ -37,7 +38,7 @@ class Comparison:
         text = f"{self.statement} ({self.better} against {self.worse}, {quantity.format(results.primary)})"
         learnt = self.better not in results.texts or _learnt(results, self.better)
         if not learnt:
-            text += f"; {self.better} has not learnt the initial documents as well as code-only retrieval finds them"
+            text += f"; {self.better} {NOT_LEARNT}"
         decisive = results.config.evaluation.decisive and learnt
         effect = estimate(results, self.better, self.worse)
         return exceeds(self.name, text, effect, margin=self.margin, decisive=decisive)
@@ -136,7 +137,10 @@ def _gap_closed(results: Results, multi: SessionSystem, single: SessionSystem) -
     text = f"several docids close part of the gap to n-grams ({multi}; share of the gap, GA of {results.primary})"
     if not defined:
         text += "; the gap's own interval holds zero, so the share is not defined"
-    return exceeds("H-gap", text, effect, decisive=results.config.evaluation.decisive and defined)
+    learnt = _learnt(results, NGRAM)
+    if not learnt:
+        text += f"; {NGRAM} {NOT_LEARNT}"
+    return exceeds("H-gap", text, effect, decisive=results.config.evaluation.decisive and defined and learnt)
 
 
 # By name: the effect of one system over another, and what it is called.
