@@ -501,7 +501,7 @@ def test_lora_training_resumes_where_it_stopped(bases, corpus, tmp_path) -> None
 def test_twin_and_main_arm_read_their_own_inputs(bases, corpus, tmp_path) -> None:
     config = experiment({"ar_base": bases["t5"]}, ["diffusion/rq", "autoregressive/rq"], bases["encoder"])
     material = prepare(config, corpus, tmp_path)
-    tasks = [DocidTask(material.prepared, arm, config.model, "uniform") for arm in config.parsed_arms]
+    tasks = [DocidTask(material.prepared, arm, config.model, config.loss) for arm in config.parsed_arms]
     batches = [task.batch(torch.arange(3), torch.Generator().manual_seed(0)) for task in tasks]
     assert "mask" not in batches[0]
     assert "mask" in batches[1]

@@ -7,7 +7,19 @@ import math
 import pytest
 import torch
 
-from mobula.retrieval.paradigms import EPSILON, MEAN_RATE, code_loss, diffusion_loss, mask_codes, masking_rates
+from mobula.retrieval.paradigms import (
+    EPSILON,
+    MEAN_RATE,
+    PARADIGMS,
+    LossConfig,
+    code_loss,
+    diffusion_loss,
+    docid_scores,
+    mask_codes,
+    mask_unsure,
+    masking_rates,
+    ranking_loss,
+)
 
 B, L, K = 6, 4, 8
 
@@ -131,3 +143,57 @@ def test_masks_depend_on_the_generator_alone() -> None:
     torch.manual_seed(2)
     b = mask_codes(codes, masking_rates(B, generator(3)), generator(4))
     assert torch.equal(a, b)
+
+
+# Masking what the network is unsure of
+
+
+def test_the_least_sure_levels_are_hidden_as_decoding_would_leave_them() -> None:
+    codes = torch.arange(4).repeat(3, 1)
+    log_probs = torch.log_softmax(torch.zeros(3, 4, 2), -1)
+    log_probs[:, 2, 0], log_probs[:, 0, 1] = -0.01, -0.2
+    rates = torch.tensor([0.01, 0.5, 1.0])
+    z = mask_unsure(codes, rates, log_probs)
+    # Levels 1 and 3 are equally unsure; decoding commits the lower one first, so the higher is hidden first.
+    assert z.tolist() == [[0, 1, 2, -1], [0, -1, 2, -1], [-1, -1, -1, -1]]
+
+
+# The loss that ranks docids
+
+
+def test_scores_of_docids_are_sums_over_levels() -> None:
+    logits, _ = example()
+    log_probs, docids = torch.log_softmax(logits, -1), torch.randint(K, (9, L), generator=generator(3))
+    wanted = [[sum(log_probs[b, i, code] for i, code in enumerate(row)) for row in docids.tolist()] for b in range(B)]
+    torch.testing.assert_close(docid_scores(log_probs, docids), torch.tensor(wanted))
+
+
+def test_a_docid_that_is_right_as_well_is_no_rival() -> None:
+    scores, target = torch.tensor([[1.0, 5.0, 0.0]]), torch.tensor([0])
+    alone = ranking_loss(scores, target, torch.tensor([[False, True, False]]))
+    assert alone.item() == pytest.approx(math.log(1 + math.exp(-1.0)))
+    assert ranking_loss(scores, target, torch.zeros(1, 3, dtype=torch.bool)).item() > 4
+
+
+@pytest.mark.parametrize("name", PARADIGMS)
+def test_learning_to_rank_raises_the_right_docid_above_the_others(name: str) -> None:
+    """A table without a query: what is learned is the one docid of the examples, among all of them."""
+    paradigm, config = PARADIGMS[name], LossConfig(ranking=1.0)
+    docids = torch.randint(K, (20, L), generator=generator(5)).unique(dim=0)
+    table = torch.zeros(L, K, requires_grad=True)
+    codes = docids[3].repeat(B, 1)
+    own = docids.repeat(B, 1, 1) if paradigm.causal else docids
+    others = torch.zeros(B, len(docids), dtype=torch.bool)
+    batch = {"codes": codes, "docids": own, "target": torch.full((B,), 3), "others": others}
+    batch |= paradigm.corrupt(codes, generator(1))
+    optimizer = torch.optim.SGD([table], lr=1.0)
+
+    def ask(z: torch.Tensor) -> torch.Tensor:
+        return table.expand(*z.shape[:-1], L, K)
+
+    for _ in range(60):
+        optimizer.zero_grad()
+        paradigm.loss(ask, batch, config)["ranking"].backward()
+        optimizer.step()
+    scores = docid_scores(torch.log_softmax(table[None], -1), docids)[0]
+    assert scores.argmax() == 3 and scores.softmax(-1)[3] > 0.9

@@ -15,7 +15,7 @@ from mobula.retrieval import arms as arm_names
 from mobula.retrieval.arms import Arm
 from mobula.retrieval.build import LANGUAGE_MODELS, ModelConfig
 from mobula.retrieval.docids.config import DocidConfig, code_length
-from mobula.retrieval.paradigms import MaskedDiffusion
+from mobula.retrieval.paradigms import LossConfig, MaskedDiffusion
 from mobula.retrieval.search import MOST_EXHAUSTIVE, ORDERS, REMASK, SearchOptions
 from mobula.training import TrainingConfig
 
@@ -58,13 +58,6 @@ class LearningRates:
     classifier: list[float] = key([3e-3], "per-level classifiers", gt=0)
     dual: list[float] = key([1e-3], "dual-encoder baseline", gt=0)
     share: float = key(0.2, "share of the examples that a trial of one rate gets", gt=0, le=1)
-
-
-@dataclass
-class LossConfig:
-    """The masked-diffusion objective."""
-
-    weight: str = key("uniform", "weight of a masked position", choices=("uniform", "elbo"))
 
 
 @dataclass

@@ -5,7 +5,9 @@ gives log p(c_l | z, q) for every position l. Three paradigms differ in what is 
 ``loss`` and in the ``decoder``:
 
 masked diffusion (the method)
-    t ~ U(0, 1), p = (1 - e) t + e; each c_l becomes [MASK] with probability p, the query never.
+    t ~ U(0, 1), p = (1 - e) t + e; each c_l becomes [MASK] with probability p, the query never. With
+    ``masking: confidence`` (ours, after DiffGRM, arXiv 2510.21805) the ceil(p L) levels that the network is least sure
+    of with everything masked do: the states that decoding passes through.
     Loss: sum over masked l of -log p(c_l | z, q), all alike or with the weight 1/p of the bound on -log p(c | q).
     Decoder: z = [MASK]^L; T times, predict all masked positions and commit the most confident ones.
 autoregressive (the twin, on the same network with causal attention)
@@ -14,21 +16,29 @@ autoregressive (the twin, on the same network with causal attention)
 classifier (the control)
     Everything is hidden and positions do not see each other: L softmax heads over the query. Decoder: one pass.
 
+All three may learn to rank as well (ours; a listwise loss, as LTRGR, RIPOR and DDRO have at other levels): with the
+score s(d) that the paradigm ranks by, sum over l of log p(c_l | everything masked, q), or log p(c | q) of the twin,
+
+    -log softmax over docids d of s(d), at the right one
+
 The denoising loop is :mod:`.decoding.denoise`, what is made of its codes :mod:`.decoding.decoders`, the beam
 :mod:`.decoding.autoregressive`, the network :mod:`.network`.
 
-Shapes: B examples, L positions, K codes a position. A code of -1 is [MASK].
+Shapes: B examples, L positions, K codes a position, C docids of the corpus. A code of -1 is [MASK].
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mobula.config import key
 from mobula.retrieval.decoding import ArDecoder, Decoder
 from mobula.retrieval.docids.table import DocidTable
 from mobula.retrieval.network import MASK, DocidModel, NetworkKind
@@ -36,6 +46,24 @@ from mobula.retrieval.search import SearchOptions
 
 EPSILON = 1e-3  # smallest masking probability; bounds the weight 1/p
 MEAN_RATE = (1 + EPSILON) / 2  # of masking_rates
+
+
+Batch = dict[str, Tensor]
+Ask = Callable[[Tensor], Tensor]  # the batch's queries: logits f32[B, (G,) L, K] of codes z i64[B, (G,) L]
+
+
+@dataclass
+class LossConfig:
+    """What docid models learn."""
+
+    weight: str = key("uniform", "weight of a masked position of masked diffusion", choices=("uniform", "elbo"))
+    masking: str = key(
+        "random", "masked diffusion hides levels at random, or those that it is least sure of",
+        choices=("random", "confidence"),
+    )  # fmt: skip
+    ranking: float = key(0.0, "weight of the loss that ranks docids, of every paradigm; 0: none", ge=0)
+    candidates: int = key(10_000, "docids that are ranked at once; of a larger corpus some are drawn", ge=2)
+    negatives: int = key(15, "docids that the twin, which must read each of them, ranks beside the right one", ge=1)
 
 
 # The forward process: what is hidden of a docid
@@ -54,26 +82,48 @@ def mask_codes(codes: Tensor, rates: Tensor, generator: torch.Generator) -> Tens
     return codes.masked_fill(hidden, MASK)
 
 
+def mask_unsure(codes: Tensor, rates: Tensor, log_probs: Tensor) -> Tensor:
+    """Codes i64[B, L] with the ceil(p L) levels masked whose likeliest code is least likely, in f32[B, L, K]."""
+    hidden = (rates * codes.shape[1]).ceil()
+    confidence = log_probs.amax(-1)
+    # Ties: the later position is hidden first, as decoding commits the lowest first.
+    rank = confidence.flip(1).argsort(dim=1, stable=True).argsort(1).flip(1)
+    return codes.masked_fill(rank < hidden[:, None], MASK)
+
+
 # The losses, in nats
 
 
-def diffusion_loss(logits: Tensor, codes: Tensor, z: Tensor, rates: Tensor, weight: str) -> Tensor:
+def diffusion_loss(
+    logits: Tensor, codes: Tensor, z: Tensor, rates: Tensor, weight: str, mean_rate: float = MEAN_RATE
+) -> Tensor:
     """Cross-entropy of the masked positions of z.
 
     ``elbo`` is the bound on -log p(c|q) per level: (1/B) sum_b (1/L) sum_{i masked} CE / p_b (MDLM, eq. 10).
-    ``uniform`` is their sum over the number that is masked on average: a mean over examples, so that a position weighs
-    the same however a batch is divided. An empty mask contributes 0.
+    ``uniform`` is their sum over the number that is masked on average, the share ``mean_rate``: a mean over examples,
+    so that a position weighs the same however a batch is divided. An empty mask contributes 0.
     """
     masked = z == MASK
     losses = F.cross_entropy(logits.transpose(1, 2).float(), codes, reduction="none") * masked
     if weight == "elbo":
         return (losses / rates[:, None]).sum() / codes.numel()
-    return losses.sum() / (codes.numel() * MEAN_RATE)
+    return losses.sum() / (codes.numel() * mean_rate)
 
 
 def code_loss(logits: Tensor, codes: Tensor) -> Tensor:
     """Mean over batch and levels of -log p(c_l | c_<l, q), or of -log p(c_l | q) where positions see no others."""
     return F.cross_entropy(logits.transpose(1, 2).float(), codes)
+
+
+def docid_scores(log_probs: Tensor, docids: Tensor) -> Tensor:
+    """Sum over levels of log p, f32[B, C], of docids i64[C, L] from one table f32[B, L, K]."""
+    levels = range(docids.shape[1])
+    return torch.stack([log_probs[:, level].index_select(1, docids[:, level]) for level in levels]).sum(0)
+
+
+def ranking_loss(scores: Tensor, target: Tensor, others: Tensor) -> Tensor:
+    """Mean of -log softmax f32[B, C] at ``target`` i64[B], without the docids that are right as well, bool[B, C]."""
+    return F.cross_entropy(scores.masked_fill(others, float("-inf")), target)
 
 
 # The paradigms
@@ -101,8 +151,12 @@ class Paradigm(ABC):
         """What the network sees of codes i64[B, L]: z i64[B, L] and, if positions are masked, their rates f32[B]."""
 
     @abstractmethod
-    def loss(self, logits: Tensor, batch: dict[str, Tensor], weight: str) -> Tensor:
-        """The loss of logits f32[B, L, K] on ``codes``, ``z`` and ``rates`` of a batch."""
+    def loss(self, ask: Ask, batch: Batch, config: LossConfig) -> dict[str, Tensor]:
+        """Losses by name, each a mean over examples, of a batch's ``codes``, ``z`` and ``rates``.
+
+        Where docids are ranked it has ``docids``, those to rank, the place of the right one ``target`` i64[B], and
+        ``others`` bool[B, C], which are right as well.
+        """
 
     @abstractmethod
     def decoder(self, model: DocidModel, table: DocidTable) -> Decoder | ArDecoder:
@@ -122,9 +176,21 @@ class MaskedDiffusion(Paradigm):
         rates = masking_rates(len(codes), generator)
         return {"z": mask_codes(codes, rates, generator), "rates": rates}
 
-    def loss(self, logits: Tensor, batch: dict[str, Tensor], weight: str) -> Tensor:
-        """See :func:`diffusion_loss`."""
-        return diffusion_loss(logits, batch["codes"], batch["z"], batch["rates"], weight)
+    def loss(self, ask: Ask, batch: Batch, config: LossConfig) -> dict[str, Tensor]:
+        """See :func:`diffusion_loss` and :func:`ranking_loss`."""
+        codes, z, rates, share = batch["codes"], batch["z"], batch["rates"], MEAN_RATE
+        hidden = torch.full_like(codes, MASK)
+        if config.masking == "confidence":
+            first = ask(hidden)
+            z = mask_unsure(codes, rates, torch.log_softmax(first.detach().float(), -1))
+            rates, share = (z == MASK).float().mean(1), (codes.shape[1] + 1) / (2 * codes.shape[1])
+            logits = ask(z)
+        elif config.ranking:
+            first, logits = ask(torch.stack([hidden, z], 1)).unbind(1)
+        else:
+            return {"masked": diffusion_loss(ask(z), codes, z, rates, config.weight)}
+        losses = {"masked": diffusion_loss(logits, codes, z, rates, config.weight, share)}
+        return losses | _ranked(first, batch, config)
 
     def decoder(self, model: DocidModel, table: DocidTable) -> Decoder | ArDecoder:
         """The denoising loop and what is made of its codes."""
@@ -143,9 +209,15 @@ class Autoregressive(Paradigm):
         """Nothing is hidden: the network itself shifts its input right by one."""
         return {"z": codes}
 
-    def loss(self, logits: Tensor, batch: dict[str, Tensor], weight: str) -> Tensor:
-        """See :func:`code_loss`."""
-        return code_loss(logits, batch["codes"])
+    def loss(self, ask: Ask, batch: Batch, config: LossConfig) -> dict[str, Tensor]:
+        """See :func:`code_loss`; and :func:`ranking_loss` over the docids i64[B, C, L] that each example has."""
+        if not config.ranking:
+            return {"next": code_loss(ask(batch["z"]), batch["codes"])}
+        logits, docids = ask(batch["docids"]), batch["docids"]
+        taken = torch.log_softmax(logits.float(), -1).gather(-1, docids.unsqueeze(-1)).squeeze(-1)
+        own = torch.arange(len(docids), device=docids.device)
+        ranked = ranking_loss(taken.sum(-1), batch["target"], batch["others"])
+        return {"next": -taken[own, batch["target"]].mean(), "ranking": config.ranking * ranked}
 
     def decoder(self, model: DocidModel, table: DocidTable) -> Decoder | ArDecoder:
         """A beam through the trie of corpus codes."""
@@ -166,9 +238,18 @@ class Classifier(MaskedDiffusion):
         """Mask everything: t = 1."""
         return {"z": torch.full_like(codes, MASK)}
 
-    def loss(self, logits: Tensor, batch: dict[str, Tensor], weight: str) -> Tensor:
-        """See :func:`code_loss`: all positions are masked."""
-        return code_loss(logits, batch["codes"])
+    def loss(self, ask: Ask, batch: Batch, config: LossConfig) -> dict[str, Tensor]:
+        """See :func:`code_loss`: all positions are masked. And :func:`ranking_loss`."""
+        logits = ask(batch["z"])
+        return {"masked": code_loss(logits, batch["codes"])} | _ranked(logits, batch, config)
+
+
+def _ranked(first: Tensor, batch: Batch, config: LossConfig) -> dict[str, Tensor]:
+    """The weighted ranking loss of a table f32[B, L, K] in which everything is masked, if there is one."""
+    if not config.ranking:
+        return {}
+    scores = docid_scores(torch.log_softmax(first.float(), -1), batch["docids"])
+    return {"ranking": config.ranking * ranking_loss(scores, batch["target"], batch["others"])}
 
 
 PARADIGMS: dict[str, Paradigm] = {each.name: each for each in (MaskedDiffusion(), Autoregressive(), Classifier())}

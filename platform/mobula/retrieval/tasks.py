@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +25,9 @@ from mobula.retrieval.build import ModelConfig, build_model
 from mobula.retrieval.docids.families import FAMILIES
 from mobula.retrieval.docids.table import DocidTable
 from mobula.retrieval.inputs import StoredFeatures
+from mobula.retrieval.listwise import RankedDocids
 from mobula.retrieval.network import DocidModel
+from mobula.retrieval.paradigms import LossConfig
 from mobula.threads import one_thread
 from mobula.training.task import Task
 
@@ -33,6 +35,7 @@ from mobula.training.task import Task
 # learned nothing but a favourite; far below it, it has.
 SUSPICIOUS = 0.5
 COLLAPSED = 0.05
+OF_DOCIDS = ("codes", "z", "rates", "docids", "target", "others")  # of a batch; the rest are features of queries
 TRAINING = "training"  # folder of the training queries' features
 log = logging.getLogger(__name__)
 
@@ -85,7 +88,7 @@ class DocidTask(Task):
     prepared: Prepared
     arm: Arm
     model: ModelConfig
-    loss_weight: str
+    objective: LossConfig
     guarded: bool = True
 
     @cached_property
@@ -108,6 +111,11 @@ class DocidTask(Task):
         """Codes i64[N, L]."""
         return torch.from_numpy(self.table.codes.astype(np.int64))
 
+    @cached_property
+    def ranked(self) -> RankedDocids:
+        """The docids that the ranking loss tells apart."""
+        return RankedDocids.of(self.codes, self.prepared.examples)
+
     @property
     def examples(self) -> int:
         """Number of training examples."""
@@ -115,23 +123,33 @@ class DocidTask(Task):
 
     def identity(self) -> str:
         """What decides the result besides training configuration and seed."""
-        return digest([self.prepared.identity(), asdict(self.arm), asdict(self.model), self.loss_weight])
+        return digest([self.prepared.identity(), asdict(self.arm), asdict(self.model), asdict(self.objective)])
 
     def build(self) -> DocidModel:
         """A freshly initialised network."""
         return build_model(self.model, self.arm, self.table)
 
     def batch(self, indices: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
-        """Features, codes i64[B, L] and what the network sees of them, see :meth:`.Paradigm.corrupt`."""
+        """Features, codes i64[B, L], what the network sees of them, and the docids that are ranked.
+
+        See :meth:`.Paradigm.corrupt` and :meth:`.Paradigm.loss`.
+        """
         pairs = self.prepared.examples[indices.numpy()]
         codes = self.codes[pairs[:, 1]]
-        batch = {**self.queries.rows(pairs[:, 0]), "codes": codes}
-        return {**batch, **self.arm.learner.corrupt(codes, generator)}
+        batch = {**self.queries.rows(pairs[:, 0]), "codes": codes, **self.arm.learner.corrupt(codes, generator)}
+        if not self.objective.ranking:
+            return batch
+        if self.arm.learner.causal:
+            return batch | self.ranked.drawn(pairs, self.objective.negatives, generator)
+        return batch | self.ranked.all(pairs, self.objective.candidates, generator)
 
-    def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor | float]]:
-        """Mean loss of a batch in nats."""
-        query = {name: batch[name] for name in batch if name not in ("codes", "z", "rates")}
-        return self.arm.learner.loss(model(query, batch["z"]), batch, self.loss_weight), {}
+    def loss(
+        self, model: nn.Module, batch: dict[str, Tensor]
+    ) -> tuple[Tensor | dict[str, Tensor], dict[str, Tensor | float]]:
+        """Mean losses of a batch in nats."""
+        query = {name: batch[name] for name in batch if name not in OF_DOCIDS}
+        losses = self.arm.learner.loss(partial(model, query), batch, self.objective)
+        return (losses if len(losses) > 1 else next(iter(losses.values()))), {}
 
     def evaluate(self, model: DocidModel) -> dict[str, float]:
         """Dev Hit@1 and Hit@10, and the share of distinct top-1 documents (by one_pass, or beam 10)."""

@@ -13,8 +13,9 @@ from mobula.cluster.spec import ClusterSpec
 from mobula.errors import TrainingError
 from mobula.retrieval.arms import Arm
 from mobula.retrieval.build import ModelConfig, load_weights
-from mobula.retrieval.config import Config, LossConfig
+from mobula.retrieval.config import Config
 from mobula.retrieval.network import DocidModel
+from mobula.retrieval.paradigms import LossConfig
 from mobula.retrieval.tasks import DocidTask, DualEncoder, DualTask, Prepared
 from mobula.training import FitResult, Training, TrainingConfig, fit_all, group
 
@@ -109,7 +110,7 @@ class Trained(Protocol):
 
 def docid_task(config: Trained, prepared: Prepared, arm: Arm) -> DocidTask:
     """The training task of an arm."""
-    return DocidTask(prepared, arm, config.model, config.loss.weight)
+    return DocidTask(prepared, arm, config.model, config.loss)
 
 
 def load_arm(task: DocidTask, result: FitResult) -> DocidModel:

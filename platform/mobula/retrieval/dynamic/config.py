@@ -15,13 +15,14 @@ from mobula.experiment import ExperimentConfig
 from mobula.retrieval import arms as arm_names
 from mobula.retrieval.arms import Arm
 from mobula.retrieval.build import LANGUAGE_MODELS, ModelConfig
-from mobula.retrieval.config import RENAMED, LossConfig, PseudoQueriesConfig
+from mobula.retrieval.config import RENAMED, PseudoQueriesConfig
 from mobula.retrieval.docids.config import DocidConfig
 from mobula.retrieval.docids.families import FAMILIES, QUANTISED
 from mobula.retrieval.dynamic.chunks import ChunksConfig, Expansion
 from mobula.retrieval.dynamic.hybrid import FusionConfig
 from mobula.retrieval.dynamic.multi import MultiConfig
 from mobula.retrieval.ngrams.config import NgramConfig
+from mobula.retrieval.paradigms import LossConfig
 from mobula.study import StudyEvaluation, System, parallel_problems
 from mobula.training import TrainingConfig
 
