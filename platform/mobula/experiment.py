@@ -104,8 +104,9 @@ class DataFacts:
 class Report:
     """The one format all methods write (report.json), with tables and plots for people beside it.
 
-    ``tables`` maps a title to rows (the first row is the header); ``notes`` are sentences a reader must see;
-    ``plots`` maps a file name to the data that :mod:`mobula.evaluation.report` draws.
+    ``tables`` maps a title to rows (the first row is the header); the first table is the headline, which a terminal
+    shows. ``notes`` are sentences a reader must see; ``plots`` maps a file name to the data that
+    :mod:`mobula.evaluation.report` draws.
     """
 
     method: str

@@ -26,7 +26,7 @@ def run_experiment(
     resume: str = "auto",
     cluster_file: Path | None = None,
 ) -> Report:
-    """Run an experiment file into ``out`` (None: :func:`run_directory`); prints the report's tables.
+    """Run an experiment file into ``out`` (None: :func:`run_directory`); prints the report's headline.
 
     Raises:
         MobulaError: for anything the user can mend.
@@ -44,7 +44,8 @@ def run_experiment(
         report.cost["wall_s"] = round(run.seconds, 3)
         reports.write(report, run.directory)
     reports.print_report(report)
-    print(f"report: {run.directory / 'report.md'}, artifact: {run.artifact_directory}")
+    print(f"report: {run.directory / 'report.md'}, plots: {run.directory / 'plots'}")
+    print(f"artifact: {run.artifact_directory}")
     return report
 
 

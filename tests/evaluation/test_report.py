@@ -75,9 +75,16 @@ def test_report_json_is_written_last(report, tmp_path):
 def test_report_on_the_terminal(report):
     stream = io.StringIO()
     print_report(report, Console(file=stream, width=120))
-    for text in ("Budgets", "does not hold", "A note."):
+    for text in ("Budgets", "does not hold (1): A", "A note.", "in the report besides: Data, Claims, Measures, Cost"):
         assert text in stream.getvalue()
-    assert "Measures" not in stream.getvalue(), "the tables show them already"
+    assert "more steps are better" not in stream.getvalue(), "statements are in the report"
+
+
+def test_a_terminal_shows_the_first_table_alone(report):
+    stream = io.StringIO()
+    report.tables["Second"] = [["x"], ["hidden"]]
+    print_report(report, Console(file=stream, width=120))
+    assert "hidden" not in stream.getvalue() and "Second" in stream.getvalue()
 
 
 def test_report_without_tables_prints_its_measures(report):

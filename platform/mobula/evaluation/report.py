@@ -41,13 +41,23 @@ def to_markdown(report: Report, plot_names: Sequence[str] = ()) -> str:
 
 
 def print_report(report: Report, console: Console | None = None) -> None:
-    """Print the notes and tables of a report; single measures only where there is no table to show them."""
+    """Print the headline, which claims hold, and the notes; measures where there is no table.
+
+    The rest is in report.md: nobody reads a hundred lines that have scrolled by.
+    """
     console = console or _console()
-    for title, rows in _all_tables(report).items():
-        if title != MEASURES or not report.tables:
-            print_table(title, rows, console)
+    every = _all_tables(report)
+    headline = next(iter(report.tables), MEASURES)
+    if headline in every:
+        print_table(headline, every[headline], console)
+    for verdict, shown in VERDICTS.items():
+        names = [claim.name for claim in report.claims if claim.verdict == verdict]
+        if names:
+            console.print(f"{shown} ({len(names)}): {'; '.join(names)}", markup=False, highlight=False)
     for note in report.notes:
         console.print(f"- {note}", markup=False, highlight=False)
+    rest = [title for title in every if title != headline]
+    console.print(f"in the report besides: {', '.join(rest)}", markup=False, highlight=False)
 
 
 def print_table(title: str, rows: Sequence[Sequence[Any]], console: Console | None = None) -> None:

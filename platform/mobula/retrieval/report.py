@@ -59,6 +59,7 @@ class Measured:
 
 def fill(report: Report, run: Measured) -> None:
     """Write everything into the report."""
+    report.tables["Quality and latency, test queries"] = headline(run)
     for name, split in run.splits.items():
         report.tables[f"{name}: {len(split.queries)} queries, {split.documents} documents"] = split.table()
         prefix = "" if name == "test" else f"{name}/"
@@ -75,6 +76,24 @@ def fill(report: Report, run: Measured) -> None:
     report.tables["Learning rates"] = [["arm", "rate", "dev value of its trial", "chosen"], *run.rates]
     report.plots.update(_plots(run))
     report.notes.extend(_notes(run))
+
+
+def headline(run: Measured) -> list[list[Any]]:
+    """The primary measure of the main arm by decoder and budget beside everything else, and what a query costs."""
+    config, test = run.config, run.test
+    shown: list[System] = [System(name) for name in ("bm25", "dense", "dual", "adc")]
+    if config.twin is not None:
+        shown += [decoded(config.twin, decoder="beam", beam=beam) for beam in config.evaluation.beams]
+    shown += [decoded(config.main, decoder="one_pass")]
+    shown += [decoded(config.main, decoder=d, steps=t) for d in config.evaluation.decoders for t in budgets(config)]
+    primary = config.evaluation.primary
+    rows: list[list[Any]] = [["system", f"{primary} %", "95 % interval", "network calls", "p50 ms", "p95 ms"]]
+    for system in (s for s in shown if s in test.outcomes and primary in test.outcomes[s].values):
+        measure, outcome = test.measure(system, primary), test.outcomes[system]
+        value, low, high = (f"{100 * number:.1f}" for number in (measure.value, measure.low, measure.high))
+        ms = [f"{np.percentile(outcome.ms, p):.1f}" if len(outcome.ms) else "" for p in (50, 95)]
+        rows.append([system.label, value, f"[{low}, {high}]", f"{outcome.fact('nfe') or 0.0:.1f}", *ms])
+    return rows
 
 
 def strata(run: Measured) -> list[list[Any]]:

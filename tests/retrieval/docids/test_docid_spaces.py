@@ -131,6 +131,16 @@ def test_pq_takes_the_nearest_entry_of_every_rotated_slice(
     np.testing.assert_allclose(error, distance.min(2).sum(1), rtol=1e-4)
 
 
+@pytest.mark.parametrize("family", ["rq", "pq", "opq", "hkmeans"])
+def test_fitting_on_few_documents_warns_of_nothing(family: str, capfd: pytest.CaptureFixture[str]) -> None:
+    """faiss writes to the process's own stderr, once a clustering: hundreds of lines of a demo."""
+    points = np.random.default_rng(0).normal(size=(120, 16)).astype(np.float32)
+    documents = [Document(str(i), "", "x") for i in range(len(points))]
+    fit_space(DocidConfig(family=family, levels=4, codes=8), documents, points, seed=0)
+    written = capfd.readouterr()
+    assert "WARNING" not in written.err + written.out
+
+
 def test_opq_reconstructs_better_than_a_random_rotation(
     corpus: list[Document], embeddings: np.ndarray, words: StaticEmbedding
 ) -> None:

@@ -236,6 +236,7 @@ def _opq_rotation(config: CodeConfig, points: np.ndarray, seed: int) -> np.ndarr
     dim = points.shape[1]
     quantiser = faiss.ProductQuantizer(dim, config.levels, config.codes.bit_length() - 1)
     quantiser.cp.seed = seed
+    quantiser.cp.min_points_per_centroid = 1  # or faiss warns of every clustering of every round
     matrix = faiss.OPQMatrix(dim, config.levels)
     matrix.pq = quantiser
     matrix.niter = config.iterations

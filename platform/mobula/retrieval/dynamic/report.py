@@ -22,7 +22,6 @@ Row = dict[str, Any]  # cells by heading
 def build_report(report: Report, results: Results, rates: list[list[Any]]) -> None:
     """Write everything into the report."""
     report.measures.update(_measures(results))
-    report.tables["Sessions"] = _sessions(results)
     for title, row in TABLES.items():
         rows = {system.label: row(results, system) for system in results.systems}
         shown = {label: cells for label, cells in rows.items() if cells}
@@ -30,6 +29,7 @@ def build_report(report: Report, results: Results, rates: list[list[Any]]) -> No
             header = ["system", *next(iter(shown.values()))]
             body = [[label, *cells.values()] for label, cells in shown.items()]
             report.tables[title.format(results.primary)] = [header, *body]
+    report.tables["Sessions"] = _sessions(results)
     report.tables["Learning rates"] = [["system", "rate", "dev value of its trial", "chosen"], *rates]
     report.claims.extend(claims(results))
     report.plots.update(_plots(results))
