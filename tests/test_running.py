@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
-from mobula import training
+from mobula import methods, training
 from mobula.cluster import spec
 from mobula.experiment import Run
 from mobula.running import run_directory, run_experiment
@@ -37,7 +36,7 @@ def test_workers_of_a_run_are_called_after_it(monkeypatch: pytest.MonkeyPatch, t
         with training.group() as standing:
             raise Seen(standing.name, run.id)
 
-    monkeypatch.setattr("mobula.methods.get", lambda name: SimpleNamespace(run=look))
+    monkeypatch.setattr(methods.get("diffugr"), "run", look)
     with pytest.raises(Seen) as seen:
         run_experiment(ROOT / RECIPE, [], tmp_path)
     name, run_id = seen.value.args
