@@ -8,11 +8,15 @@ import random
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 
 import pytest
+import torch
 
+from mobula import environment
 from mobula.alternation import (
     AlternationConfig,
     Context,
@@ -26,7 +30,11 @@ from mobula.alternation import (
     seed_of,
 )
 from mobula.cluster.pool import pool
+from mobula.cluster.resources import WorkerResources, process_device
+from mobula.cluster.spec import ClusterSpec, Platform, Train
 from mobula.errors import ClusterError, RunConflict
+from mobula.training import TrainingConfig, group
+from mobula.training.ray_backend import Work
 from tests import alternating
 from tests.alternating import DATA, gaussian
 
@@ -148,6 +156,74 @@ def test_loops_share_the_actors_of_a_pool_and_training_finds_every_cpu(whole: li
     assert len(processes) <= 2
     assert os.getpid() not in processes
     assert free == [1.0] * 4
+
+
+class Booked:
+    """In place of Ray Train's workers: actors of Ray that hold the GPUs that the workers would, and train nothing."""
+
+    started = 0
+
+    def __init__(self, resources: WorkerResources, name: str) -> None:
+        import ray
+
+        Booked.started += 1
+        self.resources, self.standing = resources, True
+        self.holder = ray.remote(alternating.Who).options(num_cpus=0, num_gpus=resources.gpus).remote()
+        ray.get(self.holder.process.remote([{}], 0), timeout=60)  # nobody gives it GPUs that another holds
+        time.sleep(1)  # Ray counts what is free now and then
+
+    def train(self, work: Work, watch: Callable[[], None]) -> None:
+        return None
+
+    def close(self) -> None:
+        import ray
+
+        self.standing = False
+        ray.kill(self.holder)
+
+
+@pytest.fixture
+def two_gpus() -> Iterator[None]:
+    """A Ray that believes that its node has two GPUs."""
+    import ray
+
+    environment.driver_environment()
+    ray.init(address="local", num_cpus=2, num_gpus=2, log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+@pytest.mark.end_to_end
+@pytest.mark.parametrize(("gpus", "starts"), [(1.0, 1), (2.0, 2)])
+def test_actors_and_workers_keep_their_gpus_unless_there_are_too_few(
+    two_gpus: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, gpus: float, starts: int
+) -> None:
+    """Two iterations of sampling and training. Where GPUs suffice for one of the two, idle ones end before the other
+    starts; and all end before this process takes a GPU."""
+    monkeypatch.setattr(import_module("mobula.training.group"), "Workers", Booked)
+    monkeypatch.setattr(Booked, "started", 0)
+    processes: set[int] = set()
+
+    def train(context: Context) -> Row:
+        work = Work(None, TrainingConfig(steps=1, workers=1), context.directory, 0)  # nobody looks at its task
+        standing.train(work, "test", WorkerResources(1, gpus=gpus), lambda row: None)
+        return {}
+
+    def measure(history: History, iteration: int) -> Row:
+        processes.update(row["pid"] for row in (history.rows("who") if iteration else []))
+        return {}
+
+    loop = Loop(
+        "gpus", [], [Sharded("who", lambda _: [{}], lambda _: alternating.Who()), Step("train", train)], measure
+    )
+    spec = ClusterSpec(Path("cluster.yaml"), {}, Platform(train=Train(workers=1, gpus_per_worker=gpus)), {})
+    with group(spec) as standing, pool(1, spec) as actors:
+        run(loop, replace(CONFIG, iterations=2), tmp_path, seed=0, pool=actors)
+        assert (len(processes), Booked.started) == (starts, starts)
+        assert bool(actors.actors) is (starts == 1) and standing._workers.standing
+        monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+        assert process_device() == torch.device("cuda")
+        assert not actors.actors and standing._workers is None
 
 
 def test_another_loop_or_seed_is_refused(tmp_path: Path) -> None:

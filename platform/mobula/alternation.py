@@ -307,7 +307,6 @@ def _run_phase(phase: Phase, context: Context, pool: Pool) -> float:
         if isinstance(phase, Sharded):
             facts, shards = _run_shards(phase, context, pool)
         else:
-            pool.rest()
             facts, shards = phase.run(context), 0
         write_json(path, {"facts": facts, "shards": shards, "seconds": round(time.monotonic() - began, 3)})
     return _read(path)["seconds"]

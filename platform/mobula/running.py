@@ -39,7 +39,7 @@ def run_experiment(
     method = methods.get(config.method)
     cluster = find_cluster(cluster_file)
     with Run.open(out or run_directory(experiment, cluster), config, resume=resume, cluster=cluster) as run:
-        with training.group(cluster):
+        with training.group(cluster, run.id):
             report = method.run(run)
         report.cost["wall_s"] = round(run.seconds, 3)
         reports.write(report, run.directory)

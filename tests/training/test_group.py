@@ -9,20 +9,21 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import pytest
-from small_task import Begun, Broken, ByteTask, Diverging, Killed
+from small_task import Begun, Broken, ByteTask, Diverging, Killed, Slow
 from test_ray_backend import CONFIG, assert_same, cluster, python_path, ray_folder, wait_for_step  # noqa: F401
 
-from mobula.cluster.resources import WorkerResources, holding, make_room
+from mobula.cluster.resources import WorkerResources
 from mobula.cluster.spec import ClusterSpec, Platform, Train
 from mobula.errors import TrainingError
 from mobula.training import FitResult, Training, fit, fit_all, group, ray_backend
 from mobula.training.group import Group
+from mobula.training.loop import METRICS, Row
 from mobula.training.ray_backend import Work
 
 END_TO_END = [pytest.mark.end_to_end, pytest.mark.timeout(900)]
@@ -47,7 +48,7 @@ def alone(cluster: None, tmp_path_factory: pytest.TempPathFactory) -> list[FitRe
     return fit_all(trainings)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="class")
 def standing(alone: list[FitResult]) -> Iterator[Group]:
     """One group for all tests here; workers that an earlier test left are taken as they are."""
     with group() as made:
@@ -83,6 +84,24 @@ class TestOnWorkers:
             train(tmp_path / "nan", Diverging())
         assert_same(train(tmp_path / "after"), alone[0])
         assert workers_of(standing) is before
+
+    @pytest.mark.parametrize("workers", [0, 2])
+    def test_an_error_of_the_progress_callback_ends_the_training(
+        self, standing: Group, alone: list[FitResult], tmp_path: Path, workers: int
+    ) -> None:
+        """It reaches the caller, in this process and from workers, and the same training goes on when asked again."""
+
+        def progress(row: Row) -> None:
+            if row["step"] >= 2:
+                raise ValueError("the disk of the progress is full")
+
+        config = dataclasses.replace(CONFIG, workers=workers)
+        with pytest.raises(ValueError, match="the disk of the progress is full"):
+            fit(Slow(), config, tmp_path, seed=3, name="test", progress=progress)
+        assert not (tmp_path / "result.json").exists()
+        result = fit(Slow(), config, tmp_path, seed=3, name="test")
+        if workers:
+            assert_same(result, alone[0])
 
     def test_losses_count_for_the_training_that_had_them(
         self, standing: Group, alone: list[FitResult], tmp_path: Path
@@ -160,13 +179,13 @@ def asked_of_ray(monkeypatch: pytest.MonkeyPatch, directory: Path, spec: Cluster
     for name in ("connect", "check_resources", "make_room"):
         monkeypatch.setattr(import_module("mobula.training.group"), name, lambda *given: contextlib.nullcontext())
     monkeypatch.setattr(ray_backend, "_start_queue", lambda world: world)
-    with pytest.raises(Asked) as asked:
+    with group(spec, "method-1a2b"), pytest.raises(Asked) as asked:
         fit(
             ByteTask(),
             dataclasses.replace(CONFIG, workers=None, micro_batch=None),
             directory,
             seed=3,
-            name="m",
+            name="training",
             cluster=spec,
         )
     return asked.value.args[0]
@@ -182,6 +201,7 @@ def test_what_is_asked_of_ray_is_what_cluster_yaml_says(
     assert scaling.num_workers == 4 and scaling.use_gpu is (gpus > 0)
     assert scaling.resources_per_worker == ({"CPU": 3, "GPU": 1} if gpus else {"CPU": 3})
     assert asked["torch_config"].backend == backend
+    assert run.name.startswith("method-1a2b-"), "the dashboard shows whose workers these are, not their first training"
     assert run.worker_runtime_env["env_vars"]["OMP_NUM_THREADS"] == "3"
     assert run.failure_config.controller_failure_limit >= 0, "an unbounded number of attempts waits for ever"
 
@@ -196,49 +216,21 @@ def test_without_a_cluster_of_its_own_a_training_takes_the_groups(
     assert asked["scaling_config"].num_workers == 2
 
 
-class Holder:
-    def __init__(self) -> None:
-        self.rested = 0
-
-    def rest(self) -> None:
-        self.rested += 1
-
-
-@pytest.mark.parametrize(
-    ("free", "gpus", "rests"),
-    [
-        ([{"GPU": 2.0}], 1.0, 0),  # both fit
-        ([{"GPU": 1.0}], 1.0, 1),
-        ([{"CPU": 8.0}], 1.0, 1),
-        ([{"GPU": 2.0}, {"GPU": 2.0}], 2.0, 0),
-        ([{"GPU": 1.0}, {"GPU": 3.0}], 2.0, 1),  # workers do not straddle nodes
-        ([{"CPU": 8.0}], 0.0, 0),  # nobody rests for what needs no GPU
-    ],
-)
-def test_holders_of_gpus_rest_only_where_too_few_are_free(
-    monkeypatch: pytest.MonkeyPatch, free: list[dict[str, float]], gpus: float, rests: int
-) -> None:
-    monkeypatch.setattr("ray._private.state.available_resources_per_node", lambda: dict(enumerate(free)))
-    asking, other = Holder(), Holder()
-    with holding(asking), holding(other):
-        make_room(WorkerResources(2, gpus=gpus), asking)
-    assert (asking.rested, other.rested) == (0, rests)
-    make_room(WorkerResources(2, gpus=gpus), asking)
-    assert other.rested == rests, "who holds nothing any more is not asked"
-
-
 class Stub:
     """Workers that have nothing to do."""
 
     def __init__(self, gpus: float = 0.0) -> None:
         self.resources = WorkerResources(2, gpus=gpus)
-        self.standing, self.closed = True, 0
+        self.standing, self.closed, self.aborted = True, 0, 0
 
-    def train(self, work: Work) -> None:
-        return None
+    def train(self, work: Work, watch: Callable[[], None]) -> None:
+        watch()
 
     def close(self) -> None:
         self.closed += 1
+
+    def abort(self) -> None:
+        self.aborted += 1
 
 
 def test_a_group_rests_only_with_gpus() -> None:
@@ -257,3 +249,19 @@ def test_workers_of_stage_3_end_with_their_training(tmp_path: Path) -> None:
         config = dataclasses.replace(CONFIG, zero=zero)
         made.train(Work(ByteTask(), config, tmp_path, 3), "test", stub.resources, lambda row: None)
         assert stub.closed == closed
+
+
+def test_workers_in_use_do_not_rest(tmp_path: Path) -> None:
+    """A progress callback that wants a GPU does not wait for the training that waits for it."""
+    made, stub = Group(), Stub(gpus=1.0)
+    made._workers = stub
+
+    def train(work: Work, watch: Callable[[], None]) -> None:
+        (tmp_path / METRICS).write_text('{"step": 1}\n')
+        watch()
+
+    stub.train = train
+    made.train(Work(ByteTask(), CONFIG, tmp_path, 3), "test", stub.resources, lambda row: made.rest())
+    assert stub.closed == 0
+    made.rest()
+    assert stub.closed == 1

@@ -37,9 +37,6 @@ class Pool:
         for number, items, seed in shards:
             yield number, worker.process(items, seed)
 
-    def rest(self) -> None:
-        """Nobody is needed for a while: hand back what training may want."""
-
     def map(self, job: Callable[[Any, int], object], names: Sequence[Any], seeds: Sequence[int]) -> None:
         """Call ``job(name, seed)`` for every seed of every name, in any order; what it returns is not looked at.
 

@@ -17,6 +17,7 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
 
 from mobula.artifacts import write_json
+from mobula.cluster.resources import process_device
 from mobula.errors import ModelError
 from mobula.models.encoders import read_json
 from mobula.models.pretrained import Pretrained, without_progress
@@ -177,9 +178,8 @@ class CausalModel:
         write_json(folder / ADAPTER, asdict(self.adapter))
 
     def placed(self) -> CausalModel:
-        """Itself, on the accelerator if this process has one."""
-        if torch.cuda.is_available():
-            self.network.to("cuda")
+        """Itself, on the device of this process."""
+        self.network.to(process_device())
         return self
 
     def encode(self, text: str) -> list[int]:

@@ -8,10 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from mobula.artifacts import write_json
-from mobula.cluster.resources import WorkerResources
+from mobula.cluster.resources import WorkerResources, process_device
 from mobula.cluster.spec import ClusterSpec, Train
 from mobula.config import differences
 from mobula.errors import ArtifactError, ConfigError, RunConflict
@@ -47,9 +45,9 @@ class FitResult:
 class Training:
     """A task to train with its settings, seed and directory; ``progress`` is called with every row of metrics.
 
-    ``name`` is shown in Ray's dashboard and in errors. On several nodes the directory must be on storage that all
-    of them see. A ``trial`` of some setting may fail: a loss that is not finite ends it, and nothing else. It needs a
-    monitored metric, by which its weights until then are judged.
+    An error that ``progress`` raises ends the training. ``name`` is shown in logs and errors. On several nodes the
+    directory must be on storage that all of them see. A ``trial`` of some setting may fail: a loss that is not finite
+    ends it, and nothing else. It needs a monitored metric, by which its weights until then are judged.
     """
 
     task: Task
@@ -103,8 +101,7 @@ def _train(training: Training, requested: Train, standing: Group) -> None:
     """Train in this process, or on the group's workers."""
     t, progress = training, training.progress or _silent
     if t.config.workers == 0:
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        loop.train(t.task, t.config, t.directory, t.seed, device, progress, t.trial)
+        loop.train(t.task, t.config, t.directory, t.seed, process_device(), progress, t.trial)
         return
     resources = WorkerResources(t.config.world, requested.cpus_per_worker, requested.gpus_per_worker)
     standing.train(Work(t.task, t.config, t.directory, t.seed, t.trial), t.name, resources, progress)

@@ -15,7 +15,6 @@ from mobula.errors import TrainingError
 from mobula.training import loop
 from mobula.training.ray_backend import Work, Workers, WorkersLost
 
-FOLLOW_S = 0.5
 log = logging.getLogger(__name__)
 
 
@@ -23,11 +22,12 @@ class Group:
     """Trains on workers that start with the first training and stand until the group is closed.
 
     They are started anew for a training that wants others, and after a loss. ``cluster`` is that of trainings which
-    name none.
+    name none; ``name`` is the group's in Ray's dashboard.
     """
 
-    def __init__(self, cluster: ClusterSpec | None = None) -> None:
+    def __init__(self, cluster: ClusterSpec | None = None, name: str = "training") -> None:
         self.cluster = cluster
+        self.name = name
         self._workers: Workers | None = None
         self._held = contextlib.ExitStack()
         self._connected = False
@@ -36,16 +36,20 @@ class Group:
     def train(self, work: Work, name: str, resources: WorkerResources, progress: Callable[[loop.Row], None]) -> None:
         """Run :func:`mobula.training.loop.train` on the workers that ``resources`` asks for.
 
+        ``progress`` is called with every row of metrics. What it raises ends the training, and the workers with it.
+
         Raises:
             ClusterError: the cluster cannot give the workers, or a node does not see the directory.
             TrainingError, ArtifactError, RunConflict: as the loop does; or workers were lost too often.
         """
-        with self._turn, _following(work.directory / loop.METRICS, progress):
+        follow = _Follower(work.directory / loop.METRICS, progress)
+        with self._turn:
             losses = 0
             while not (work.directory / loop.RESULT).is_file():
                 try:
-                    error = self._standing(name, resources).train(work)
+                    error = self._standing(resources).train(work, follow)
                 except WorkersLost as lost:
+                    follow()
                     losses += not lost.preempted
                     if losses > work.config.max_failures:
                         raise TrainingError(
@@ -60,15 +64,20 @@ class Group:
                 if work.config.zero == 3:
                     # DeepSpeed 0.19 lets go of nothing that an engine of stage 3 held: only a process's end frees it.
                     self._close_workers()
+                follow()
                 if error is not None:
                     raise error
                 return
 
     def rest(self) -> None:
-        """End workers that hold GPUs; the next training starts others."""
-        with self._turn:
+        """End idle workers that hold GPUs; the next training starts others."""
+        if not self._turn.acquire(blocking=False):
+            return  # a training's progress callback asks: its workers are in use
+        try:
             if self._workers is not None and self._workers.resources.gpus:
                 self._close_workers()
+        finally:
+            self._turn.release()
 
     def close(self) -> None:
         """End the workers, and the Ray that was started for them."""
@@ -77,7 +86,7 @@ class Group:
         finally:
             self._held.close()
 
-    def _standing(self, name: str, resources: WorkerResources) -> Workers:
+    def _standing(self, resources: WorkerResources) -> Workers:
         if self._workers is not None and self._workers.standing and self._workers.resources == resources:
             return self._workers
         self._close_workers()
@@ -87,7 +96,7 @@ class Group:
             self._connected = True
         check_resources(resources)
         make_room(resources, self)
-        self._workers = Workers(resources, name)
+        self._workers = Workers(resources, self.name)
         return self._workers
 
     def _close_workers(self) -> None:
@@ -105,44 +114,35 @@ _open: list[Group] = []
 
 
 @contextlib.contextmanager
-def group(cluster: ClusterSpec | None = None) -> Iterator[Group]:
+def group(cluster: ClusterSpec | None = None, name: str = "training") -> Iterator[Group]:
     """The group that all trainings of this process within the block share, however often they are asked for.
 
-    Within another such block it is the same group. Nothing starts before a training wants workers.
+    ``name``: what Ray's dashboard shows, such as the run's id. Within another such block it is the same group, under
+    that block's name. Nothing starts before a training wants workers.
     """
     if _open:
         yield _open[0]
         return
-    _open.append(Group(cluster))
+    _open.append(Group(cluster, name))
     try:
         yield _open[0]
     finally:
         _open.pop().close()
 
 
-@contextlib.contextmanager
-def _following(path: Path, progress: Callable[[loop.Row], None]) -> Iterator[None]:
-    """Call ``progress`` with the rows that the workers append to the metrics file during the block."""
-    done = threading.Event()
-    thread = threading.Thread(target=_follow, args=(path, progress, done), daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        done.set()
-        thread.join()
+class _Follower:
+    """Called now and then, calls ``progress`` with the rows that were added to a metrics file since."""
 
+    def __init__(self, path: Path, progress: Callable[[loop.Row], None]) -> None:
+        self.path, self.progress = path, progress
+        # Rows are known by what they say of which step: after a worker was lost the file is cut and grows again.
+        self.shown = {_kind(row) for row in _rows(path)}
 
-def _follow(path: Path, progress: Callable[[loop.Row], None], done: threading.Event) -> None:
-    # Rows are known by what they say of which step: after a worker was lost the file is cut and grows again.
-    shown = {_kind(row) for row in _rows(path)}
-    finished = False
-    while not finished:
-        finished = done.wait(FOLLOW_S)
-        for row in _rows(path):
-            if _kind(row) not in shown:
-                shown.add(_kind(row))
-                progress(row)
+    def __call__(self) -> None:
+        for row in _rows(self.path):
+            if _kind(row) not in self.shown:
+                self.shown.add(_kind(row))
+                self.progress(row)
 
 
 def _rows(path: Path) -> list[loop.Row]:

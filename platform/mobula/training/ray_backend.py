@@ -12,6 +12,7 @@ import os
 import tempfile
 import threading
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from mobula.training import loop
 from mobula.training.config import TrainingConfig
 from mobula.training.task import Task
 
-# How often the driver looks whether the workers still stand, while it waits for a training.
+# How often the driver looks at metrics and whether the workers still stand, while it waits for a training.
 WATCH_S = 0.5
 # Workers that were told to close end by themselves within this time, or are ended.
 CLOSE_S = 4.0
@@ -80,8 +81,10 @@ class Workers:
         """Whether they can be given work; they may still be starting."""
         return self._thread.is_alive() and not self._aborted
 
-    def train(self, work: Work) -> MobulaError | None:
+    def train(self, work: Work, watch: Callable[[], None]) -> MobulaError | None:
         """Run :func:`mobula.training.loop.train` on all workers; the error that ended it, if one did.
+
+        ``watch`` is called every now and then meanwhile; what it raises is raised here, and the workers go on.
 
         Raises:
             WorkersLost: workers were killed, or raised what another attempt may mend.
@@ -93,6 +96,7 @@ class Workers:
         self._number += 1
         outcome = self._queue.run.remote(self._number, [ray.put(work)])
         while not ray.wait([outcome], timeout=WATCH_S)[0]:
+            watch()
             if not self.standing:
                 raise self._end()
         try:

@@ -120,7 +120,7 @@ def _artifact(space: Space, run: Run, cluster: ClusterSpec | None) -> Path:
 
 
 def _train_once(space: Space, directory: Path, cluster: ClusterSpec | None) -> None:
-    with Run.open(directory, space.experiment({}), cluster=cluster) as run, training.group(cluster):
+    with Run.open(directory, space.experiment({}), cluster=cluster) as run, training.group(cluster, run.id):
         report = methods.get(run.config.method).run(run)
         artifacts.write_json(directory / "report.json", report.to_dict())
 

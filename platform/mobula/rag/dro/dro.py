@@ -27,6 +27,7 @@ import torch
 
 from mobula.alternation import Context, History, Phase, Row, Step, seed_of
 from mobula.artifacts import sha256, write_jsonl
+from mobula.cluster.resources import process_device
 from mobula.cluster.spec import ClusterSpec
 from mobula.config import digest
 from mobula.experiment import identity
@@ -218,7 +219,7 @@ class DRO(EM):
 
 def objective(network: Network, rows: Sequence[Row], size: int) -> float:
     """Q = sum_k w_k log p, in nats, mean over the first training questions of some rows, ``size`` at a time."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = process_device()
     module, kept, total = network.build(0).eval().to(device), rows[:WATCHED], 0.0
     with torch.inference_mode():
         for at in range(0, len(kept), size):
