@@ -103,7 +103,7 @@ def test_every_claim_of_the_design_is_made_when_its_systems_ran(tmp_path: Path) 
     results.config.evaluation.chunk_counts = [1]
     wanted = {f"F1 {text} {each}" for text in texts for each in numeric}
     wanted |= {"F2 ngram autoregressive/text.keywords", "F2 autoregressive/text.keywords autoregressive/text.title"}
-    wanted |= {f"F2-chunks {several} {one}", "H-better", "H-gap", "H-latency"}
+    wanted |= {f"F2-chunks {several} {one}", "H-better", "H-gap", "H-latency", "H-initial", "H-average"}
     wanted |= {
         f"F3-{name} {text} {system}" for text in texts[:2] for name, system in (("bm25",) * 2, ("dense", "dual"))
     }
@@ -151,4 +151,13 @@ def test_the_report_holds_every_table_and_plot(tmp_path: Path) -> None:
     bias = {row[0]: row for row in report.tables["Bias towards the initial documents"][1:]}
     assert bias["bm25"][2] == pytest.approx(40 - 100 * (1 / 2 + 1 / 3) / 2, abs=0.1)
     assert {"new_documents", "initial_documents", "pareto"} == set(report.plots)
+    assert not any("unequal candidate width" in note for note in report.notes)
+
+
+def test_a_beam_beside_one_pass_over_all_documents_is_named(tmp_path: Path) -> None:
+    report = Report("dynamic_retrieval", "toy", 0, "")
+    results = _results({**QUALITY, "diffusion/rq": (0.5, 0.5)}, {}, tmp_path)
+    build_report(report, results, [])
+    width, size = results.config.evaluation.beam, results.protocol.sizes()[-1]
+    assert f"unequal candidate width: diffusion/rq ranked {size}, autoregressive/rq {width}" in report.notes
     assert report.tables["Sessions"][3] == [2, ROWS, 3 * ROWS, ROWS, round(10 / (3 * ROWS), 5)]

@@ -13,7 +13,7 @@ from mobula.evaluation.intervals import Estimate, difference_estimate
 from mobula.experiment import Claim
 from mobula.retrieval.dynamic.config import SessionSystem
 from mobula.retrieval.dynamic.evaluate_sessions import INITIAL_SHARE, ORACLE
-from mobula.retrieval.dynamic.measures import arriving, generalisation, spread
+from mobula.retrieval.dynamic.measures import arriving, average, generalisation, initial, spread
 from mobula.retrieval.dynamic.results import Results
 
 NOT_LEARNT = "has not learnt the initial documents as well as code-only retrieval finds them"
@@ -82,6 +82,9 @@ def comparisons(results: Results) -> Iterator[Comparison]:
     for multi, single in _several_and_one(results):
         yield Comparison("H-better", "several docids generalise better than one", multi, single)
         yield Comparison("H-latency", "numeric latency is kept", multi, NGRAM, "latency")
+        same = f"several docids cost nothing (within {MATCHES:.0%})"
+        yield Comparison("H-initial", f"{same} on the initial documents alone", multi, single, "P[0,0]", MATCHES)
+        yield Comparison("H-average", f"{same} over all sessions at the end", multi, single, "AP", MATCHES)
 
 
 def _several_and_one(results: Results) -> Iterator[tuple[SessionSystem, SessionSystem]]:
@@ -146,6 +149,8 @@ def _gap_closed(results: Results, multi: SessionSystem, single: SessionSystem) -
 # By name: the effect of one system over another, and what it is called.
 EFFECTS: dict[str, tuple[Callable[[Results, SessionSystem, SessionSystem], Estimate], str]] = {
     "GA": (lambda results, a, b: results.difference(a, b, generalisation), "GA of {}"),
+    "P[0,0]": (lambda results, a, b: results.difference(a, b, initial), "P[0,0] of {}"),
+    "AP": (lambda results, a, b: results.difference(a, b, average), "AP of {}"),
     "range": (lambda results, a, b: results.difference(a, b, spread), "range of P[t, t], {}"),
     "initial share": (_initial_share, "share of initial documents in the top 10 of new documents' queries"),
     "oracle gain": (_oracle_gain, "gain of Hit@10 by decoding among the session's documents alone"),

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 
-from mobula.evaluation.ranking import MEASURES
+from mobula.evaluation.ranking import MEASURES, width_note
 from mobula.evaluation.tables import PERCENT, Table, cell
 from mobula.experiment import Measure, Report
 from mobula.retrieval.dynamic.claims import claims
@@ -32,7 +32,18 @@ def build_report(report: Report, results: Results, rates: list[list[Any]]) -> No
     report.tables["Sessions"] = _sessions(results)
     report.tables["Learning rates"] = [["system", "rate", "dev value of its trial", "chosen"], *rates]
     report.claims.extend(claims(results))
+    report.notes.extend(_width_notes(results))
     report.plots.update(_plots(results))
+
+
+def _width_notes(results: Results) -> Iterator[str]:
+    """Where a beam ranks fewer documents than one pass of a diffusion model does."""
+    learners = {system.paradigm: system for system in reversed(results.systems)}
+    if {"autoregressive", "diffusion"} <= learners.keys():
+        names = (learners["diffusion"].label, learners["autoregressive"].label)
+        widths = (results.protocol.sizes()[-1], results.config.evaluation.beam)
+        if note := width_note(names, widths):
+            yield note
 
 
 def _measures(results: Results) -> dict[str, Measure]:
