@@ -38,7 +38,7 @@ def build_report(report: Report, results: Results, rates: list[list[Any]]) -> No
 
 def _width_notes(results: Results) -> Iterator[str]:
     """Where a beam ranks fewer documents than one pass of a diffusion model does."""
-    learners = {system.paradigm: system for system in reversed(results.systems)}
+    learners = {system.paradigm: system for system in reversed([*results.systems])}
     if {"autoregressive", "diffusion"} <= learners.keys():
         names = (learners["diffusion"].label, learners["autoregressive"].label)
         widths = (results.protocol.sizes()[-1], results.config.evaluation.beam)
