@@ -10,8 +10,8 @@ from pathlib import Path
 
 import torch
 
+from mobula.data.pseudo_queries import body
 from mobula.data.records import Query
-from mobula.data.views import body
 from mobula.experiment import Report
 from mobula.retrieval.arms import Arm
 from mobula.retrieval.claims import RECOVERY_BEAM
@@ -86,8 +86,8 @@ class Evaluation:
             decoding = system.search_options(self.base)
             if arm in (self.config.main, self.config.twin) and decoding.decoder != "exhaustive":
                 timed.append(Timed(system, self.models[arm][0].search, decoding))
-        for each, ms in time_systems(timed, texts).items():
-            split.outcome(each).ms = ms
+        for measured, ms in time_systems(timed, texts).items():
+            split.outcome(measured).ms = ms
 
     def recovery(self, split: Split) -> dict[Decoded, list[Recovery]]:
         """Early-error recovery (spec 8) of the main arm with every remask rule, and of its twin, one a seed."""

@@ -171,4 +171,6 @@ class Classifier(MaskedDiffusion):
         return code_loss(logits, batch["codes"])
 
 
-PARADIGMS: dict[str, Paradigm] = {each.name: each for each in (MaskedDiffusion(), Autoregressive(), Classifier())}
+PARADIGMS: dict[str, Paradigm] = {
+    paradigm.name: paradigm for paradigm in (MaskedDiffusion(), Autoregressive(), Classifier())
+}

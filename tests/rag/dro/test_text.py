@@ -78,8 +78,8 @@ def of_split(networks: Networks, split: str, queries: list[int]) -> list[Request
 def test_a_run_leaves_its_report(runs: dict[str, Path], kind: str) -> None:
     report = json.loads((runs[kind] / "report.json").read_text())
     named = {name.split("/")[0] for name in report["measures"]}
-    views = {"cold_start, passages retriever", "cold_start, passages first"}
-    assert {COLD, "dro", "dro, passages gold", "dro, passages no_gold", *views} <= named
+    baselines = {"cold_start, passages retriever", "cold_start, passages first"}
+    assert {COLD, "dro", "dro, passages gold", "dro, passages no_gold", *baselines} <= named
     found = {name.split("/")[1] for name in report["measures"] if name.startswith("dro/")}
     # Exact match, F1 and accuracy are never told apart from one another.
     assert {"exact", "f1", "acc", "hit@1", "hit@2", "tau"} <= found
