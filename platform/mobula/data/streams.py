@@ -205,7 +205,7 @@ def _unambiguous(queries: list[Query]) -> tuple[list[Query], int]:
 
 
 def _absent(queries: list[Query], documents: Sequence[Document], series: str = "") -> list[Query]:
-    """Queries but those of ``COPIED_WORDS`` words or more that a document has as they are, references read or skipped."""
+    """Queries but those of ``COPIED_WORDS`` words or more that a document holds, references read or skipped."""
     openings: dict[tuple[str, ...], list[int]] = defaultdict(list)
     for position, query in enumerate(queries):
         words = split_words(query.text)
