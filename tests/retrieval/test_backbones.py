@@ -101,9 +101,7 @@ def table() -> DocidTable:
 
 def config_of(bases: dict[str, str], name: str, **changes) -> ModelConfig:
     backbone = "t5" if name in ("t5", "bart") else "masked_lm"
-    return ModelConfig(
-        backbone=backbone, base=bases[name], query_len=6, lora=LoraConfig(4, 128.0), **changes
-    )
+    return ModelConfig(backbone=backbone, base=bases[name], query_len=6, lora=LoraConfig(4, 128.0), **changes)
 
 
 def built(bases, table, name, **changes):

@@ -37,7 +37,7 @@ __all__ = ["Config", "load", "run", "train_trial"]
 log = logging.getLogger(__name__)
 SAMPLES = (1, 2, 4, 8, 14)  # for which the variance of estimates is measured
 REDRAWN = 40  # dev questions for which it is
-WATCHED = 500  # training questions of which samples are compared with the posterior
+COMPARED = 500  # training questions of which samples are compared with the exact posterior
 LEAK = 0.1  # share of questions by which the passages shown first may hold answers more often than others
 FALL = 0.02  # nats by which the likelihood of training questions may fall in an iteration
 ANSWERS = ("f1", "exact")  # measures of what was answered, whoever chose the passages
@@ -148,7 +148,7 @@ class Arms:
         history = self.outcome(arm, seed).history
         weighed = [path for _, phase, path in history.finished if phase == WEIGH]
         pairs = zip(self.past(arm, seed), weighed, strict=False)  # the last networks have sampled nothing
-        return [posterior_distance(networks, read_jsonl(path / ROWS)[:WATCHED]) for networks, path in pairs]
+        return [posterior_distance(networks, read_jsonl(path / ROWS)[:COMPARED]) for networks, path in pairs]
 
     def variances(self, arm: str, seed: int) -> list[Variances]:
         """By iteration, how much estimates from m samples vary."""
