@@ -103,15 +103,6 @@ def pessimistic(hits: Sequence[Scored], gold: Sequence[str], documents: int) -> 
     return order
 
 
-def gold_ranks(scores: np.ndarray, gold: Sequence[Sequence[int]]) -> np.ndarray:
-    """Pessimistic rank i64[Q] of the best gold document, from scores f[Q, N] of the whole corpus."""
-    ranks = np.empty(len(scores), dtype=np.int64)
-    for row, (values, relevant) in enumerate(zip(scores, gold, strict=True)):
-        best = values[list(relevant)].max()
-        ranks[row] = 1 + int((values >= best).sum()) - int((values[list(relevant)] >= best).sum())
-    return ranks
-
-
 def depth_of(measure: str) -> int:
     """The cut-off of a measure's name."""
     return int(measure.rsplit("@", 1)[1])
