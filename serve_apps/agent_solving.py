@@ -94,18 +94,18 @@ class Solving:
     async def events(self, request: SolveRequest) -> AsyncGenerator[Event, None]:
         """`plan`, then `call` and `result` in turn, `answer` or `error`, for each conversation; `done` at the end."""
         began, tokens = time.perf_counter(), 0
-        found: list[Conversation] = []
+        talks: list[Conversation] = []
         for number in range(request.n):
-            found.append(Conversation())
-            async for name, value in self._conversation(request, number, found[-1]):
+            talks.append(Conversation())
+            async for name, value in self._conversation(request, number, talks[-1]):
                 tokens += value.pop("tokens", 0)
                 yield name, {"conversation": number, **value}
-        votes = Counter(each.answer for each in found if each.status == "ok")
+        votes = Counter(talk.answer for talk in talks if talk.status == "ok")
         answer = votes.most_common(1)[0][0] if votes else None
-        status = "ok" if votes else found[0].status
+        status = "ok" if votes else talks[0].status
         ms = round(1000 * (time.perf_counter() - began), 3)
         self.metrics.solved(status, ms)
-        conversations = [vars(each) for each in found]
+        conversations = [vars(talk) for talk in talks]
         facts = {"tokens": tokens, "ms": ms, "version": self.state.version}
         yield "done", {"answer": answer, "status": status, "conversations": conversations, **facts}
 

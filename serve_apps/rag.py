@@ -14,7 +14,9 @@ SPEC = Spec(
     title="Mobula question answering",
     console=CONSOLE,
     page="rag.html",
-    ask=Route("/answer", "Answer a question. As a stream: `found`, `selected`, `answer`, and `done` with everything."),
+    ask=Route(
+        "/answer", "Answer a question. As a stream: `candidates`, `selected`, `answer`, and `done` with everything."
+    ),
     request=AnswerRequest,
     response=Answered,
     about=Route("/about", "Which networks these are, how many passages they find and choose, and questions to try."),

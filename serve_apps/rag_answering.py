@@ -61,11 +61,11 @@ class Answering:
         self.batcher.close()
 
     async def events(self, request: AnswerRequest) -> AsyncGenerator[Event, None]:
-        """`found`, `selected`, `answer`, and `done` with everything."""
+        """`candidates`, `selected`, `answer`, and `done` with everything."""
         began, predictor = time.perf_counter(), self.state.predictor
         question, silent = await self._run(predictor.find, request.question)
         candidates = [self._candidate(question, position) for position in _ranked(question)]
-        yield "found", {"candidates": candidates}
+        yield "candidates", {"candidates": candidates}
         picks, failed = await self._select(question) if question.candidates else ([], False)
         passages = [_chosen(pick) for pick in picks]
         flags = {"retriever_failed": silent, "selection_failed": failed}

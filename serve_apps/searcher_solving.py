@@ -65,7 +65,7 @@ class Solving:
         for _ in range(limits[0]):
             before = episode
             episode = await self.batcher.submit(("turn", limits), episode)
-            for event in self._told(before, episode):
+            for event in self._turn_events(before, episode):
                 yield event
             if not episode.open:
                 break
@@ -83,7 +83,7 @@ class Solving:
         turns = min(most.max_turns, (request.max_searches or most.max_turns) + 1)
         return turns, min(most.max_action_tokens, request.max_tokens or most.max_action_tokens)
 
-    def _told(self, before: Episode, after: Episode) -> list[Event]:
+    def _turn_events(self, before: Episode, after: Episode) -> list[Event]:
         """What a turn has added: the fact of the last search, the next sub-query, and what it found."""
         old, new = before.trajectory, after.trajectory
         events: list[Event] = [("fact", {"fact": fact}) for fact in new.facts[len(old.facts) :]]
@@ -93,19 +93,19 @@ class Solving:
         return events
 
     def _passages(self, episode: Episode, number: int) -> list[dict[str, Any]]:
-        found = {id: (score, rank) for id, score, rank in episode.trajectory.hits[number]}
+        scores = {id: (score, rank) for id, score, rank in episode.trajectory.hits[number]}
         passages = []
         for id in episode.trajectory.shown[number]:
-            document, (score, rank) = self.state.rollouts.searcher.searcher.document(id), found[id]
+            document, (score, rank) = self.state.rollouts.searcher.searcher.document(id), scores[id]
             passages.append({"id": id, "title": document.title, "text": document.text, "rank": rank, "score": score})
         return passages
 
     def _searches(self, episode: Episode) -> list[dict[str, Any]]:
-        found = episode.trajectory
-        facts = [*found.facts, *(None for _ in found.queries)]
+        trajectory = episode.trajectory
+        facts = [*trajectory.facts, *(None for _ in trajectory.queries)]
         return [
             {"query": query, "evidence": self._passages(episode, number), "fact": facts[number]}
-            for number, query in enumerate(found.queries)
+            for number, query in enumerate(trajectory.queries)
         ]
 
     @staticmethod

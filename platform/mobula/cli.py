@@ -168,10 +168,10 @@ def cluster_validate(cluster_file: Path | None) -> None:
     path = cluster_file or Path("cluster.yaml")
     from mobula.serving import schema
 
-    found = spec.load(path)
-    schema.check(found)
-    applications = ", ".join(a["name"] for a in found.serve.get("applications", [])) or "none"
-    click.echo(f"{path}: valid; nodes: {', '.join(found.nodes)}; applications: {applications}")
+    cluster_spec = spec.load(path)
+    schema.check(cluster_spec)
+    applications = ", ".join(a["name"] for a in cluster_spec.serve.get("applications", [])) or "none"
+    click.echo(f"{path}: valid; nodes: {', '.join(cluster_spec.nodes)}; applications: {applications}")
 
 
 @cluster.command("render")
@@ -190,8 +190,8 @@ def cluster_render(
     from mobula.cluster import render, spec
     from mobula.serving import schema
 
-    found = spec.load(cluster_file or spec.DEFAULT, overrides, overlay)
-    text = render.render(found, target, serve=schema.check(found))
+    cluster_spec = spec.load(cluster_file or spec.DEFAULT, overrides, overlay)
+    text = render.render(cluster_spec, target, serve=schema.check(cluster_spec))
     if out is None:
         click.echo(text, nl=False)
         return

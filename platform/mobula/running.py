@@ -88,10 +88,10 @@ def run_serve(
     environment.driver_environment()
     from mobula.serving import deploy
 
-    found = find_cluster(cluster_file)
-    if found is None:
+    spec = find_cluster(cluster_file)
+    if spec is None:
         raise ConfigError(["no cluster file: give --cluster, or run where cluster.yaml is"], "serve")
-    deploy.run(found, apps, overrides, host=host, port=port)
+    deploy.run(spec, apps, overrides, host=host, port=port)
 
 
 def run_directory(recipe: Path, cluster: ClusterSpec | None) -> Path:

@@ -197,7 +197,7 @@ class Results:
         """
         wanted = System.of(system)
         if wanted not in self.rows:
-            known = ", ".join(each.label for each in self.rows)
+            known = ", ".join(system.label for system in self.rows)
             raise MobulaError(f"{wanted.label} was not evaluated (there are: {known})")
         return self.rows[wanted]
 
@@ -297,14 +297,14 @@ class Results:
                     measure = self.measure(system, metric, stratum)
                     if measure is not None:
                         report.measures["/".join(filter(None, [label, metric, stratum]))] = measure
-        found = report.measures
+        measures = report.measures
         report.notes.append(f"training seeds: {self.config.evaluation.seeds}; intervals: 95 %, over seeds and examples")
-        report.tables[examples] = tables.measures(systems, metrics, lambda a, m: found.get(f"{a}/{m}"), scale=scale)
+        report.tables[examples] = tables.measures(systems, metrics, lambda a, m: measures.get(f"{a}/{m}"), scale=scale)
         if strata:
             title = f"{metrics[main]} by stratum"
             by_stratum = dict(zip(strata, strata, strict=True))
             report.tables[title] = tables.measures(
-                systems, by_stratum, lambda a, s: found.get(f"{a}/{main}/{s}"), scale=scale
+                systems, by_stratum, lambda a, s: measures.get(f"{a}/{main}/{s}"), scale=scale
             )
         others = {label: system for label, system in systems.items() if system != self.first}
         report.tables[f"Beside {self.first.label}, difference"] = tables.measures(
@@ -323,13 +323,13 @@ class Results:
         if metric not in runs[0][0]:
             known = ", ".join(runs[0][0])
             raise MobulaError(f"{System.of(system).label} was not measured by {metric} (there are: {known})")
-        meant = {name for name in self.strata() if name == stratum} or {
+        strata = {name for name in self.strata() if name == stratum} or {
             name for name in self.strata() if name.startswith(stratum)
         }
         return [
             i
             for i, rows in enumerate(zip(*runs, strict=True))
-            if (not stratum or rows[0].get("stratum") in meant) and all(row[metric] is not None for row in rows)
+            if (not stratum or rows[0].get("stratum") in strata) and all(row[metric] is not None for row in rows)
         ]
 
     def _shared(self, a: str | System, b: str | System, metric: str, stratum: str) -> list[int]:

@@ -64,13 +64,13 @@ function docid(code, decoded) {
   return element("span", { class: "docid", title: `docid ${code.join("-")}` }, ...tokens);
 }
 
-function hit(found, decoded, shared) {
-  const score = element("span", { class: "score" }, found.score === null ? "no score" : found.score.toFixed(2));
+function card(hit, decoded, shared) {
+  const score = element("span", { class: "score" }, hit.score === null ? "no score" : hit.score.toFixed(2));
   return element("li", { class: shared ? "shared" : undefined },
-    element("div", { class: "head" }, element("h3", {}, found.title || found.doc_id), score),
-    element("div", { class: "id" }, found.title ? element("span", {}, found.doc_id) : null, found.code ? docid(found.code, decoded) : null,
-      facts.takes_documents ? removeButton(found) : null),
-    element("p", {}, found.snippet));
+    element("div", { class: "head" }, element("h3", {}, hit.title || hit.doc_id), score),
+    element("div", { class: "id" }, hit.title ? element("span", {}, hit.doc_id) : null, hit.code ? docid(hit.code, decoded) : null,
+      facts.takes_documents ? removeButton(hit) : null),
+    element("p", {}, hit.snippet));
 }
 
 function cost(result) {
@@ -98,7 +98,7 @@ async function search(signal) {
   noticeVersion(result.version);
   $("results-title").hidden = false;
   $("cost").textContent = cost(result);
-  $("results").replaceChildren(...result.hits.map((found) => hit(found, result.raw_code)));
+  $("results").replaceChildren(...result.hits.map((hit) => card(hit, result.raw_code)));
 }
 
 // --- comparison ---------------------------------------------------------------------------------------------
@@ -108,10 +108,10 @@ async function compare(signal) {
   const outcomes = await Promise.allSettled(names.map((retriever) => call("search", request(retriever), signal)));
   noticeVersion(Math.max(0, ...outcomes.map(({ value }) => value?.version ?? 0)));
   const times = new Map();
-  for (const { value } of outcomes) for (const found of value?.hits ?? []) times.set(found.doc_id, (times.get(found.doc_id) ?? 0) + 1);
+  for (const { value } of outcomes) for (const hit of value?.hits ?? []) times.set(hit.doc_id, (times.get(hit.doc_id) ?? 0) + 1);
   $("columns").replaceChildren(...outcomes.map(({ value, reason }, i) => element("section", {},
     element("h2", {}, names[i], element("small", {}, value ? cost(value) : "")),
-    value ? element("ol", { class: "hits" }, ...value.hits.map((found) => hit(found, value.raw_code, times.get(found.doc_id) > 1)))
+    value ? element("ol", { class: "hits" }, ...value.hits.map((hit) => card(hit, value.raw_code, times.get(hit.doc_id) > 1)))
       : element("p", { class: "does_not_hold" }, reason.message))));
 }
 

@@ -18,9 +18,9 @@ export function noticeVersion(version) {
   if (version > corpus.version) refresh(version).catch(fail);
 }
 
-export function removeButton(found) {
-  return element("button", { class: "remove", type: "button", onclick: (event) => remove(found, event.target.closest("li")) },
-    "Remove", element("span", { class: "unseen" }, ` ${found.doc_id}`));
+export function removeButton(hit) {
+  return element("button", { class: "remove", type: "button", onclick: (event) => remove(hit, event.target.closest("li")) },
+    "Remove", element("span", { class: "unseen" }, ` ${hit.doc_id}`));
 }
 
 async function refresh(version = corpus.version, what = "") {
@@ -47,13 +47,13 @@ async function add(event) {
   }
 }
 
-async function remove(found, row) {
-  if (!confirm(`Remove ${found.title || found.doc_id} from the corpus?`)) return;
+async function remove(hit, row) {
+  if (!confirm(`Remove ${hit.title || hit.doc_id} from the corpus?`)) return;
   fail(null);
   try {
-    const answer = await call("documents/remove", { ids: [found.doc_id] });
+    const answer = await call("documents/remove", { ids: [hit.doc_id] });
     row.remove();
-    await refresh(answer.version, `; ${found.doc_id} was removed`);
+    await refresh(answer.version, `; ${hit.doc_id} was removed`);
   } catch (error) {
     fail(error);
   }

@@ -8,9 +8,9 @@ function known({ retriever, candidates, choose, examples: texts }) {
   examples(texts);
 }
 
-function found({ candidates }) {
-  $("candidates").replaceChildren(table([["rank", "passage"], ...candidates.map(({ rank, title }) => [rank, title])]));
-  $("found").hidden = false;
+function candidates({ candidates: ranked }) {
+  $("candidates").replaceChildren(table([["rank", "passage"], ...ranked.map(({ rank, title }) => [rank, title])]));
+  $("ranking").hidden = false;
 }
 
 function selected({ passages, flags }) {
@@ -25,10 +25,10 @@ function selected({ passages, flags }) {
 }
 
 function begin() {
-  $("found").hidden = true;
+  $("ranking").hidden = true;
   let text = "";
   return {
-    found,
+    candidates,
     selected,
     answer: ({ answer }) => outcome(text = answer || "none", ""),
     done: ({ ms, version }) => outcome(text, `${shown(ms)} ms, networks ${version.slice(0, 8)}`),
@@ -40,6 +40,6 @@ run({
   request: () => ({ question: $("question").value }),
   fields: [["Question", "question", "What do you want to know?"], ["Example", "example"]],
   before: [element("p", { id: "about" })],
-  after: [element("details", { id: "found", hidden: true }, element("summary", {}, "Passages that were found, as the retriever ranks them"),
+  after: [element("details", { id: "ranking", hidden: true }, element("summary", {}, "Passages that were found, as the retriever ranks them"),
     element("div", { id: "candidates", class: "scroll" }))],
 });

@@ -12,7 +12,7 @@ class Search {
       element("h4", {}, "Evidence"), this.evidence, element("h4", {}, "Recorded"), this.fact);
   }
 
-  found(passages) {
+  show(passages) {
     const rows = passages.map((p) => [p.rank, p.title, p.text, p.score]);
     this.evidence.replaceChildren(rows.length ? table([["rank", "title", "passage", "score"], ...rows]) : "nothing was found");
   }
@@ -45,7 +45,7 @@ function begin() {
       searches.push(new Search(query, searches.length + 1));
       $("happened").append(searches.at(-1).box);
     },
-    evidence: ({ passages }) => searches.at(-1).found(passages),
+    evidence: ({ passages }) => searches.at(-1).show(passages),
     fact: ({ fact }) => searches.at(-1).recorded(fact),
     done: (whole) => done(whole, searches),
   };

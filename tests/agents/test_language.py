@@ -21,7 +21,6 @@ from mobula.agents.language import (
     ToolError,
     execute,
     parse,
-    results_of,
     serialise,
     show,
 )
@@ -149,8 +148,3 @@ def test_numbers_are_written_as_the_language_reads_them() -> None:
     texts = [serialise((Statement("Calc", (value,), 1),)) for value in values]
     assert texts == ["R1 = Calc(0 - 3)", "R1 = Calc(1 / 3)", "R1 = Calc(1.25)"]
     assert [execute(text, TOOLS).answer for text in texts] == values
-
-
-def test_references_are_found_inside_formulas() -> None:
-    (statement,) = parse("R3 = Calc(R1 * (R2 + 1))")
-    assert results_of(statement) == [1, 2]

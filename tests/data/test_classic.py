@@ -4,7 +4,7 @@ import pytest
 
 from mobula.data import DataConfig, load_retrieval
 from mobula.data.classic import _holds, _month, _sentences
-from mobula.data.views import body
+from mobula.data.pseudo_queries import body
 from mobula.environment import data_folder
 from mobula.errors import DataError
 

@@ -1,4 +1,4 @@
-"""Duplicates, splits and views."""
+"""Duplicates, splits and pseudo-queries."""
 
 import itertools
 import random
@@ -7,8 +7,16 @@ import pytest
 
 from mobula.data import DataConfig, Document, Query, load_retrieval
 from mobula.data import duplicates as dup
+from mobula.data.pseudo_queries import (
+    KeyPhrases,
+    chunks,
+    generator,
+    hold_out_windows,
+    make_pseudo_queries,
+    read_pseudo_queries,
+    windows,
+)
 from mobula.data.splits import divide, drop_leaks
-from mobula.data.views import KeyPhrases, chunks, generator, hold_out_windows, make_views, read_views, windows
 from mobula.errors import BadRecord, DataError
 
 
@@ -82,24 +90,24 @@ def test_windows_are_contiguous_and_of_the_length_asked_for():
 
 def test_views_are_deterministic_and_independent_of_other_documents():
     documents = [Document(str(i), f"title {i}", " ".join(f"w{i}x{j}" for j in range(50))) for i in range(3)]
-    first = make_views(documents, "window", 5, seed=1)
-    assert make_views(documents[:1], "window", 5, seed=1) == first[:5]
-    assert make_views(documents, "window", 5, seed=2) != first
-    assert [view.gold for view in first] == [(str(i),) for i in range(3) for _ in range(5)]
+    first = make_pseudo_queries(documents, "window", 5, seed=1)
+    assert make_pseudo_queries(documents[:1], "window", 5, seed=1) == first[:5]
+    assert make_pseudo_queries(documents, "window", 5, seed=2) != first
+    assert [query.gold for query in first] == [(str(i),) for i in range(3) for _ in range(5)]
 
 
 def test_title_views_are_the_titles_of_those_that_have_one():
-    views = make_views([Document("1", "a title", "text"), Document("2", "", "text")], "title", 5, seed=0)
-    assert [(view.text, view.gold) for view in views] == [("a title", ("1",))]
+    queries = make_pseudo_queries([Document("1", "a title", "text"), Document("2", "", "text")], "title", 5, seed=0)
+    assert [(query.text, query.gold) for query in queries] == [("a title", ("1",))]
 
 
-def test_held_out_windows_stay_out_of_training_views():
+def test_held_out_windows_stay_out_of_pseudo_queries():
     documents = [Document("1", "", " ".join(f"w{j}" for j in range(40)))]
     held = hold_out_windows(documents, 1, seed=0)
-    views = make_views(documents, "window", 500, seed=5, held_out=held)
+    queries = make_pseudo_queries(documents, "window", 500, seed=5, held_out=held)
     words = frozenset(held[0].text.split())
-    assert 0 < len(views) < 500
-    assert all(dup.jaccard(words, frozenset(view.text.split())) < 0.8 for view in views)
+    assert 0 < len(queries) < 500
+    assert all(dup.jaccard(words, frozenset(query.text.split())) < 0.8 for query in queries)
 
 
 def test_key_phrases_prefer_rare_terms():
@@ -114,15 +122,15 @@ def test_chunks_cover_the_text():
 
 
 def test_external_views_are_checked(tmp_path):
-    path = tmp_path / "views.jsonl"
+    path = tmp_path / "queries.jsonl"
     path.write_text('{"doc_id": "1", "text": "a question"}\n{"doc_id": "9", "text": "x"}\n')
     with pytest.raises(BadRecord, match=r"line 2: field doc_id='9' is not a document"):
-        read_views(path, [Document("1", "", "t")])
+        read_pseudo_queries(path, [Document("1", "", "t")])
     path.write_text('{"doc_id": "1", "text": "a question"}\n')
-    views = make_views([Document("1", "", "t")], "file", 3, 0, path=path)
-    assert [(v.text, v.gold) for v in views] == [("a question", ("1",))]
+    queries = make_pseudo_queries([Document("1", "", "t")], "file", 3, 0, path=path)
+    assert [(v.text, v.gold) for v in queries] == [("a question", ("1",))]
 
 
-def test_empty_documents_give_no_views():
-    with pytest.raises(DataError, match="no window view"):
-        make_views([Document("1", "", "")], "window", 3, 0)
+def test_empty_documents_give_no_pseudo_queries():
+    with pytest.raises(DataError, match="no window pseudo-query"):
+        make_pseudo_queries([Document("1", "", "")], "window", 3, 0)

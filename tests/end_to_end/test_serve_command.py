@@ -127,7 +127,7 @@ def test_questions_are_served_and_answered_from_passages(tmp_path: Path) -> None
             assert found["flags"] == {"retriever_failed": False, "selection_failed": False}
             with httpx.stream("POST", f"{url}/answer", json={**request, "stream": True}, timeout=60) as answer:
                 names = [line.removeprefix("event: ") for line in answer.iter_lines() if line.startswith("event: ")]
-            assert names == ["found", "selected", "answer", "done"]
+            assert names == ["candidates", "selected", "answer", "done"]
             assert httpx.get(f"{url}/console/rag.html", timeout=60).status_code == 200
         return
 

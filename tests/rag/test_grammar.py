@@ -11,7 +11,7 @@ import transformers
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
 from mobula.models.causal import CausalModel
-from mobula.models.constrained import Target, collate, target_log_probs
+from mobula.models.constrained import Target, collate_targets, target_log_probs
 from mobula.rag.permutations import AmbiguousIds, Grammar, Walk, labels, sample_lists
 
 
@@ -40,7 +40,7 @@ def scored(model: CausalModel, grammar: Grammar, n: int, permutations: list[list
     prompt = model.encode("which?")
     targets = [Target(prompt, grammar.tokens(o), [a for _, a in grammar.steps(o, n)], 1.0) for o in permutations]
     with torch.inference_mode():
-        return target_log_probs(model.network, collate(targets)).sum(1)
+        return target_log_probs(model.network, collate_targets(targets)).sum(1)
 
 
 def numbered(model: CausalModel, n: int, k: int, skipped: int = 0) -> Grammar:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mobula.data import DataConfig, RetrievalData, load_retrieval
-from mobula.data.views import body
+from mobula.data.pseudo_queries import body
 from mobula.errors import DataError, ModelError
 from mobula.models.text import StaticEmbedding, load_static
 from mobula.retrieval.docids.config import DocidConfig

@@ -18,6 +18,7 @@ from torch import nn
 from mobula.config import build, load
 from mobula.data.records import Document, Query, RetrievalData
 from mobula.errors import ArtifactError, ConfigError, ModelError
+from mobula.models.finetune import LoraConfig
 from mobula.models.lora import LoraLinear, add_lora
 from mobula.models.pretrained import REVISIONS, Pretrained
 from mobula.retrieval.arms import parse
@@ -100,7 +101,7 @@ def table() -> DocidTable:
 
 def config_of(bases: dict[str, str], name: str, **changes) -> ModelConfig:
     backbone = "t5" if name in ("t5", "bart") else "masked_lm"
-    return ModelConfig(backbone=backbone, base=bases[name], query_len=6, lora_rank=4, **changes)
+    return ModelConfig(backbone=backbone, base=bases[name], query_len=6, lora=LoraConfig(4, 128.0), **changes)
 
 
 def built(bases, table, name, **changes):
@@ -436,7 +437,7 @@ TRAINING = TrainingConfig(steps=80, batch=32, lr=1e-2, workers=0, eval_every=80,
 def experiment(model: dict, arms: list[str], encoder: str) -> Config:
     docid = {"family": "rq", "levels": 3, "codes": 4, "encoder": encoder, "min_entropy": 0.1}
     pseudo = {"kinds": ["keyphrase"], "per_document": 2, "real_share": 0.9}
-    model = {"query_len": 6, "lora_rank": 8, "lora_alpha": 16.0, "base_lr": 1.0, **model}
+    model = {"query_len": 6, "lora": {"rank": 8, "alpha": 16.0}, "base_lr": 1.0, **model}
     return build(Config, {"docid": docid, "pseudo_queries": pseudo, "model": model, "arms": arms})
 
 

@@ -135,12 +135,12 @@ def test_a_system_that_should_have_been_measured_and_was_not_is_an_error(label: 
 
 
 @pytest.mark.parametrize("family", FAMILIES.values(), ids=lambda family: family.name)
-def test_every_family_appears_in_the_claims_on_docids_or_says_why_not(family: Family) -> None:
+def test_every_family_but_atomic_appears_in_the_claims_on_docids(family: Family) -> None:
     main = "rq" if family.is_control else family.name
     claims = measured(configured([f"diffusion/{main}", f"diffusion/{family.name}", "diffusion/random"]))
     compared = [(c.better, c.worse) for c in claims.comparisons() if c.when and c.name.startswith("G-")]
     appears = any(system.arm == f"diffusion/{family.name}" for pair in compared for system in pair)
-    assert appears == (not family.no_claim)
+    assert appears == (family.name != "atomic")  # its one code is the document's number: a classifier
 
 
 def test_the_paradigms_have_their_decodings() -> None:

@@ -287,6 +287,8 @@ def test_title_docids_on_title_queries_are_refused_before_anything_is_read() -> 
         ("views.pseudo=[window]", "views.pseudo was renamed: use pseudo_queries.kinds"),
         ("pseudo_queries.queries=0.1", "pseudo_queries.queries was renamed: use pseudo_queries.real_share"),
         ("model.twin=t5", "model.twin was renamed: use model.ar_base"),
+        ("model.lora_rank=4", "model.lora_rank was renamed: use model.lora.rank"),
+        ("model.lora_alpha=4", "model.lora_alpha was renamed: use model.lora.alpha"),
     ],
 )
 def test_an_old_key_names_the_new_one(old: str, new: str) -> None:

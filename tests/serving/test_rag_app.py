@@ -67,10 +67,10 @@ def test_a_question_is_answered_from_the_passages_chosen(app: FastAPI, state: St
 
 def test_a_stream_tells_each_stage_and_then_everything(app: FastAPI) -> None:
     events = streamed(app, question=QUESTION)
-    assert [name for name, _ in events] == ["found", "selected", "answer", "done"]
+    assert [name for name, _ in events] == ["candidates", "selected", "answer", "done"]
     parts = dict(events)
     done = parts["done"]
-    assert done["candidates"] == parts["found"]["candidates"]
+    assert done["candidates"] == parts["candidates"]["candidates"]
     assert done["passages"] == parts["selected"]["passages"]
     assert done["answer"] == parts["answer"]["answer"]
     assert {**ask(app, "POST", "/answer", json={"question": QUESTION}).json(), "ms": 0} == {**done, "ms": 0}

@@ -187,19 +187,6 @@ def show(value: Any) -> str:
     return str(value)
 
 
-def results_of(statement: Statement) -> list[int]:
-    """The numbers of the results that a statement refers to."""
-    return [number for argument in statement.arguments for number in _references(argument)]
-
-
-def _references(argument: Argument) -> list[int]:
-    if isinstance(argument, Result):
-        return [argument.number]
-    if isinstance(argument, Operation):
-        return _references(argument.left) + _references(argument.right)
-    return []
-
-
 def _call(statement: Statement, tools: Mapping[str, Tool], results: Mapping[int, Any]) -> Any:
     tool = tools.get(statement.name)
     if tool is None:

@@ -156,8 +156,8 @@ def _holds(passage: str, answer: str) -> bool:
 
 
 def _tag(block: str, tag: str) -> str:
-    found = re.search(rf"<{tag}>(.*?)</{tag}>", block, flags=re.DOTALL | re.IGNORECASE)
-    return _one_line(found[1]) if found else ""
+    match = re.search(rf"<{tag}>(.*?)</{tag}>", block, flags=re.DOTALL | re.IGNORECASE)
+    return _one_line(match[1]) if match else ""
 
 
 def _one_line(text: str) -> str:
@@ -174,13 +174,13 @@ def _smart(text: str) -> Iterator[tuple[int, dict[str, str]]]:
 
 def _month(issue: str) -> str | None:
     """ISO date of the first day of the month named in ``CACM December, 1958``."""
-    found = re.search(r"([A-Za-z]{3})[a-z]*,?\s*(19\d\d)", issue)
-    if found is None or found[1].lower() not in MONTHS:
+    match = re.search(r"([A-Za-z]{3})[a-z]*,?\s*(19\d\d)", issue)
+    if match is None or match[1].lower() not in MONTHS:
         return None
-    return f"{found[2]}-{MONTHS.index(found[1].lower()) + 1:02d}-01"
+    return f"{match[2]}-{MONTHS.index(match[1].lower()) + 1:02d}-01"
 
 
 def _judged(texts: dict[str, str], qrels: Path) -> list[Query]:
     judged: dict[str, Any] = read_qrels(qrels)
-    found = (judged_query(id, text, judged.get(id, {})) for id, text in texts.items())
-    return [query for query in found if query is not None]
+    queries = (judged_query(id, text, judged.get(id, {})) for id, text in texts.items())
+    return [query for query in queries if query is not None]

@@ -46,14 +46,14 @@ class DataConfig:
 
     def problems(self) -> list[str]:
         """Contradictions between keys."""
-        found = []
+        problems = []
         if self.name in ("beir", "files") and not self.path:
             what = "a Hugging Face id such as BeIR/scifact" if self.name == "beir" else "a folder"
-            found.append(f"path is empty, but name={self.name} needs {what}")
+            problems.append(f"path is empty, but name={self.name} needs {what}")
         if self.dev_share + self.test_share >= 1:
-            found.append(f"dev_share + test_share = {self.dev_share + self.test_share:g} leaves nothing to train on")
+            problems.append(f"dev_share + test_share = {self.dev_share + self.test_share:g} leaves nothing to train on")
         if self.queries == "titles" and self.name not in TITLES:
-            found.append(f"queries=titles: documents of {self.name} have no titles to ask for")
+            problems.append(f"queries=titles: documents of {self.name} have no titles to ask for")
         if self.queries == "titles" and self.split == "by_document":
-            found.append("queries=titles and split=by_document exclude each other")
-        return found
+            problems.append("queries=titles and split=by_document exclude each other")
+        return problems

@@ -28,10 +28,10 @@ def split_words(text: str) -> list[str]:
 
 def identical(texts: Sequence[str]) -> list[list[int]]:
     """Groups (two or more positions) of texts whose normalised forms are equal and not empty."""
-    places: dict[str, list[int]] = defaultdict(list)
+    positions: dict[str, list[int]] = defaultdict(list)
     for position, text in enumerate(texts):
-        places[normalise(text)].append(position)
-    return [group for form, group in places.items() if form and len(group) > 1]
+        positions[normalise(text)].append(position)
+    return [group for form, group in positions.items() if form and len(group) > 1]
 
 
 def near_pairs(
@@ -44,8 +44,8 @@ def near_pairs(
     ICDE 2006; with k > 1: Wang et al., SIGMOD 2012). ``words`` cuts a text.
     """
     sets = [frozenset(words(text)) for text in texts]
-    frequency = Counter(word for found in sets for word in found)
-    rank = {word: place for place, (word, _) in enumerate(sorted(frequency.items(), key=lambda f: (f[1], f[0])))}
+    frequency = Counter(word for words_of_text in sets for word in words_of_text)
+    rank = {word: position for position, (word, _) in enumerate(sorted(frequency.items(), key=lambda f: (f[1], f[0])))}
     index: dict[str, list[int]] = defaultdict(list)
     for i in sorted(range(len(sets)), key=lambda i: len(sets[i])):
         # The small constant keeps a product such as 0.7 * 10 = 7.000000000000001 from being rounded up.

@@ -54,7 +54,7 @@ def load_files(config: DataConfig) -> Collection:
             f"data.path={config.path}: holds neither corpus.jsonl nor documents.trec (see `mobula data list`)"
         )
     judged = _from_qrels(folder, texts).items()
-    queries = {split: [replace(q, source_doc=taken.get(q.id)) for q in found] for split, found in judged} | given
+    queries = {split: [replace(q, source_doc=taken.get(q.id)) for q in part] for split, part in judged} | given
     if not queries:
         raise DataError(
             f"{folder}: no relevance judgements; add qrels.txt, qrels/test.tsv or a field gold to the queries"
@@ -66,7 +66,7 @@ def export(data: RetrievalData, folder: Path) -> None:
     """Write a corpus and its queries in the JSONL layout of :func:`load_files`."""
     documents = (asdict(document) for document in data.documents)
     write_text(folder / "corpus.jsonl", "".join(json.dumps(d, ensure_ascii=False) + "\n" for d in documents))
-    queries = ({**asdict(query), "split": split} for split, found in data.queries.items() for query in found)
+    queries = ({**asdict(query), "split": split} for split, part in data.queries.items() for query in part)
     write_text(folder / "queries.jsonl", "".join(json.dumps(q, ensure_ascii=False) + "\n" for q in queries))
 
 
@@ -145,8 +145,8 @@ def _read_trec_layout(folder: Path) -> tuple[list[Document], dict[str, str]]:
 
 def _field(block: str, tag: str) -> str:
     """A field's text; TREC topics may leave their fields unclosed (``<num> Number: 301``)."""
-    found = re.search(rf"<{tag}>([^<]*)", block, flags=re.IGNORECASE)
-    text = " ".join(found[1].split()) if found else ""
+    match = re.search(rf"<{tag}>([^<]*)", block, flags=re.IGNORECASE)
+    text = " ".join(match[1].split()) if match else ""
     return text.removeprefix("Number: ") if tag == "num" else text
 
 
@@ -171,8 +171,8 @@ def _judged(texts: dict[str, str], qrels: dict[str, dict[str, int]], where: str)
     unknown = [id for id in qrels if id not in texts]
     if unknown:
         raise BadRecord(f"{where}: judges query {unknown[0]!r}, which has no text among the queries")
-    found = (judged_query(id, texts[id], judged) for id, judged in qrels.items())
-    return [query for query in found if query is not None]
+    queries = (judged_query(id, texts[id], judged) for id, judged in qrels.items())
+    return [query for query in queries if query is not None]
 
 
 def _hub_qrels(name: str) -> Iterator[tuple[str, Any]]:

@@ -62,9 +62,9 @@ def load(config: DataConfig) -> Collection:
     for request in requests(config.path):
         gold = tuple(dict.fromkeys(name for call in request.calls for name in call))
         queries.append(Query(request.id, request.text, gold))
-    documents = [_document(name, found, offered[name]) for name, found in definitions.items()]
+    documents = [_document(name, versions, offered[name]) for name, versions in definitions.items()]
     notes: dict[str, float | str] = {
-        "definitions": sum(len({json.dumps(d, sort_keys=True) for d in found}) for found in definitions.values()),
+        "definitions": sum(len({json.dumps(d, sort_keys=True) for d in versions}) for versions in definitions.values()),
         "functions with a request": len({g for q in queries for g in q.gold}),
         "requests with several gold functions": sum(len(q.gold) > 1 for q in queries),
     }
@@ -73,9 +73,9 @@ def load(config: DataConfig) -> Collection:
 
 def _folder(path: str) -> tuple[Path, str]:
     needed = f"BFCL_v4_{WITH_GOLD[0]}.json"
-    found = find_folder("functions", path, needed, subfolder="functions")
-    if found is not None:
-        return found
+    located = find_folder("functions", path, needed, subfolder="functions")
+    if located is not None:
+        return located
     spec = util.find_spec("bfcl_eval")
     if spec is None or not spec.submodule_search_locations:
         raise DataError(

@@ -82,9 +82,10 @@ def musique(path: str = "") -> Loaded:
 def _divided(record: dict[str, Any], ids: list[str]) -> Question:
     """A question of MuSiQue; in its steps, #n is replaced by the answer of the n-th."""
     parts = record["question_decomposition"]
-    found = [part["answer"] for part in parts]
+    step_answers = [part["answer"] for part in parts]
     steps = tuple(
-        (_REFERENCE.sub(lambda match: found[int(match[1]) - 1], part["question"]), part["answer"]) for part in parts
+        (_REFERENCE.sub(lambda match: step_answers[int(match[1]) - 1], part["question"]), part["answer"])
+        for part in parts
     )
     support = tuple(ids[part["paragraph_support_idx"]] for part in parts)
     answers = (record["answer"], *record["answer_aliases"])

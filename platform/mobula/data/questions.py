@@ -86,11 +86,11 @@ def natural_questions(path: str = "") -> Loaded:
     for number, record in enumerate(records_of(file), 1):
         where = f"{file}, record {number}"
         try:
-            text, found = _parted(record["prompt"])
-            question = Question(str(record["query_id"]), text, (record["response"],), (), passages=tuple(found))
+            text, passages = _parted(record["prompt"])
+            question = Question(str(record["query_id"]), text, (record["response"],), (), passages=tuple(passages))
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise BadRecord(f"{where}: not a question with passages ({error!r})") from error
-        documents.update(found)
+        documents.update(passages)
         questions.append(_sound(question, where))
     return questions, list(documents.values())
 
@@ -104,7 +104,7 @@ def squad(path: str = "") -> list[Reading]:
         DataError: if the file is missing or damaged.
     """
     file = require_folder("squad", path, SQUAD, subfolder="squad")[0] / SQUAD
-    readings = []
+    examples = []
     for number, record in enumerate(records_of(file), 1):
         try:
             start, end = record["answer_span"]
@@ -113,8 +113,8 @@ def squad(path: str = "") -> list[Reading]:
                 raise ValueError("the answer is not where answer_span says")
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise BadRecord(f"{file}, record {number}: not a question about a text ({error!r})") from error
-        readings.append(reading)
-    return readings
+        examples.append(reading)
+    return examples
 
 
 def _is_hub(path: str) -> bool:
@@ -145,10 +145,10 @@ def _sound(question: Question, where: str) -> Question:
 
 def _parted(prompt: str) -> tuple[str, dict[str, Document]]:
     """The question and the passages of a prompt; a passage's id is a hash of its title and text."""
-    passages, _, asked = prompt.rpartition("\nQuestion: ")
-    question = asked.partition("\nYour answer:")[0].strip()
-    found = {}
-    for line in _NEXT.split(passages)[1:]:  # instructions come first
+    context, _, rest = prompt.rpartition("\nQuestion: ")
+    question = rest.partition("\nYour answer:")[0].strip()
+    passages = {}
+    for line in _NEXT.split(context)[1:]:  # instructions come first
         match = _PASSAGE.fullmatch(line)
         if match is None:
             raise ValueError(f"passage without title or text: {line[:60]!r}")
@@ -156,10 +156,10 @@ def _parted(prompt: str) -> tuple[str, dict[str, Document]]:
         title, text = (part.strip().replace('""', '"') for part in match.groups())
         title = title.removeprefix('"').removesuffix('"')
         id = hashlib.sha256(f"{title}\n{text}".encode()).hexdigest()[:12]
-        found[id] = Document(id, title, text)
-    if not found:
+        passages[id] = Document(id, title, text)
+    if not passages:
         raise ValueError("no passages")
-    return question, found
+    return question, passages
 
 
 def hotpotqa_questions(records: Iterable[tuple[str, dict[str, Any]]]) -> Loaded:
@@ -191,7 +191,7 @@ def _question(record: dict[str, Any], where: str) -> Question:
     first = dict(reversed(record["supporting_facts"]))
     # A few records mark a sentence that their paragraph does not have.
     sentences = (known[title][first[title] : first[title] + 1] for title in support)
-    return replace(question, evidence=tuple("".join(found).strip() for found in sentences))
+    return replace(question, evidence=tuple("".join(sentence).strip() for sentence in sentences))
 
 
 def _as_file(row: dict[str, Any]) -> dict[str, Any]:
@@ -219,10 +219,10 @@ def _judged(name: str) -> Loaded:
                 for kind in ("positive", "negative")
             ]
             answers = tuple(row["answers"])
-            support, known = (tuple(d.id for d in found) for found in (judged[0], [*judged[0], *judged[1]]))
+            support, known = (tuple(d.id for d in passages) for passages in (judged[0], [*judged[0], *judged[1]]))
             question = Question(str(row["query_id"]), row["query"], answers, support, passages=known)
         except (AttributeError, KeyError, TypeError) as error:
             raise BadRecord(f"{where}: not a question with judged passages ({error!r})") from error
-        documents.update({d.id: d for found in judged for d in found})
+        documents.update({d.id: d for passages in judged for d in passages})
         questions.append(_sound(question, where))
     return questions, list(documents.values())

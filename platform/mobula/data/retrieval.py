@@ -14,10 +14,10 @@ from typing import Any
 from mobula.data import classic, files, functions, streams
 from mobula.data.config import DataConfig
 from mobula.data.duplicates import identical, near_pairs, split_words
+from mobula.data.pseudo_queries import body, hold_out_windows
 from mobula.data.records import Document, Query, RetrievalData
 from mobula.data.sources import UNSPLIT, Collection
 from mobula.data.splits import divide, drop_leaks
-from mobula.data.views import body, hold_out_windows
 from mobula.errors import BadRecord, DataError
 
 DEFAULT_DEV_WINDOWS = 200
@@ -77,7 +77,7 @@ def load_retrieval(config: DataConfig, *, quiet: bool = False) -> RetrievalData:
         raise DataError(f"data set {config.name}: no test query is left; check data.max_documents and the shares")
     data = RetrievalData(config.name, collection.source, fingerprint(documents, queries), documents, queries, notes)
     if not quiet:
-        counts = ", ".join(f"{len(found):,} {split}" for split, found in queries.items())
+        counts = ", ".join(f"{len(part):,} {split}" for split, part in queries.items())
         print(f"data: {config.name} from {data.source}: {len(documents):,} documents; queries: {counts}", flush=True)
     return data
 
@@ -132,9 +132,9 @@ def _add_twins(documents: list[Document], queries: dict[str, list[Query]]) -> tu
         twins.update(dict.fromkeys(ids, ids))
     changed = 0
     extended: dict[str, list[Query]] = {}
-    for split, found in queries.items():
-        extended[split] = [_with_twins(query, twins) for query in found]
-        changed += sum(a != b for a, b in zip(found, extended[split], strict=True))
+    for split, part in queries.items():
+        extended[split] = [_with_twins(query, twins) for query in part]
+        changed += sum(a != b for a, b in zip(part, extended[split], strict=True))
     return extended, changed
 
 
@@ -153,25 +153,25 @@ def _limit(
 ) -> tuple[list[Document], dict[str, list[Query]], int]:
     if config.max_documents is None or config.max_documents >= len(documents):
         return documents, queries, 0
-    order = documents
+    ranked = documents
     if config.keep == "relevant":
-        relevant = {id for found in queries.values() for query in found for id in query.gold}
-        order = sorted(documents, key=lambda d: d.id not in relevant)
-    kept = {d.id for d in order[: config.max_documents]}
-    limited = {split: restricted(found, kept) for split, found in queries.items()}
+        relevant = {id for part in queries.values() for query in part for id in query.gold}
+        ranked = sorted(documents, key=lambda d: d.id not in relevant)
+    kept = {d.id for d in ranked[: config.max_documents]}
+    limited = {split: restricted(part, kept) for split, part in queries.items()}
     lost = sum(map(len, queries.values())) - sum(map(len, limited.values()))
     return [d for d in documents if d.id in kept], limited, lost
 
 
 def restricted(queries: Iterable[Query], kept: AbstractSet[str]) -> list[Query]:
     """Queries with those of their relevant documents that are in ``kept``; those without any are left out."""
-    found = []
+    kept_queries = []
     for query in queries:
         pairs = [(id, i) for i, id in enumerate(query.gold) if id in kept]
         if pairs:
             grades = tuple(query.grades[i] for _, i in pairs) if query.grades else None
-            found.append(replace(query, gold=tuple(id for id, _ in pairs), grades=grades))
-    return found
+            kept_queries.append(replace(query, gold=tuple(id for id, _ in pairs), grades=grades))
+    return kept_queries
 
 
 def _duplicate_facts(
@@ -186,8 +186,8 @@ def _duplicate_facts(
     for i, j in near_pairs([d.text for d in documents], config.near_duplicate, SETS[config.name].words):
         others.setdefault(documents[i].id, set()).add(documents[j].id)
         others.setdefault(documents[j].id, set()).add(documents[i].id)
-    asked = [query for found in queries.values() for query in found]
-    ambiguous = sum(any(others.get(id, set()) - set(query.gold) for id in query.gold) for query in asked)
+    flat = [query for part in queries.values() for query in part]
+    ambiguous = sum(any(others.get(id, set()) - set(query.gold) for id in query.gold) for query in flat)
     return {"documents with a near-duplicate": len(others), "queries a near-duplicate makes ambiguous": ambiguous}
 
 
@@ -200,20 +200,20 @@ def _ask_for_titles(
     test queries become the split ``given``, its others stay or become ``train``.
     """
     asking = [Query(f"{d.id}#title", d.title, (d.id,)) for d in documents if d.title.strip() and d.text.strip()]
-    asked = {query.gold[0] for query in asking}
-    stripped = [replace(d, title="") if d.id in asked else d for d in documents]
+    titled = {query.gold[0] for query in asking}
+    stripped = [replace(d, title="") if d.id in titled else d for d in documents]
     train = [*queries.get("train", []), *queries.get("dev", []), *queries.get(UNSPLIT, [])]
     shares = {} if config.dev_windows else {"dev": config.dev_share}
     titles = divide(asking, shares, "test", by_document=False, threshold=config.near_duplicate, seed=config.seed)
     divided = {"train": train, **titles, "given": queries.get("test", [])}
-    return stripped, {split: found for split, found in divided.items() if found}
+    return stripped, {split: part for split, part in divided.items() if part}
 
 
 def _divide(documents: list[Document], queries: dict[str, list[Query]], config: DataConfig) -> dict[str, list[Query]]:
     """Give the queries the splits they lack."""
     by_document = config.split == "by_document"
     if by_document:
-        queries = {UNSPLIT: [query for found in queries.values() for query in found]}
+        queries = {UNSPLIT: [query for part in queries.values() for query in part]}
     options: dict[str, Any] = {
         "by_document": by_document,
         "threshold": config.near_duplicate,
@@ -221,7 +221,7 @@ def _divide(documents: list[Document], queries: dict[str, list[Query]], config: 
     }
     if UNSPLIT in queries:
         shares = {"test": config.test_share, "dev": config.dev_share}
-        rest = {split: found for split, found in queries.items() if split != UNSPLIT}
+        rest = {split: part for split, part in queries.items() if split != UNSPLIT}
         queries = {**divide(queries[UNSPLIT], shares, "train", **options), **rest}
     if config.dev_windows:
         queries = {**queries, "dev": hold_out_windows(documents, config.dev_windows, config.seed)}

@@ -151,8 +151,8 @@ def plan_sessions(data: RetrievalData, config: SessionsConfig) -> SessionPlan:
     session_of, notes["documents that join an identical one in an earlier session"] = _sessions(arriving, data, config)
     divide = _given if config.queries == "given" else _by_source_doc
     train, dev, test, counts = divide(data, session_of, config)
-    asked = {row.query.id: row.query for row in test}
-    kept, dropped = drop_leaks({"train": train, "dev": dev, "test": list(asked.values())}, config.near_duplicate)
+    test_queries = {row.query.id: row.query for row in test}
+    kept, dropped = drop_leaks({"train": train, "dev": dev, "test": list(test_queries.values())}, config.near_duplicate)
     notes.update(counts)
     notes["train and dev queries dropped as near-duplicates of dev or test queries"] = dropped
     return SessionPlan(session_of, kept["train"], kept["dev"], test, notes)
@@ -162,12 +162,12 @@ def _arriving(data: RetrievalData, config: SessionsConfig) -> tuple[list[Documen
     """The documents in order of arrival, ties in the order of the corpus, and how many are left out."""
     if config.split == "random":
         groups = _identical_groups(data.documents, _titles(data))
-        order = np.random.default_rng(config.seed).permutation(len(groups))
-        return [data.documents[i] for group in order for i in groups[group]], {}
+        permutation = np.random.default_rng(config.seed).permutation(len(groups))
+        return [data.documents[i] for group in permutation for i in groups[group]], {}
     if config.split == "date":
         known = sorted((d for d in data.documents if d.date), key=lambda d: str(d.date))
     else:
-        parts = {part: place for place, part in enumerate(dict.fromkeys(d.source for d in data.documents))}
+        parts = {part: number for number, part in enumerate(dict.fromkeys(d.source for d in data.documents))}
         known = sorted((d for d in data.documents if d.source), key=lambda d: parts[d.source])
     if not known:
         raise DataError(
@@ -179,8 +179,8 @@ def _arriving(data: RetrievalData, config: SessionsConfig) -> tuple[list[Documen
 
 def _titles(data: RetrievalData) -> list[str]:
     """The documents' titles, also where they were made queries (``data.queries=titles``)."""
-    asked = {q.gold[0]: q.text for found in data.queries.values() for q in found if q.id == f"{q.gold[0]}{TITLE}"}
-    return [document.title or asked.get(document.id, "") for document in data.documents]
+    titles = {q.gold[0]: q.text for part in data.queries.values() for q in part if q.id == f"{q.gold[0]}{TITLE}"}
+    return [document.title or titles.get(document.id, "") for document in data.documents]
 
 
 def _identical_groups(documents: Sequence[Document], titles: Sequence[str]) -> list[list[int]]:
@@ -191,21 +191,21 @@ def _identical_groups(documents: Sequence[Document], titles: Sequence[str]) -> l
 
 def _sessions(arriving: list[Document], data: RetrievalData, config: SessionsConfig) -> tuple[dict[str, int], int]:
     """The session of every document, and how many are in another one than their place in line says."""
-    places = _places(len(arriving), config)
+    planned = _planned_sessions(len(arriving), config)
     titles = dict(zip((d.id for d in data.documents), _titles(data), strict=True)) if config.split == "random" else {}
     groups = _identical_groups(arriving, [titles.get(d.id, "") for d in arriving])
-    joined = {i: min(places[j] for j in group) for group in groups for i in group}
+    joined = {i: min(planned[j] for j in group) for group in groups for i in group}
     empty = set(range(config.sessions + 1)) - set(joined.values())
     if empty:
         raise DataError(
             f"{data.name}: session {min(empty)} of 0..{config.sessions} has none of the {len(arriving)} documents; "
             "use fewer sessions (sessions.sessions) or another sessions.initial"
         )
-    moved = sum(joined[i] != place for i, place in enumerate(places))
+    moved = sum(joined[i] != session for i, session in enumerate(planned))
     return {document.id: joined[i] for i, document in enumerate(arriving)}, moved
 
 
-def _places(count: int, config: SessionsConfig) -> list[int]:
+def _planned_sessions(count: int, config: SessionsConfig) -> list[int]:
     """The session of each of ``count`` documents in line; the later sessions' sizes differ by at most 1."""
     # The small constant keeps a product such as 0.29 * 100 = 28.999999999999996 from losing a document.
     first = math.floor(config.initial * count + 1e-9)
@@ -223,10 +223,10 @@ def _given(data: RetrievalData, session_of: dict[str, int], config: SessionsConf
     known: dict[str, list[Query]] = {"train": [], "dev": []}
     asking: list[Query] = []
     unused = 0
-    for split, found in known.items():
+    for split, part in known.items():
         for query in data.queries.get(split, []):
             first = restricted([query], initial)
-            found.extend(first)
+            part.extend(first)
             if not first and query.id.endswith(HELD_OUT):
                 unused += 1
             elif not first:
@@ -241,7 +241,7 @@ def _given(data: RetrievalData, session_of: dict[str, int], config: SessionsConf
 
 
 def _by_source_doc(data: RetrievalData, session_of: dict[str, int], config: SessionsConfig) -> Divided:
-    place = {id: position for position, id in enumerate(session_of)}
+    arrival = {id: position for position, id in enumerate(session_of)}
     learnt: list[Query] = []
     test: list[SessionRow] = []
     lost = 0
@@ -256,7 +256,7 @@ def _by_source_doc(data: RetrievalData, session_of: dict[str, int], config: Sess
             learnt.append(initial[0].query)
             rows = []
         test.extend(rows)
-    learnt.sort(key=lambda query: place[query.source_doc or ""])
+    learnt.sort(key=lambda query: arrival[query.source_doc or ""])
     cut = len(learnt) - round(config.dev_share * len(learnt))
     return learnt[:cut], learnt[cut:], test, {"queries of initial documents taken from one that was left out": lost}
 

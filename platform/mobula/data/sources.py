@@ -53,12 +53,12 @@ def require_folder(name: str, path: str, needed: str, *, subfolder: str) -> tupl
     Raises:
         DataError: naming the set, where it was looked for and what to do.
     """
-    found = find_folder(name, path, needed, subfolder=subfolder)
-    if found is None:
+    folder = find_folder(name, path, needed, subfolder=subfolder)
+    if folder is None:
         root = data_folder()
         looked = f"{DATA} is not set" if root is None else f"no {needed} in {root / subfolder}"
         raise DataError(f"data set {name} not found: {looked}; set {DATA} or data.path to a folder that holds it")
-    return found
+    return folder
 
 
 def hub_rows(name: str, subset: str, split: str) -> Any:
@@ -117,14 +117,14 @@ def text_field(value: dict[str, Any], names: tuple[str, ...], where: str, *, opt
     Raises:
         BadRecord: if it is absent (unless optional), empty or neither text nor number.
     """
-    found = next((value[n] for n in names if value.get(n) is not None), None)
-    if found is None and optional:
+    text = next((value[n] for n in names if value.get(n) is not None), None)
+    if text is None and optional:
         return ""
-    if isinstance(found, bool) or not isinstance(found, str | int):
-        raise BadRecord(f"{where}: field {names[0]} must be text, found {found!r}")
-    if not str(found).strip() and not optional:
+    if isinstance(text, bool) or not isinstance(text, str | int):
+        raise BadRecord(f"{where}: field {names[0]} must be text, found {text!r}")
+    if not str(text).strip() and not optional:
         raise BadRecord(f"{where}: field {names[0]} is empty")
-    return str(found)
+    return str(text)
 
 
 def read_qrels(path: Path) -> dict[str, dict[str, int]]:

@@ -31,7 +31,7 @@ PYSEC = "pypa+advisory-database.vulns.tar.gz"
 # Words of a query: shorter sentences say too little, longer ones are lists or tables.
 WORDS = range(8, 61)
 # A query of fewer words may stand in a document by chance.
-SAID = 8
+COPIED_WORDS = 8
 
 # A reference in a text under way from markup to plain text: "\x00484\x00".
 _MARK = re.compile("\x00(\\d+)\x00")
@@ -79,9 +79,9 @@ def eips(config: DataConfig) -> Collection:
     The repository also holds undated stubs, which say where a proposal was moved to; they are left out.
     """
     folder, source = require_folder("eips", config.path, EIPS, subfolder="eips")
-    found = [_eip(name, text) for name, text in _members(folder / EIPS, ".md")]
-    proposals = [proposal for proposal in found if proposal is not None]
-    return _citing(proposals, "EIP", source, {"documents without a date": len(found) - len(proposals)})
+    entries = [_eip(name, text) for name, text in _members(folder / EIPS, ".md")]
+    proposals = [proposal for proposal in entries if proposal is not None]
+    return _citing(proposals, "EIP", source, {"documents without a date": len(entries) - len(proposals)})
 
 
 def pysec(config: DataConfig) -> Collection:
@@ -143,10 +143,10 @@ def _citing(proposals: Sequence[Proposal], series: str, source: str, notes: dict
     queries: list[Query] = []
     documents: list[Document] = []
     for proposal in proposals:
-        found = _queries(proposal, ids)
-        queries.extend(found)
-        documents.append(_without(proposal, {normalise(query.text) for query in found}, series))
-    queries, repeated = _told_apart(queries)
+        cited = _queries(proposal, ids)
+        queries.extend(cited)
+        documents.append(_without(proposal, {normalise(query.text) for query in cited}, series))
+    queries, repeated = _unambiguous(queries)
     unseen = _absent(queries, documents, series)
     dropped = {
         "queries dropped, the same sentence citing several documents": repeated,
@@ -157,7 +157,7 @@ def _citing(proposals: Sequence[Proposal], series: str, source: str, notes: dict
 
 def _queries(proposal: Proposal, ids: dict[int, str]) -> list[Query]:
     """The citing sentences of a proposal, each once, without their references."""
-    found: dict[tuple[str, str], Query] = {}
+    queries: dict[tuple[str, str], Query] = {}
     source = proposal.document.id
     for sentence in (s for passage in proposal.passages if passage.prose for s in passage.sentences):
         cited = {int(number) for number in _MARK.findall(sentence)} - {proposal.number}
@@ -166,9 +166,9 @@ def _queries(proposal: Proposal, ids: dict[int, str]) -> list[Query]:
             continue
         text = _bare(sentence)
         if not _names(text, number):
-            query = Query(f"{source}#{len(found) + 1}", text, (ids[number],), source_doc=source)
-            found.setdefault((normalise(text), ids[number]), query)
-    return list(found.values())
+            query = Query(f"{source}#{len(queries) + 1}", text, (ids[number],), source_doc=source)
+            queries.setdefault((normalise(text), ids[number]), query)
+    return list(queries.values())
 
 
 def _names(text: str, number: int) -> bool:
@@ -186,41 +186,41 @@ def _named(text: str, series: str) -> str:
     return " ".join(_MARK.sub(rf"{series} \1", text).split()) if "\x00" in text else text
 
 
-def _without(proposal: Proposal, asked: set[str], series: str) -> Document:
+def _without(proposal: Proposal, removed: set[str], series: str) -> Document:
     """The document, one line per passage, without the sentences that became queries."""
     lines = []
     for passage in proposal.passages:
-        kept = [s for s in passage.sentences if "\x00" not in s or normalise(_bare(s)) not in asked]
+        kept = [s for s in passage.sentences if "\x00" not in s or normalise(_bare(s)) not in removed]
         lines.append(_named(" ".join(kept), series))
     return replace(proposal.document, text="\n".join(line for line in lines if line))
 
 
-def _told_apart(queries: list[Query]) -> tuple[list[Query], int]:
+def _unambiguous(queries: list[Query]) -> tuple[list[Query], int]:
     """Queries whose text asks for one document only, and how many others there were."""
-    asked: dict[str, set[str]] = defaultdict(set)
+    golds: dict[str, set[str]] = defaultdict(set)
     for query in queries:
-        asked[normalise(query.text)].update(query.gold)
-    kept = [query for query in queries if len(asked[normalise(query.text)]) == 1]
+        golds[normalise(query.text)].update(query.gold)
+    kept = [query for query in queries if len(golds[normalise(query.text)]) == 1]
     return kept, len(queries) - len(kept)
 
 
 def _absent(queries: list[Query], documents: Sequence[Document], series: str = "") -> list[Query]:
-    """Queries but those of at least ``SAID`` words that stand in a document as they are, references read or skipped."""
+    """Queries but those of ``COPIED_WORDS`` words or more that a document holds, references read or skipped."""
     openings: dict[tuple[str, ...], list[int]] = defaultdict(list)
     for position, query in enumerate(queries):
         words = split_words(query.text)
-        if len(words) >= SAID:
-            openings[tuple(words[:SAID])].append(position)
-    standing: set[int] = set()
+        if len(words) >= COPIED_WORDS:
+            openings[tuple(words[:COPIED_WORDS])].append(position)
+    present: set[int] = set()
     reference = re.compile(rf" {series.lower()} \d+(?= )")
     for document in documents:
         whole = f" {normalise(document.text)} "
         for text in {whole, reference.sub("", whole)} if series else {whole}:
             words = text.split()
-            rows = zip(*(words[start:] for start in range(SAID)), strict=False)
-            found = [i for row in openings.keys() & set(rows) for i in openings[row]]
-            standing.update(i for i in found if f" {normalise(queries[i].text)} " in text)
-    return [query for position, query in enumerate(queries) if position not in standing]
+            rows = zip(*(words[start:] for start in range(COPIED_WORDS)), strict=False)
+            suspects = [i for row in openings.keys() & set(rows) for i in openings[row]]
+            present.update(i for i in suspects if f" {normalise(queries[i].text)} " in text)
+    return [query for position, query in enumerate(queries) if position not in present]
 
 
 # PEPs: reStructuredText

@@ -34,8 +34,8 @@ def f1(prediction: str, golds: Sequence[str]) -> float:
 
 def accuracy(prediction: str, golds: Sequence[str]) -> float:
     """1 if a gold answer is part of the prediction, else 0: long predictions are favoured."""
-    said = normal(prediction)
-    return float(any(gold and gold in said for gold in map(normal, golds)))
+    answer = normal(prediction)
+    return float(any(gold and gold in answer for gold in map(normal, golds)))
 
 
 def holds(text: str, golds: Sequence[str]) -> bool:
@@ -52,7 +52,7 @@ def is_closed(golds: Sequence[str]) -> bool:
 def _f1(prediction: str, gold: str) -> float:
     if prediction != gold and (prediction in CLOSED or gold in CLOSED):
         return 0.0
-    said, meant = prediction.split(), gold.split()
-    shared = sum((Counter(said) & Counter(meant)).values())
+    predicted, expected = prediction.split(), gold.split()
+    shared = sum((Counter(predicted) & Counter(expected)).values())
     # Twice the shared words over all words is the harmonic mean of both shares.
-    return 2 * shared / (len(said) + len(meant)) if shared else 0.0
+    return 2 * shared / (len(predicted) + len(expected)) if shared else 0.0

@@ -99,15 +99,15 @@ def holm_by_statement(claims: Iterable[Claim]) -> list[Claim]:
 
     They speak for one statement of several systems. Claims without a p-value are left as they are.
     """
-    found = list(claims)
+    corrected = list(claims)
     families: dict[str, list[int]] = {}
-    for i, claim in enumerate(found):
+    for i, claim in enumerate(corrected):
         if claim.p is not None:
             families.setdefault(claim.name.split()[0], []).append(i)
-    for places in families.values():
-        for i, corrected in zip(places, holm([found[i] for i in places]), strict=True):
-            found[i] = corrected
-    return found
+    for positions in families.values():
+        for i, adjusted in zip(positions, holm([corrected[i] for i in positions]), strict=True):
+            corrected[i] = adjusted
+    return corrected
 
 
 def always(name: str, statement: str, values: Sequence[float], *, least: float = 0.0, decisive: bool = True) -> Claim:

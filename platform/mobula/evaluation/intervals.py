@@ -51,7 +51,7 @@ class Estimate:
     n: int
     seeds: tuple[float, ...] = ()
     seed_variance: float = 0.0
-    apart: float = 1.0
+    cluster_share: float = 1.0
 
     def interval(self, level: float = LEVEL) -> tuple[float, float]:
         """Lower and upper end; the percentile interval of the bootstrap where there is one seed."""
@@ -64,7 +64,7 @@ class Estimate:
             return float(low), float(high)
         scale, t = _small_sample(self.clusters, level), _t(len(self.seeds) - 1, level)
         distances = scale * np.maximum([self.value - low, high - self.value], 0.0)
-        squares = np.maximum(t**2 * self.seed_variance + self.apart * distances**2, distances**2)
+        squares = np.maximum(t**2 * self.seed_variance + self.cluster_share * distances**2, distances**2)
         below, above = np.sqrt(squares)
         return float(self.value - below), float(self.value + above)
 
@@ -263,9 +263,9 @@ def hierarchical_interval(
     tables = [_table(np.asarray(group))[0] for group in groups]
     means = np.array([table.mean() for table in tables])
     rng = np.random.default_rng(seed)
-    drawn = rng.multinomial(len(tables), np.full(len(tables), 1 / len(tables)), size=resamples)
+    draws = rng.multinomial(len(tables), np.full(len(tables), 1 / len(tables)), size=resamples)
     total = np.zeros(resamples)
-    for times, table in zip(drawn.T, tables, strict=True):
+    for times, table in zip(draws.T, tables, strict=True):
         for repeat in range(times.max()):
             kept = np.flatnonzero(times > repeat)
             total[kept] += table[rng.integers(0, len(table), size=(len(kept), len(table)))].mean(1)
@@ -307,8 +307,8 @@ def _counts(clusters: int, resamples: int, seed: int) -> np.ndarray:
     block = max(1, _BLOCK // clusters)
     for start in range(0, resamples, block):
         rows = min(block, resamples - start)
-        drawn = rng.integers(0, clusters, size=(rows, clusters)) + clusters * np.arange(rows)[:, None]
-        counts[1 + start : 1 + start + rows] = np.bincount(drawn.ravel(), minlength=rows * clusters).reshape(rows, -1)
+        draws = rng.integers(0, clusters, size=(rows, clusters)) + clusters * np.arange(rows)[:, None]
+        counts[1 + start : 1 + start + rows] = np.bincount(draws.ravel(), minlength=rows * clusters).reshape(rows, -1)
     counts.flags.writeable = False
     return counts
 

@@ -64,7 +64,7 @@ def per_query(
         UnequalWidth: if a measure looks deeper than ``width`` or than the lists.
         DataError: if a list names a document twice.
     """
-    depth = min((len(found) for found in hits), default=0)
+    depth = min((len(ranked) for ranked in hits), default=0)
     width = depth if width is None else min(depth, width)
     if measures is None:
         measures = measures_within(width, documents)
@@ -72,12 +72,12 @@ def per_query(
         check_width(measure, width, documents)
     run: list[ScoredDoc] = []
     qrels: list[Qrel] = []
-    for position, (found, query) in enumerate(zip(hits, queries, strict=True)):
+    for position, (ranked, query) in enumerate(zip(hits, queries, strict=True)):
         # Positions serve as query ids: the caller's need not be unique across splits.
         id = str(position)
         grades = query.grades or (1,) * len(query.gold)
         qrels.extend(Qrel(id, doc, grade) for doc, grade in zip(query.gold, grades, strict=True))
-        order = pessimistic(found, query.gold, documents)
+        order = pessimistic(ranked, query.gold, documents)
         run.extend(ScoredDoc(id, doc, float(-rank)) for rank, doc in enumerate(order))
     values = {name: np.zeros(len(queries)) for name in measures}
     names = {_MEASURES[name]: name for name in measures}
@@ -101,15 +101,6 @@ def pessimistic(hits: Sequence[Scored], gold: Sequence[str], documents: int) -> 
     if len(order) < documents and len(last) > 1:
         return [doc for doc in order if doc not in relevant or doc not in last]
     return order
-
-
-def gold_ranks(scores: np.ndarray, gold: Sequence[Sequence[int]]) -> np.ndarray:
-    """Pessimistic rank i64[Q] of the best gold document, from scores f[Q, N] of the whole corpus."""
-    ranks = np.empty(len(scores), dtype=np.int64)
-    for row, (values, relevant) in enumerate(zip(scores, gold, strict=True)):
-        best = values[list(relevant)].max()
-        ranks[row] = 1 + int((values >= best).sum()) - int((values[list(relevant)] >= best).sum())
-    return ranks
 
 
 def depth_of(measure: str) -> int:
@@ -146,8 +137,8 @@ def write_run(path: Path, hits: Sequence[Sequence[Scored]], queries: Sequence[Qu
         DataError: if an id holds white space, which the format cannot carry.
     """
     lines = []
-    for found, query in zip(hits, queries, strict=True):
-        for rank, hit in enumerate(found, 1):
+    for ranked, query in zip(hits, queries, strict=True):
+        for rank, hit in enumerate(ranked, 1):
             if len(query.id.split()) != 1 or len(hit.doc_id.split()) != 1:
                 raise DataError(f"{path}: ids with white space ({query.id!r}, {hit.doc_id!r}) do not fit a run file")
             lines.append(f"{query.id} Q0 {hit.doc_id} {rank} {hit.score!r} {tag}\n")
@@ -170,7 +161,7 @@ def read_run(path: Path) -> dict[str, list[tuple[str, float]]]:
             raise DataError(
                 f"{path}, line {number}: expected `query Q0 document rank score tag`, found {line!r}"
             ) from error
-    return {query: [(document, score) for _, document, score in sorted(found)] for query, found in run.items()}
+    return {query: [(document, score) for _, document, score in sorted(entries)] for query, entries in run.items()}
 
 
 def subset(values: Mapping[str, np.ndarray], chosen: Iterable[bool]) -> dict[str, np.ndarray]:

@@ -82,8 +82,8 @@ def bars_plot(
     bars: Mapping[str, Measure | None], label: str, *, scale: float = PERCENT, title: str = ""
 ) -> dict[str, Any]:
     """A bar a name with its interval."""
-    found = {name: [scale * v for v in (m.value, m.low, m.high)] for name, m in bars.items() if m is not None}
-    return {"kind": "bars", "x": "", "y": label, "title": title, "bars": found}
+    intervals = {name: [scale * v for v in (m.value, m.low, m.high)] for name, m in bars.items() if m is not None}
+    return {"kind": "bars", "x": "", "y": label, "title": title, "bars": intervals}
 
 
 def title(column: str) -> str:

@@ -71,10 +71,10 @@ def block(network: nn.Module, layer: int) -> nn.Module:
     Raises:
         ModelError: as :func:`architecture`, or if there is no such layer.
     """
-    found = blocks(network)
-    if not 0 <= layer < len(found):
-        raise ModelError(f"layer {layer}: the model has layers 0 to {len(found) - 1}")
-    return found[layer]
+    layers = blocks(network)
+    if not 0 <= layer < len(layers):
+        raise ModelError(f"layer {layer}: the model has layers 0 to {len(layers) - 1}")
+    return layers[layer]
 
 
 def mlp_out(network: nn.Module, layer: int) -> nn.Module:
@@ -152,8 +152,8 @@ def only_above(network: nn.Module, layer: int, states: Tensor) -> Iterator[None]
 
 def _put(rows: Tensor, positions: Tensor, states: Tensor, *, accumulate: bool) -> Callable[[Tensor], Tensor]:
     def put(hidden: Tensor) -> Tensor:
-        places = (rows.to(hidden.device), positions.to(hidden.device))
-        return hidden.index_put(places, states.to(hidden), accumulate=accumulate)
+        index = (rows.to(hidden.device), positions.to(hidden.device))
+        return hidden.index_put(index, states.to(hidden), accumulate=accumulate)
 
     return put
 

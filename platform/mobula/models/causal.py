@@ -142,8 +142,8 @@ class CausalModel:
         """
         folder = Path(name).expanduser()
         if not (folder / ADAPTER).is_file():
-            found = Pretrained.find(name)
-            return cls(found.load("AutoModelForCausalLM"), found.tokenizer(), name)
+            pretrained = Pretrained.find(name)
+            return cls(pretrained.load("AutoModelForCausalLM"), pretrained.tokenizer(), name)
         adapter = Adapter(**read_json(folder / ADAPTER))
         if Pretrained.find(adapter.base).hash != adapter.base_hash:
             raise ModelError(f"{folder}: was trained on other files of {adapter.base!r} than those that are here")
@@ -155,13 +155,13 @@ class CausalModel:
     def _with_adapter(cls, adapter: Adapter, seed: int) -> CausalModel:
         from mobula.models.lora import add_lora, leave_out_frozen
 
-        found = Pretrained.find(adapter.base)
-        network: Any = found.load("AutoModelForCausalLM").requires_grad_(False)
+        pretrained = Pretrained.find(adapter.base)
+        network: Any = pretrained.load("AutoModelForCausalLM").requires_grad_(False)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             add_lora(network.base_model, rank=adapter.rank, alpha=adapter.alpha)
         leave_out_frozen(network)
-        return cls(network, found.tokenizer(), adapter.base, adapter)
+        return cls(network, pretrained.tokenizer(), adapter.base, adapter)
 
     def save(self, folder: Path) -> None:
         """Write weights (safetensors), configuration and tokenizer as transformers reads them.
@@ -210,7 +210,7 @@ class CausalModel:
         if not all(prompts):
             raise ValueError("a prompt has no token")
         whole = [(*prompt, *target) for prompt, target in zip(prompts, targets, strict=True)]
-        found: list[Tensor] = [torch.empty(0)] * len(whole)
+        log_probs: list[Tensor] = [torch.empty(0)] * len(whole)
         for rows in _batches([len(ids) for ids in whole], batch_tokens):
             ids, mask = _padded([whole[row] for row in rows], self.pad, left=False)
             logits = self._logits(ids, mask)
@@ -218,8 +218,8 @@ class CausalModel:
                 start, stop = len(prompts[row]), len(whole[row])
                 scores = torch.log_softmax(logits[i, start - 1 : stop - 1].float(), -1)
                 wanted = ids[i, start:stop].to(scores.device)
-                found[row] = scores.gather(-1, wanted.unsqueeze(-1)).squeeze(-1).cpu()
-        return found
+                log_probs[row] = scores.gather(-1, wanted.unsqueeze(-1)).squeeze(-1).cpu()
+        return log_probs
 
     @torch.inference_mode()
     def sample(
@@ -236,16 +236,16 @@ class CausalModel:
         call leaves what it has computed of its own prompts. Networks that cannot remember ignore it.
         """
         order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
-        found: dict[int, Continuation] = {}
+        continuations: dict[int, Continuation] = {}
         for start in range(0, len(order), batch):
             rows = order[start : start + batch]
-            mine = None if memory is None else [memory[row] for row in rows]
-            drawn = self._sample([prompts[row] for row in rows], sampling, [seeds[row] for row in rows], mine)
-            found.update(zip(rows, drawn, strict=True))
-            if memory is not None and mine is not None:
-                for row, kept in zip(rows, mine, strict=True):
+            prefixes = None if memory is None else [memory[row] for row in rows]
+            group = self._sample([prompts[row] for row in rows], sampling, [seeds[row] for row in rows], prefixes)
+            continuations.update(zip(rows, group, strict=True))
+            if memory is not None and prefixes is not None:
+                for row, kept in zip(rows, prefixes, strict=True):
                     memory[row] = kept
-        return [found[row] for row in range(len(prompts))]
+        return [continuations[row] for row in range(len(prompts))]
 
     def _sample(
         self, prompts: Sequence[Sequence[int]], sampling: Sampling, seeds: Sequence[int], memory: list[Any] | None
@@ -257,7 +257,7 @@ class CausalModel:
         mask = torch.cat([old.long(), new], 1)
         positions = ((mask.cumsum(1) - 1).clamp(min=0))[:, -ids.shape[1] :]
         alive = torch.arange(len(prompts))
-        drawn: list[list[int]] = [[] for _ in prompts]
+        sampled: list[list[int]] = [[] for _ in prompts]
         scores: list[list[tuple[float, float]]] = [[] for _ in prompts]
         for step in range(sampling.max_tokens):
             logits = self._logits(ids, mask, positions, cache)[:, -1].float().cpu()
@@ -265,9 +265,9 @@ class CausalModel:
                 memory[:] = cache.remembered(mask.to(self.device))
             tokens, log_q = _draw(logits, sampling, uniform[alive, step])
             chosen = torch.log_softmax(logits, -1).gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
-            found = zip(alive.tolist(), tokens.tolist(), chosen.tolist(), log_q.tolist(), strict=True)
-            for row, token, *both in found:
-                drawn[row].append(token)
+            rows = zip(alive.tolist(), tokens.tolist(), chosen.tolist(), log_q.tolist(), strict=True)
+            for row, token, *both in rows:
+                sampled[row].append(token)
                 scores[row].append((both[0], both[1]))
             going = (tokens != self.eos).nonzero().squeeze(-1)
             if len(going) == 0:
@@ -277,7 +277,7 @@ class CausalModel:
             alive, ids = alive[going], tokens[going].unsqueeze(1)
             mask = torch.cat([mask[going], torch.ones(len(going), 1, dtype=mask.dtype)], 1)
             positions = positions[going, -1:] + 1
-        return [_continuation(tokens, row, self.eos) for tokens, row in zip(drawn, scores, strict=True)]
+        return [_continuation(tokens, row, self.eos) for tokens, row in zip(sampled, scores, strict=True)]
 
     def _begin(self, prompts: Sequence[Sequence[int]], memory: list[Any] | None) -> tuple[Any, list[int]]:
         """A cache, and how many tokens of each prompt it holds already."""
@@ -297,11 +297,11 @@ class CausalModel:
     def _logits(self, ids: Tensor, mask: Tensor, positions: Tensor | None = None, cache: Any = None) -> Tensor:
         """Logits of all tokens; with a cache, of the last one."""
         device = self.device
-        places = None if positions is None else positions.to(device)
+        position_ids = None if positions is None else positions.to(device)
         return self.network(
             input_ids=ids.to(device),
             attention_mask=mask.to(device),
-            position_ids=places,
+            position_ids=position_ids,
             past_key_values=cache,
             use_cache=cache is not None,
             logits_to_keep=0 if cache is None else 1,
@@ -332,9 +332,9 @@ def _padded(rows: Sequence[Sequence[int]], pad: int, *, left: bool) -> tuple[Ten
     ids = torch.full((len(rows), length), pad)
     mask = torch.zeros(len(rows), length, dtype=torch.long)
     for i, row in enumerate(rows):
-        place = slice(length - len(row), length) if left else slice(0, len(row))
-        ids[i, place] = torch.tensor(row, dtype=torch.long)
-        mask[i, place] = 1
+        span = slice(length - len(row), length) if left else slice(0, len(row))
+        ids[i, span] = torch.tensor(row, dtype=torch.long)
+        mask[i, span] = 1
     return ids, mask
 
 
@@ -373,10 +373,10 @@ def _draw(logits: Tensor, sampling: Sampling, uniform: Tensor) -> tuple[Tensor, 
     before = likely.cumsum(-1) - likely
     likely = likely.masked_fill(before >= sampling.top_p, 0.0)
     cumulative = likely.cumsum(-1)
-    place = torch.searchsorted(cumulative, (uniform * cumulative[:, -1]).unsqueeze(-1), right=True)
-    place = place.minimum((likely > 0).sum(-1, keepdim=True) - 1)
-    share = likely.gather(-1, place).squeeze(-1) / cumulative[:, -1]
-    return order.gather(-1, place).squeeze(-1), share.log()
+    index = torch.searchsorted(cumulative, (uniform * cumulative[:, -1]).unsqueeze(-1), right=True)
+    index = index.minimum((likely > 0).sum(-1, keepdim=True) - 1)
+    share = likely.gather(-1, index).squeeze(-1) / cumulative[:, -1]
+    return order.gather(-1, index).squeeze(-1), share.log()
 
 
 def _continuation(tokens: list[int], scores: list[tuple[float, float]], eos: int) -> Continuation:

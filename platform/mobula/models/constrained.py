@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mobula.models.finetune import TokenRow, collate
+
 
 @dataclass(frozen=True)
 class Target:
@@ -20,47 +22,39 @@ class Target:
     weight: float
 
 
-def collate(targets: Sequence[Target]) -> dict[str, Tensor]:
-    """Rows that end together, so that their targets can be looked at alone.
+def collate_targets(targets: Sequence[Target]) -> dict[str, Tensor]:
+    """Rows of prompt and target as :func:`.collate`, ending together, so that their targets can be looked at alone.
 
-    ``ids``, ``mask`` and ``positions`` i64[R, L]; of the last T tokens ``tokens`` i64[R, T], whether they are ``there``
-    bool[R, T], and ``allowed`` i64[R, T, A], filled with -1; A is 0 where the whole vocabulary is allowed.
+    With ``positions`` i64[R, n], and ``allowed`` i64[R, T, A] of the last T tokens, filled with -1; A is 0 where the
+    whole vocabulary is allowed.
     """
-    longest = max(len(target.prompt) + len(target.tokens) for target in targets)
+    batch = collate([TokenRow.of(target.prompt, target.tokens, target.weight) for target in targets], left=True)
     last = max(len(target.tokens) for target in targets)
     widest = max((len(step) for target in targets for step in target.allowed or []), default=0)
-    ids = torch.zeros(len(targets), longest, dtype=torch.long)
-    mask, tokens = torch.zeros_like(ids), torch.zeros(len(targets), last, dtype=torch.long)
-    there = torch.zeros(tokens.shape, dtype=torch.bool)
-    allowed = torch.full((*tokens.shape, widest), -1, dtype=torch.long)
+    allowed = torch.full((len(targets), last, widest), -1, dtype=torch.long)
     for row, target in enumerate(targets):
-        whole, count = [*target.prompt, *target.tokens], len(target.tokens)
-        ids[row, longest - len(whole) :] = torch.tensor(whole)
-        mask[row, longest - len(whole) :] = 1
-        tokens[row, last - count :] = torch.tensor(target.tokens)
-        there[row, last - count :] = True
-        for at, step in enumerate(target.allowed or []):
-            allowed[row, last - count + at, : len(step)] = torch.tensor(step)
-    weights = torch.tensor([target.weight for target in targets])
-    rows = {"ids": ids, "mask": mask, "positions": (mask.cumsum(1) - 1).clamp(min=0)}
-    return {**rows, "tokens": tokens, "there": there, "allowed": allowed, "weights": weights}
+        for at, step in enumerate(target.allowed or [], last - len(target.tokens)):
+            allowed[row, at, : len(step)] = torch.tensor(step)
+    return {**batch, "positions": (batch["attention"].cumsum(1) - 1).clamp(min=0), "allowed": allowed}
 
 
 def target_log_probs(model: Any, batch: dict[str, Tensor]) -> Tensor:
     """log p f32[R, T] of every target token, among those that are allowed; 0 where there is none."""
+    allowed = batch["allowed"]
+    last = allowed.shape[1]
+    tokens, absent = batch["ids"][:, -last:], batch["mask"][:, -last:] == 0
     logits = model(
         input_ids=batch["ids"],
-        attention_mask=batch["mask"],
+        attention_mask=batch["attention"],
         position_ids=batch["positions"],
         use_cache=False,
-        logits_to_keep=batch["tokens"].shape[1] + 1,
+        logits_to_keep=last + 1,
     ).logits[:, :-1].float()  # fmt: skip
-    scores = logits.gather(-1, batch["tokens"].unsqueeze(-1)).squeeze(-1)
-    allowed = batch["allowed"]
+    scores = logits.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
     if allowed.shape[-1]:
         among = logits.gather(-1, allowed.clamp(min=0)).masked_fill(allowed < 0, -torch.inf)
         # A token that is not there has nothing to be chosen from.
-        among = among.masked_fill(~batch["there"].unsqueeze(-1), 0.0)
+        among = among.masked_fill(absent.unsqueeze(-1), 0.0)
     else:
         among = logits
-    return (scores - torch.logsumexp(among, -1)).masked_fill(~batch["there"], 0.0)
+    return (scores - torch.logsumexp(among, -1)).masked_fill(absent, 0.0)

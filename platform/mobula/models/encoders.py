@@ -168,9 +168,9 @@ class TransformerEncoder:
         Nothing is padding, and no text's vector depends on the length of the texts beside it.
         """
         by_length: dict[int, list[int]] = defaultdict(list)
-        for row, found in enumerate(tokens):
-            by_length[len(found)].append(row)
-        told, done = time.monotonic(), 0
+        for row, sequence in enumerate(tokens):
+            by_length[len(sequence)].append(row)
+        reported_at, done = time.monotonic(), 0
         for _, members in sorted(by_length.items(), reverse=True):
             for start in range(0, len(members), batch):
                 rows = members[start : start + batch]
@@ -179,8 +179,8 @@ class TransformerEncoder:
                 hidden = self._network(input_ids=ids, attention_mask=mask.long()).last_hidden_state
                 yield rows, hidden, mask, self.head(hidden, mask)
                 done += len(rows)
-                if time.monotonic() - told > PROGRESS_S:
-                    told = time.monotonic()
+                if time.monotonic() - reported_at > PROGRESS_S:
+                    reported_at = time.monotonic()
                     log.info("%s: %d of %d texts encoded", self.name, done, len(tokens))
 
 

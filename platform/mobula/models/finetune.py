@@ -42,9 +42,9 @@ class TokenRow:
     weight: float = 1.0
 
     @classmethod
-    def of(cls, prompt: Sequence[int], target: Sequence[int]) -> TokenRow:
+    def of(cls, prompt: Sequence[int], target: Sequence[int], weight: float = 1.0) -> TokenRow:
         """A target that is learned after its prompt; they are put together as they are."""
-        return cls([*prompt, *target], [0] * len(prompt) + [1] * len(target))
+        return cls([*prompt, *target], [0] * len(prompt) + [1] * len(target), weight)
 
     @property
     def predicted(self) -> int:
@@ -52,16 +52,16 @@ class TokenRow:
         return sum(kind > 0 for kind in self.mask[1:])
 
 
-def collate(rows: Sequence[TokenRow]) -> dict[str, Tensor]:
-    """Rows as tensors, padded on the right with 0.
+def collate(rows: Sequence[TokenRow], *, left: bool = False) -> dict[str, Tensor]:
+    """Rows as tensors, padded with 0 on the right, or on the left so that they end together.
 
     ``ids``, ``attention`` (1 on real tokens) and ``mask`` (what is learned) i64[R, n], ``weights`` f32[R].
     """
     length = max(len(row.ids) for row in rows)
     ids, attention, mask = (torch.zeros(len(rows), length, dtype=torch.long) for _ in range(3))
     for i, row in enumerate(rows):
-        end = len(row.ids)
-        ids[i, :end], mask[i, :end], attention[i, :end] = torch.tensor(row.ids), torch.tensor(row.mask), 1
+        span = slice(length - len(row.ids), length) if left else slice(0, len(row.ids))
+        ids[i, span], mask[i, span], attention[i, span] = torch.tensor(row.ids), torch.tensor(row.mask), 1
     weights = torch.tensor([row.weight for row in rows])
     return {"ids": ids, "attention": attention, "mask": mask, "weights": weights}
 

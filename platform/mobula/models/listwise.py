@@ -28,9 +28,9 @@ class Pointer(nn.Module):
 
         From their vectors f[B, D] and f[B, n, D], and the retriever's ranks i64[B, n], from 1; 0 is no passage.
         """
-        asked = question.unsqueeze(1)
-        parts = [passages, asked * passages, (asked - passages).abs(), ranks.clamp(min=1).log().unsqueeze(-1)]
-        states = torch.cat([self.question(asked), self.passage(torch.cat(parts, -1))], 1)
+        query = question.unsqueeze(1)
+        parts = [passages, query * passages, (query - passages).abs(), ranks.clamp(min=1).log().unsqueeze(-1)]
+        states = torch.cat([self.question(query), self.passage(torch.cat(parts, -1))], 1)
         absent = torch.cat([torch.zeros_like(ranks[:, :1]).bool(), ranks == 0], 1)
         states = self.layers(states, src_key_padding_mask=absent)
         return states[:, 0], states[:, 1:]
@@ -64,11 +64,11 @@ class Pointer(nn.Module):
         self, question: Tensor, passages: Tensor, ranks: Tensor, m: int, given: Sequence[Tensor | None]
     ) -> tuple[Tensor, Tensor]:
         """Choices and their log p [B, m, K], K = len(given): each given as positions, by numbers, or greedy."""
-        asked, states = self.states(question, passages, ranks)
-        asked, states, taken = (part.repeat_interleave(m, 0) for part in (asked, states, ranks == 0))
+        query, states = self.states(question, passages, ranks)
+        query, states, taken = (part.repeat_interleave(m, 0) for part in (query, states, ranks == 0))
         chosen, log_probs, last = [], [], None
         for number, at in enumerate(given):
-            scores = self.step(number, asked, states, last, taken)
+            scores = self.step(number, query, states, last, taken)
             last = scores.argmax(1) if at is None else inverted(scores, at) if at.is_floating_point() else at
             chosen.append(last)
             log_probs.append(scores.gather(1, last.unsqueeze(1)).squeeze(1))

@@ -96,16 +96,16 @@ class PointerCache:
             return cache
         cache.length = max(len(row.ids) for row in known)
         cache.ids = known[0].ids.new_zeros(len(rows), cache.length)
-        for place, part in known[0].parts.items():
-            cache.parts[place] = part.new_zeros(len(rows), *part.shape[:-2], cache.length + ROOM, part.shape[-1])
+        for name, part in known[0].parts.items():
+            cache.parts[name] = part.new_zeros(len(rows), *part.shape[:-2], cache.length + ROOM, part.shape[-1])
         for layer, tail in known[0].tails.items():
             cache.tails[layer] = tail.new_zeros(len(rows), *tail.shape)
         for i, row in enumerate(rows):
             if row is not None:
                 start = cache.length - len(row.ids)
                 cache.ids[i, start:] = row.ids
-                for place, part in row.parts.items():
-                    cache.parts[place][i, ..., start : cache.length, :] = part
+                for name, part in row.parts.items():
+                    cache.parts[name][i, ..., start : cache.length, :] = part
                 for layer, tail in row.tails.items():
                     cache.tails[layer][i] = tail
         return cache
@@ -113,18 +113,18 @@ class PointerCache:
     def remembered(self, mask: Tensor) -> list[Remembered]:
         """What it holds of each row, without padding; ``mask`` i64[B, N]."""
         assert self.ids is not None
-        found = []
+        rows = []
         for i, real in enumerate(mask.bool()):
-            parts = {place: part[i, ..., : self.length, :][..., real, :] for place, part in self.parts.items()}
+            parts = {name: part[i, ..., : self.length, :][..., real, :] for name, part in self.parts.items()}
             tails = {layer: tail[i].clone() for layer, tail in self.tails.items()}
-            found.append(Remembered(self.ids[i, real], parts, tails))
-        return found
+            rows.append(Remembered(self.ids[i, real], parts, tails))
+        return rows
 
     def batch_select_indices(self, rows: Tensor) -> None:
         """Go on with these rows alone."""
         self.ids = None if self.ids is None else self.ids[rows]
-        self.parts = {place: part[rows] for place, part in self.parts.items()}
-        self.tails = {place: tail[rows] for place, tail in self.tails.items()}
+        self.parts = {name: part[rows] for name, part in self.parts.items()}
+        self.tails = {layer: tail[rows] for layer, tail in self.tails.items()}
 
     def append(self, ids: Tensor) -> Tensor:
         """All ids, new ones behind those before them."""
@@ -155,9 +155,9 @@ class PointerCache:
         whole = torch.cat([before, new], 1)
         if new.shape[1] > 1:
             padding = new.shape[1] - real.sum(1, dtype=torch.long)
-            places = (padding + torch.arange(KERNEL - 1, device=new.device)).unsqueeze(-1).expand_as(before)
+            index = (padding + torch.arange(KERNEL - 1, device=new.device)).unsqueeze(-1).expand_as(before)
             whole[:, : KERNEL - 1] = 0
-            whole.scatter_(1, places, before)
+            whole.scatter_(1, index, before)
         self.tails[layer] = whole[:, 1 - KERNEL :]
         return whole
 
@@ -269,20 +269,20 @@ class PointerLM(PreTrainedModel):
     def _hidden(self, mask: Tensor, new: int) -> Tensor:
         """f32[B, M, N]: 0 where a new token may look, very negative at padding and at what comes later."""
         total = mask.shape[1]
-        place = torch.arange(total, device=mask.device)
-        seen = (place <= place[total - new :, None]) & mask[:, None].bool()
+        positions = torch.arange(total, device=mask.device)
+        seen = (positions <= positions[total - new :, None]) & mask[:, None].bool()
         return torch.where(seen, 0.0, FAR).to(self.flags.dtype)
 
     def _logits(self, x: Tensor, offered: Tensor, hidden: Tensor, ids: Tensor) -> Tensor:
         size = self.config.vocab_size
         # Half precision has too few digits for what is a logarithm in the end.
         precise = torch.promote_types(x.dtype, torch.float32)
-        said = torch.softmax(x @ self.words.weight.T, -1, dtype=precise)
+        generated = torch.softmax(x @ self.words.weight.T, -1, dtype=precise)
         scores = self.asking(x) @ offered.transpose(1, 2) / math.sqrt(x.shape[-1])
         copied = torch.softmax(scores + hidden, -1, dtype=precise)
-        places = ids.unsqueeze(1).expand(-1, x.shape[1], -1)
+        index = ids.unsqueeze(1).expand(-1, x.shape[1], -1)
         gate = torch.sigmoid(self.gate(x)).to(precise)
-        mixed = (gate * said).scatter_add(-1, places, (1 - gate) * copied)
+        mixed = (gate * generated).scatter_add(-1, index, (1 - gate) * copied)
         return torch.log((1 - FLOOR) * mixed + FLOOR / size)
 
 
@@ -294,13 +294,13 @@ def occurring(ids: Tensor, mask: Tensor, new: int, config: PointerConfig) -> Ten
     # Between a marker and the end of its turn: no turn has ended since the marker.
     at_marker = torch.where(ids == config.query_id, ends, 0).cummax(1).values
     writing = (number > 0) & (ends == at_marker)
-    asked = ((ids == config.turn_id).cumsum(1) == 0) & words
+    in_question = ((ids == config.turn_id).cumsum(1) == 0) & words
     total = ids.shape[1]
-    place = torch.arange(total, device=ids.device)
+    positions = torch.arange(total, device=ids.device)
     same = (ids[:, total - new :, None] == ids[:, None]) & words[:, total - new :, None]
-    same &= place < place[total - new :, None]
+    same &= positions < positions[total - new :, None]
     current = (number[:, total - new :, None] == number[:, None]) & (writing & words)[:, None]
-    return torch.stack([(same & current).any(-1), (same & asked[:, None]).any(-1)], -1)
+    return torch.stack([(same & current).any(-1), (same & in_question[:, None]).any(-1)], -1)
 
 
 def _turns(positions: Tensor, width: int) -> tuple[Tensor, Tensor]:

@@ -50,9 +50,9 @@ class Pretrained:
         Raises:
             ModelError: if there is none, or its own code would have to run and may not.
         """
-        found = cls(name, _locate(name))
-        found.require_known_code()
-        return found
+        pretrained = cls(name, _locate(name))
+        pretrained.require_known_code()
+        return pretrained
 
     @property
     def hash(self) -> str:

@@ -80,9 +80,9 @@ class Reader(nn.Module):
         shared = torch.cat([torch.zeros_like(question).bool(), shared], 1)
         states = self.project(F.embedding(tokens.clamp(min=0), self.table)) + self.places(positions.to(tokens.device))
         states = self.layers(states + self.shared(shared.long()), src_key_padding_mask=absent)
-        asked, read = states[:, : question.shape[1]], states[:, question.shape[1] :]
+        query_states, read = states[:, : question.shape[1]], states[:, question.shape[1] :]
         there = (question >= 0).unsqueeze(-1)
-        closed = self.closed((asked * there).sum(1) / there.sum(1).clamp(min=1))
+        closed = self.closed((query_states * there).sum(1) / there.sum(1).clamp(min=1))
         start, end = self.ends(read).unbind(-1)
         end = F.pad(end.masked_fill(passage < 0, NOTHING), (0, SPAN - 1), value=NOTHING).unfold(1, SPAN, 1)
         return start.unsqueeze(-1) + end + self.length, closed

@@ -14,9 +14,9 @@ from safetensors.numpy import load_file, save_file
 
 from mobula.artifacts import read_jsonl, write_json, write_jsonl
 from mobula.config import digest, key
+from mobula.data.pseudo_queries import body
 from mobula.data.questions import Question, hotpotqa, natural_questions
 from mobula.data.records import Document
-from mobula.data.views import body
 from mobula.errors import DataError
 from mobula.evaluation.answers import holds
 from mobula.models.encoders import MINILM

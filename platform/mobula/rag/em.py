@@ -126,12 +126,12 @@ class EM(Portable, ABC):
     """One arm and seed of a method that learns by generalised EM.
 
     ``longer``: the key that lets an M-step train for longer. ``shard``: questions that are worked on at a time.
-    ``drawn``: m samples of every question are drawn (false: the arm is given its latents).
+    ``draws_samples``: m samples of every question are drawn (false: the arm is given its latents).
     """
 
     longer: ClassVar[str] = "fit.steps"
     shard: int = 64
-    drawn: bool = True
+    draws_samples: bool = True
 
     @property
     @abstractmethod
@@ -247,7 +247,7 @@ class EM(Portable, ABC):
         weighted = [Weighted(*parts) for parts in zip(samples, scores, weights, strict=True)]
         self.rows(weighted, self.current_checkpoint(history), context.directory)
         facts = {**self.sample_facts(scores), **weight_facts(weights)}
-        if self.drawn:
+        if self.draws_samples:
             check_samples(scores, self.em.samples)
         check_weights(weighted, self.em, facts)
         return facts

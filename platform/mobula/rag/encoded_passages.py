@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mobula.data.views import body
+from mobula.data.pseudo_queries import body
 from mobula.models import span_reader
 from mobula.models.span_reader import Example
 from mobula.rag.candidates import Candidates, Request, open_candidates

@@ -86,12 +86,12 @@ class RowsTask(FinetuneTask):
         """Under a policy gradient, log p f32[N] of all tokens but rows' first ones, row after row."""
         if self.clip is None:
             return {}
-        device, found = next(model.parameters()).device, []
+        device, parts = next(model.parameters()).device, []
         for index in range(self.examples):
             batch = super().batch(torch.tensor([index]), torch.Generator())
             log_probs = token_log_probs(model, {name: part.to(device) for name, part in batch.items()}).cpu()
-            found.append(log_probs[batch["attention"][:, 1:] == 1])
-        return {"log_probs": torch.cat(found)}
+            parts.append(log_probs[batch["attention"][:, 1:] == 1])
+        return {"log_probs": torch.cat(parts)}
 
     def refer(self, references: dict[str, Tensor]) -> None:
         """Keep the reference's log-probabilities, by query and row."""

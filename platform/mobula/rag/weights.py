@@ -88,18 +88,18 @@ def weigh(sampled: Sampled, config: WeightConfig) -> Weights:
         sampled.exact[finite],
     )
     best = float(np.max(kept.log_lik)) / kept.answer_tokens
-    bound = float(np.logaddexp.reduce(kept.log_lik) - np.log(len(kept.log_lik)))
+    log_mean_lik = float(np.logaddexp.reduce(kept.log_lik) - np.log(len(kept.log_lik)))
     failed = best < np.log(config.fail_eps)
     values = RULES[config.rule](kept, config.tau)
     if not values.any():
-        return Weights(zeros, 0.0, bound, failed, "no sample has a reward")
+        return Weights(zeros, 0.0, log_mean_lik, failed, "no sample has a reward")
     if failed and config.gate == "skip":
-        return Weights(zeros, 0.0, bound, failed, "every sample fails")
+        return Weights(zeros, 0.0, log_mean_lik, failed, "every sample fails")
     if config.gate == "scale":
         values = values * np.exp(best)
     whole = zeros.copy()
     whole[finite] = values
-    return Weights(whole, float(values.sum() ** 2 / (values**2).sum()), bound, failed)
+    return Weights(whole, float(values.sum() ** 2 / (values**2).sum()), log_mean_lik, failed)
 
 
 def _softmax(scores: np.ndarray) -> np.ndarray:

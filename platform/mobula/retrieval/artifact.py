@@ -17,8 +17,8 @@ from safetensors.torch import save_file as save_tensors
 from torch import nn
 
 from mobula.artifacts import Artifact, open_artifact, read_jsonl, write_json, write_jsonl
+from mobula.data.pseudo_queries import body
 from mobula.data.records import Document, Query
-from mobula.data.views import body
 from mobula.models.encoders import TextEncoder, load_encoder
 from mobula.retrieval.arms import Arm, parse
 from mobula.retrieval.build import ModelConfig, base_hash, load_model, load_weights, save_model

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
@@ -12,9 +13,10 @@ import torch
 from torch import Tensor
 
 from mobula.artifacts import write_json
-from mobula.config import digest, key
+from mobula.config import digest, key, section
 from mobula.errors import ArtifactError
 from mobula.models.encoders import TransformerEncoder, encoder_dim, load_encoder
+from mobula.models.finetune import LoraConfig
 from mobula.models.pretrained import Pretrained
 from mobula.models.text import StaticEmbedding, load_static
 from mobula.retrieval.arms import Arm
@@ -42,7 +44,7 @@ BACKBONES = ("small", "encoder", *LANGUAGE_MODELS)
 class ModelConfig:
     """The docid network."""
 
-    RENAMED: ClassVar = {"twin": "ar_base"}
+    RENAMED: ClassVar = {"twin": "ar_base", "lora_rank": "lora.rank", "lora_alpha": "lora.alpha"}
 
     backbone: str = key(
         "small", "small: from scratch; encoder: on a sentence encoder; others: a language model", choices=BACKBONES
@@ -51,8 +53,7 @@ class ModelConfig:
     ar_base: str = key("", "encoder-decoder (T5) of autoregressive arms: Hugging Face id or folder; empty: backbone")
     finetune: bool = key(False, "train all pretrained weights; else encoder is frozen, language models get LoRA")
     base_lr: float = key(0.03, "learning rate of pretrained weights and LoRA, as a share of training.lr", gt=0, le=1)
-    lora_rank: int = key(64, "rank r of LoRA", ge=1, le=4096)
-    lora_alpha: float = key(128.0, "weight alpha of LoRA, which is scaled by alpha / r", gt=0)
+    lora: LoraConfig = section(partial(LoraConfig, rank=64, alpha=128.0))  # type: ignore[arg-type]
     width: int = key(128, "hidden size d", ge=8, le=8192)
     layers: int = key(2, "transformer layers", ge=0, le=64)
     heads: int = key(0, "attention heads; 0: width/32, at least 2", ge=0, le=128)
@@ -151,8 +152,8 @@ def _language_model(config: ModelConfig, arm: Arm, table: DocidTable) -> DocidMo
         paradigm=arm.learner.network,
         sizes=tuple(int(size) for size in table.sizes),
         finetune=config.finetune,
-        lora_rank=config.lora_rank,
-        lora_alpha=config.lora_alpha,
+        lora_rank=config.lora.rank,
+        lora_alpha=config.lora.alpha,
     )
     model = LANGUAGE_MODELS[config.backbone](shape, base)  # type: ignore[call-arg]
     scale_rate(model.pretrained(), config.base_lr)

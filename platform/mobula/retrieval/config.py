@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from mobula.config import key, section
 from mobula.data import DataConfig
-from mobula.data.views import KINDS
+from mobula.data.pseudo_queries import KINDS
 from mobula.evaluation.ranking import MEASURES
 from mobula.experiment import ExperimentConfig
 from mobula.retrieval import arms as arm_names

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import faiss
 import numpy as np
 
+from mobula.data.pseudo_queries import body
 from mobula.data.records import Document
-from mobula.data.views import body
 from mobula.models.encoders import TextEncoder
 from mobula.retrieval.lexical import extended, remaining
 from mobula.retrieval.search import Hit, SearchOptions, SearchResult

@@ -142,10 +142,10 @@ def mask_id(base: Pretrained, kind: Kind) -> int:
     """
     config = base.config()
     for name, expected in kind.ids.items():
-        found = getattr(config, name, None)
-        if found != expected:
-            raise ModelError(f"model {base.name!r}: its configuration has {name}={found}, expected {expected}")
-    found = kind.ids.get("mask_token_id", base.tokenizer().mask_token_id)
-    if found is None:
+        value = getattr(config, name, None)
+        if value != expected:
+            raise ModelError(f"model {base.name!r}: its configuration has {name}={value}, expected {expected}")
+    mask = kind.ids.get("mask_token_id", base.tokenizer().mask_token_id)
+    if mask is None:
         raise ModelError(f"model {base.name!r}: its tokenizer has no mask token; expected a masked language model")
-    return int(found)
+    return int(mask)

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from mobula.data.pseudo_queries import body
 from mobula.data.records import Query
-from mobula.data.views import body
 from mobula.experiment import Report
 from mobula.retrieval.arms import Arm
 from mobula.retrieval.claims import RECOVERY_BEAM
@@ -89,10 +89,10 @@ class Evaluation:
             decoding = system.search_options(self.base)
             if arm in (self.config.main, self.config.twin) and decoding.decoder != "exhaustive":
                 timed.append(Timed(system, self.models[arm][0].search, decoding))
-        for each, ms in time_systems(timed, texts).items():
-            split.outcome(each).ms = ms
-        for each, one in time_batches(timed, texts).items():
-            split.outcome(each).batch_ms = one
+        for measured, ms in time_systems(timed, texts).items():
+            split.outcome(measured).ms = ms
+        for measured, batch_ms in time_batches(timed, texts).items():
+            split.outcome(measured).batch_ms = batch_ms
 
     def levels(self, split: Split) -> dict[Arm, list[Levels]]:
         """Likelihood and accuracy of the gold docids, by arm, one a seed."""

@@ -14,8 +14,8 @@ import Stemmer
 from bm25s.stopwords import STOPWORDS_EN
 
 from mobula.data.duplicates import split_words
+from mobula.data.pseudo_queries import body
 from mobula.data.records import Document, Query
-from mobula.data.views import body
 from mobula.errors import DataError
 from mobula.evaluation.ranking import per_query
 from mobula.retrieval.search import Hit, SearchOptions, SearchResult

@@ -252,4 +252,6 @@ def _ranked(first: Tensor, batch: Batch, config: LossConfig) -> dict[str, Tensor
     return {"ranking": config.ranking * ranking_loss(scores, batch["target"], batch["others"])}
 
 
-PARADIGMS: dict[str, Paradigm] = {each.name: each for each in (MaskedDiffusion(), Autoregressive(), Classifier())}
+PARADIGMS: dict[str, Paradigm] = {
+    paradigm.name: paradigm for paradigm in (MaskedDiffusion(), Autoregressive(), Classifier())
+}

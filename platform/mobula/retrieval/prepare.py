@@ -12,8 +12,8 @@ import numpy as np
 
 from mobula.artifacts import write_json, write_text
 from mobula.data import RetrievalData
+from mobula.data.pseudo_queries import body, make_pseudo_queries
 from mobula.data.records import Query
-from mobula.data.views import body, make_views
 from mobula.errors import DataError
 from mobula.locks import alone
 from mobula.models.encoders import TextEncoder, TransformerEncoder, load_encoder
@@ -134,7 +134,7 @@ def fit_family(
     vectors = embeddings if family.is_numeric else None
     windows = None
     if config.fit_on == "windows" and family.is_numeric:
-        parts = make_views(data.documents, "window", WINDOWS_PER_DOCUMENT, seed)
+        parts = make_pseudo_queries(data.documents, "window", WINDOWS_PER_DOCUMENT, seed)
         windows = encoder.embed([part.text for part in parts])
     tokenizer, name = family.tokenizer(), encoder.hash
     space: DocidSpace = fit_space(
@@ -196,7 +196,7 @@ def training_examples(config: PseudoQueriesConfig, data: RetrievalData, seed: in
     pseudo = [
         query
         for kind in config.kinds
-        for query in make_views(data.documents, kind, config.per_document, seed, path=path, held_out=held_out)
+        for query in make_pseudo_queries(data.documents, kind, config.per_document, seed, path=path, held_out=held_out)
     ]
     real = data.queries.get("train", [])
     pseudo_pairs = _pairs(pseudo, data, 0)

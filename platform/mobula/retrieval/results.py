@@ -122,7 +122,7 @@ class Split:
             MobulaError: if it was not measured.
         """
         if system not in self.outcomes:
-            known = ", ".join(each.label for each in self.outcomes)
+            known = ", ".join(system.label for system in self.outcomes)
             raise MobulaError(f"{system.label} was not measured on {self.name} (there are: {known})")
         return self.outcomes[system]
 

@@ -8,8 +8,8 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import torch
 
+from mobula.data.pseudo_queries import body
 from mobula.data.records import Document
-from mobula.data.views import body
 from mobula.models.encoders import TextEncoder
 from mobula.retrieval.arms import parse
 from mobula.retrieval.build import over

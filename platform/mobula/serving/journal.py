@@ -50,12 +50,12 @@ class Record:
         Raises:
             ValueError: if it is none.
         """
-        found = json.loads(line)
-        if isinstance(found, list):  # as lines were before documents could be removed
-            return cls("add", found, None)
-        if not isinstance(found, dict) or found.get("kind") not in KINDS:
+        record = json.loads(line)
+        if isinstance(record, list):  # as lines were before documents could be removed
+            return cls("add", record, None)
+        if not isinstance(record, dict) or record.get("kind") not in KINDS:
             raise ValueError(f"not a record of kind {' or '.join(KINDS)}")
-        return cls(found["kind"], found["items"], found["time"])
+        return cls(record["kind"], record["items"], record["time"])
 
 
 class Journal(Generic[T]):

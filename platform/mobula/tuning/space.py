@@ -186,19 +186,19 @@ class Space:
         """
         wanted = self.grid_size if self.config.searcher == "grid" else self.config.trials
         candidates = self._grid() if self.config.searcher == "grid" else self._draws()
-        found: dict[str, Point] = {}
+        points: dict[str, Point] = {}
         fruitless = 0
         for point in candidates:
             name = configs.digest(point)
-            fresh = name not in found and self.allows(point)
+            fresh = name not in points and self.allows(point)
             fruitless = 0 if fresh else fruitless + 1
             if fresh:
-                found[name] = point
-            if len(found) == wanted or (self.config.searcher == "random" and fruitless == PATIENCE):
+                points[name] = point
+            if len(points) == wanted or (self.config.searcher == "random" and fruitless == PATIENCE):
                 break
-        if not found:
+        if not points:
             raise self.empty()
-        return list(found.values())
+        return list(points.values())
 
     def empty(self) -> ConfigError:
         """The error of a space without an allowed point."""

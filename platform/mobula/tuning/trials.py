@@ -63,8 +63,8 @@ class Trials:
 
     def error(self, point: Point) -> str | None:
         """Why a point failed, in one line; None also where its process was killed."""
-        found = _read(self.at(point) / "error.json")
-        return found["error"] if found else None
+        record = _read(self.at(point) / "error.json")
+        return record["error"] if record else None
 
     def history(self, point: Point) -> list[dict[str, Any]]:
         """Every report of a training trial so far; what an interrupted attempt reported and the next again is once."""

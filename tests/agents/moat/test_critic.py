@@ -13,7 +13,7 @@ import pytest
 
 from mobula.agents.language import execute
 from mobula.agents.moat.config import CRITICS
-from mobula.agents.moat.critic import CriticFailed, CriticSettings, canary_rate, criticise, judge
+from mobula.agents.moat.critic import CriticFailed, CriticSettings, canary_rate, criticise, make_critic
 from mobula.agents.worlds import Task, World, WorldSet
 from mobula.agents.worlds.tool_world import generate
 
@@ -103,8 +103,8 @@ def test_a_critic_that_fails_drops(
 
 def test_an_unknown_critic_is_an_error(worlds: dict[str, World]) -> None:
     with pytest.raises(KeyError):
-        judge(CriticSettings("kind"), worlds["arith"])
-    assert all(judge(CriticSettings(kind), worlds["arith"]) for kind in CRITICS)
+        make_critic(CriticSettings("kind"), worlds["arith"])
+    assert all(make_critic(CriticSettings(kind), worlds["arith"]) for kind in CRITICS)
 
 
 def test_known_bad_programs_reveal_a_critic_that_accepts_everything(
@@ -192,7 +192,7 @@ def test_the_endpoint_gets_its_key_and_nobody_else_does(
     for critic in (settings, endpoint):
         criticise(critic, world, tasks[0], 0, "S1: x", "R1 = Calc(1)")
     assert Endpoint.keys == ["Bearer s3cret", None]
-    assert "s3cret" not in repr(settings) + repr(judge(settings, world))
+    assert "s3cret" not in repr(settings) + repr(make_critic(settings, world))
 
 
 def test_an_endpoint_that_is_not_there_drops(worlds: dict[str, World], tasks: list[Task]) -> None:

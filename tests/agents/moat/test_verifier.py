@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from mobula.agents.language import execute
-from mobula.agents.moat.critic import CriticSettings, canary_rate, criticise, judge
+from mobula.agents.moat.critic import CriticSettings, canary_rate, criticise, make_critic
 from mobula.agents.moat.data import VERDICTS
 from mobula.agents.moat.verifier import Verifier, gold_cases, verifier_pairs
 from mobula.agents.worlds import Task, World, WorldSet
@@ -77,7 +77,7 @@ def test_what_does_not_run_is_dropped_unread(worlds: dict[str, World], tasks: li
     found = criticise(nowhere, world, tasks[0], 0, "S1: x", str(tasks[0].gold_actions))
     assert found.verdict == "drop"
     assert "the critic failed" in found.reason
-    assert isinstance(judge(nowhere, world), Verifier)
+    assert isinstance(make_critic(nowhere, world), Verifier)
 
 
 def test_a_run_trains_its_verifier_first_and_reports_how_well_it_judges(tmp_path: Path) -> None:

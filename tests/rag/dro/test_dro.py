@@ -333,7 +333,7 @@ def test_questions_that_kept_one_sample_are_refused_where_more_were_sampled(dire
     with pytest.raises(EqualWeights, match=r"em\.samples=4 were drawn of every question, 1 are left"):
         check_samples([{"log_lik": [-1.0]}] * 5, 4)
     em = arms(directory).em("dro", 0)
-    assert em.drawn and not replace(em, arm=ARMS["supervised"]).drawn
+    assert em.draws_samples and not replace(em, arm=ARMS["supervised"]).draws_samples
 
 
 def test_a_generators_arm_is_judged_by_its_answers() -> None:

@@ -27,7 +27,7 @@ CONFIG = build(
         "evaluation": {"resamples": 200},
     },
 )
-VIEWS = CONFIG.views()
+BASELINES = CONFIG.passage_baselines()
 
 
 def evaluated(hit: float, random: float = 0.25) -> list[dict[str, Any]]:
@@ -41,8 +41,8 @@ def results(runs: list[list[dict[str, Any]]], first_shown: list[dict[str, Any]])
     tests = {
         System("dro"): evaluated(0.6),
         System(COLD): evaluated(0.3),
-        VIEWS["retriever"]: evaluated(0.4),
-        VIEWS["first"]: first_shown,
+        BASELINES["retriever"]: evaluated(0.4),
+        BASELINES["first"]: first_shown,
     }
     return Results(CONFIG, {system: [rows] for system, rows in tests.items()}, {"dro": runs})
 
@@ -122,5 +122,5 @@ def test_a_retriever_that_ranks_golds_first_gives_them_away_unless_they_are_shuf
         {"query": i, **measured(candidates, one, selected(candidates, one, "first", 2), "x", 2)}
         for i, one in enumerate(requests)
     ]
-    notes = list(warnings(Results(CONFIG, {VIEWS["first"]: [first]}, {"dro": [[]]})))
+    notes = list(warnings(Results(CONFIG, {BASELINES["first"]: [first]}, {"dro": [[]]})))
     assert any("where passages are shown gives the answer away" in note for note in notes) == named

@@ -18,7 +18,7 @@ from mobula.config import build
 from mobula.data.records import Document
 from mobula.errors import ConfigError
 from mobula.models.causal import CausalModel, Sampling
-from mobula.models.constrained import Target, collate, target_log_probs
+from mobula.models.constrained import Target, collate_targets, target_log_probs
 from mobula.rag.candidates import RETRIEVER_ERROR, Request
 from mobula.rag.dro.config import COLD, Config
 from mobula.rag.dro.data import RetrievedQuestions
@@ -78,8 +78,8 @@ def of_split(networks: Networks, split: str, queries: list[int]) -> list[Request
 def test_a_run_leaves_its_report(runs: dict[str, Path], kind: str) -> None:
     report = json.loads((runs[kind] / "report.json").read_text())
     named = {name.split("/")[0] for name in report["measures"]}
-    views = {"cold_start, passages retriever", "cold_start, passages first"}
-    assert {COLD, "dro", "dro, passages gold", "dro, passages no_gold", *views} <= named
+    baselines = {"cold_start, passages retriever", "cold_start, passages first"}
+    assert {COLD, "dro", "dro, passages gold", "dro, passages no_gold", *baselines} <= named
     found = {name.split("/")[1] for name in report["measures"] if name.startswith("dro/")}
     # Exact match, F1 and accuracy are never told apart from one another.
     assert {"exact", "f1", "acc", "hit@1", "hit@2", "tau"} <= found
@@ -329,9 +329,9 @@ def test_prompts_and_padding_are_not_learned(grammar: bool, learned: int) -> Non
 
     model = Fixed()
     allowed = ([[5, 7], [6, 8]], [[9, 10]]) if grammar else (None, None)
-    batch = collate([Target([1, 2, 3, 4], [5, 6], allowed[0], 1.0), Target([1, 2], [9], allowed[1], 1.0)])
+    batch = collate_targets([Target([1, 2, 3, 4], [5, 6], allowed[0], 1.0), Target([1, 2], [9], allowed[1], 1.0)])
     log_probs = target_log_probs(model, batch)
-    em_loss(log_probs, batch["there"].long() * learned, batch["weights"], 2, 1.5).backward()
+    em_loss(log_probs, batch["mask"][:, -log_probs.shape[1] :] * learned, batch["weights"], 2, 1.5).backward()
     touched = model.logits.grad.abs().sum(-1) > 0  # type: ignore[union-attr]
     # Rows end together; the logits before a token predict it.
     assert touched.tolist() == [[False] * 3 + [True, True, False], [False] * 4 + [True, False]]

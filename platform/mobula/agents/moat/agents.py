@@ -145,8 +145,8 @@ def propose(agents: Agents, tasks: Tasks, items: Rows, seed: int, *, samples: in
     plans = iter(agents.plans(repeated, sampling, seeds))
     rows = []
     for task in tasks:
-        drawn = [(j, *next(plans)) for j in range(samples)]
-        candidates = [PlanSample(task.id, j, text, len(c.log_probs), sum(c.log_probs)) for j, text, c in drawn]
+        plans_of_task = [(j, *next(plans)) for j in range(samples)]
+        candidates = [PlanSample(task.id, j, text, len(c.log_probs), sum(c.log_probs)) for j, text, c in plans_of_task]
         rows += [asdict(sample) for sample in examine(candidates, task, agents.offered(task))]
     return rows
 

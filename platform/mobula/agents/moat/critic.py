@@ -46,12 +46,12 @@ class Grounding:
 
 
 Judgement = tuple[Verdict, str | None, str]
-Judge = Callable[[Task, str, str, Execution], Judgement]
+Critic = Callable[[Task, str, str, Execution], Judgement]
 
 
 @dataclass(frozen=True)
 class CriticSettings:
-    """Which critic, and what it needs: see :func:`judge`, :class:`.LlmCritic` and :class:`.Verifier`."""
+    """Which critic, and what it needs: see :func:`make_critic`, :class:`.LlmCritic` and :class:`.Verifier`."""
 
     kind: str
     noise: float = 0.0
@@ -66,7 +66,7 @@ class CriticFailed(MobulaError):
     """A critic accepts programs that are known to be wrong."""
 
 
-def judge(settings: CriticSettings, world: World) -> Judge:
+def make_critic(settings: CriticSettings, world: World) -> Critic:
     """A critic: a function of task, plan, program and its execution to verdict, correction and reason.
 
     ``executable``: accepts what reaches the gold answer; corrects only to what the plan itself means, and only if that
@@ -78,7 +78,7 @@ def judge(settings: CriticSettings, world: World) -> Judge:
         KeyError: for another name.
     """
     executable = _Execution(world, _grounded_plan)
-    critics: dict[str, Judge] = {
+    critics: dict[str, Critic] = {
         "executable": executable,
         "execution": _Execution(world, lambda world, task, plan: ("drop", None, "misses the gold answer")),
         "oracle": _Execution(world, lambda world, task, plan: ("correct", task.gold_actions, "the gold actions")),
@@ -115,7 +115,7 @@ def criticise(settings: CriticSettings, world: World, task: Task, j: int, plan: 
     """Run a program and let the critic judge it; an exception of the critic drops it."""
     done = execute(program, world.tools())
     try:
-        verdict, correction, reason = judge(settings, world)(task, plan, program, done)
+        verdict, correction, reason = make_critic(settings, world)(task, plan, program, done)
     except Exception as error:
         verdict, correction, reason = "drop", None, f"the critic failed: {type(error).__name__}: {error}"
     used = {"accept": _canonical(program), "correct": correction, "drop": None}[verdict]
@@ -138,22 +138,22 @@ class _Execution:
 
 
 def _grounded_plan(world: World, task: Task, plan: str) -> Judgement:
-    meant = world.ground_plan(plan)
-    if meant is None:
+    grounded = world.ground_plan(plan)
+    if grounded is None:
         return "drop", None, "wrong, and the plan cannot be grounded"
-    if world.reward(task, execute(meant, world.tools())) == 1:
-        return "correct", serialise(meant), "the plan's own grounding reaches the gold answer"
+    if world.reward(task, execute(grounded, world.tools())) == 1:
+        return "correct", serialise(grounded), "the plan's own grounding reaches the gold answer"
     return "drop", None, "wrong, as is what the plan means"
 
 
-def _noisy(settings: CriticSettings, inner: Judge) -> Judge:
-    def judge(task: Task, plan: str, program: str, done: Execution) -> Judgement:
+def _noisy(settings: CriticSettings, inner: Critic) -> Critic:
+    def critic(task: Task, plan: str, program: str, done: Execution) -> Judgement:
         judgement = inner(task, plan, program, done)
         if random.Random(f"{settings.seed}\0{task.id}\0{plan}").random() >= settings.noise:
             return judgement
         return ("drop", None, "flipped") if judgement[0] == "accept" else ("accept", None, "flipped")
 
-    return judge
+    return critic
 
 
 def _canonical(program: str) -> str:

@@ -138,7 +138,7 @@ def _gaps(results: Results, first: Sequence[Outcome]) -> Iterator[Claim]:
         for system in (INDEPENDENT, results.first)
     ]
     histories = [[run.history.until(0) for run in first], [run.history.until(run.best) for run in first]]
-    nll = [np.array([current_checkpoint(history).gap for history in each]) for each in histories]
+    nll = [np.array([current_checkpoint(history).gap for history in runs]) for runs in histories]
     yield gap_closes(results, "C8 gap_s", "success", *success)
     yield gap_closes(results, "C8 gap_nll", "likelihood", *nll)
 

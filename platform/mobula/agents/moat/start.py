@@ -48,10 +48,10 @@ def integrated(arm: ArmContext, directory: Path, spent: int, cluster: ClusterSpe
     """
     if (directory / TOKENS).is_file():
         return
-    apart = json.loads((arm.planner.parents[1] / TOKENS).read_text())
+    learned = json.loads((arm.planner.parents[1] / TOKENS).read_text())
     seed, tokenizer = seed_of(arm.seed, INTEGRATED), CausalModel.open(str(arm.planner)).tokenizer
     task, config = fresh(arm.config, arm.data.gold_in_one, tokenizer, directory, seed), arm.config.sft
-    config = replace(config, steps=steps_for(sum(apart.values()) + spent, task, config.batch))
+    config = replace(config, steps=steps_for(sum(learned.values()) + spent, task, config.batch))
     result = finetune(task, config, directory, seed=seed, name=INTEGRATED, cluster=cluster)
     write_json(directory / TOKENS, {INTEGRATED: learned_tokens(task, result)})
 

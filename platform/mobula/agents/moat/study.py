@@ -73,10 +73,10 @@ def train_trial(config: Config, directory: Path, report: Callable[[dict[str, Any
 def systems(config: Config) -> list[System]:
     """All that solves test tasks: the agents of every arm, of arms after fewer iterations, and some with gold plans."""
     first, total = config.arms[0], config.alternation.iterations
-    apart = [System(INDEPENDENT), System.of(INDEPENDENT, **GOLD_PLAN), System(first), System.of(first, **GOLD_PLAN)]
+    unaligned = [System(INDEPENDENT), System.of(INDEPENDENT, **GOLD_PLAN), System(first), System.of(first, **GOLD_PLAN)]
     shorter = [System.of(first, iterations=n) for n in range(1, total)]
     others = [*map(System, config.arms[1:]), *shorter, *map(config.counterpart, config.arms[1:])]
-    return list(dict.fromkeys([*apart, *others]))
+    return list(dict.fromkeys([*unaligned, *others]))
 
 
 @dataclass

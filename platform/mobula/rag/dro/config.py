@@ -174,7 +174,7 @@ class Config(StudyConfig):
             return self.alternation
         return replace(self.alternation, monitor="dev_em" if self.data.source == FACTS else "dev_f1")
 
-    def views(self) -> dict[str, System]:
+    def passage_baselines(self) -> dict[str, System]:
         """Test questions of real sets answered from passages that are not the selector's own."""
         if self.data.source == FACTS:
             return {}

@@ -104,7 +104,7 @@ class DRO(EM):
     seed: int
 
     def __post_init__(self) -> None:
-        self.shard, self.drawn = self.config.em.shard, self.arm.samples_from == "selector"
+        self.shard, self.draws_samples = self.config.em.shard, self.arm.samples_from == "selector"
 
     @property
     def em(self) -> EmConfig:
@@ -178,7 +178,7 @@ class DRO(EM):
                 old, new = (network_of(kind, self.data, checkpoint[kind]) for checkpoint in (before, after))
                 rows = MStep(old, "train", self._file(weighed, kind), 0).rows
                 gains[f"{Q_GAIN}_{kind}"] = objective(new, rows, size) - objective(old, rows, size)
-        if self.drawn:
+        if self.draws_samples:
             selector = network_of("selector", self.data, before["selector"])
             gains["entropy"] = entropy(selector, history.rows("sample"), size)
         return gains

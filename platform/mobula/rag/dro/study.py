@@ -37,7 +37,7 @@ __all__ = ["Config", "load", "run", "train_trial"]
 log = logging.getLogger(__name__)
 SAMPLES = (1, 2, 4, 8, 14)  # for which the variance of estimates is measured
 REDRAWN = 40  # dev questions for which it is
-WATCHED = 500  # training questions of which samples are compared with the posterior
+COMPARED = 500  # training questions of which samples are compared with the exact posterior
 LEAK = 0.1  # share of questions by which the passages shown first may hold answers more often than others
 FALL = 0.02  # nats by which the likelihood of training questions may fall in an iteration
 ANSWERS = ("f1", "exact")  # measures of what was answered, whoever chose the passages
@@ -68,7 +68,7 @@ def run(run: Run) -> Report:
     arms = Arms(config, run.directory, run.cluster)
     facts = arms.questions.prepare()
     run.bind("questions", facts.sha256)
-    systems = [System(COLD), *config.views().values(), *map(System, config.arms)]
+    systems = [System(COLD), *config.passage_baselines().values(), *map(System, config.arms)]
     results = Study(run, [[COLD], config.arms], systems, arms.train, arms.evaluate, arms.curve, config.arms).execute()
     report = run.report()
     report.data.append(facts)
@@ -148,7 +148,7 @@ class Arms:
         history = self.outcome(arm, seed).history
         weighed = [path for _, phase, path in history.finished if phase == WEIGH]
         pairs = zip(self.past(arm, seed), weighed, strict=False)  # the last networks have sampled nothing
-        return [posterior_distance(networks, read_jsonl(path / ROWS)[:WATCHED]) for networks, path in pairs]
+        return [posterior_distance(networks, read_jsonl(path / ROWS)[:COMPARED]) for networks, path in pairs]
 
     def variances(self, arm: str, seed: int) -> list[Variances]:
         """By iteration, how much estimates from m samples vary."""
@@ -259,7 +259,7 @@ def warnings(results: Results) -> Iterator[str]:
         if monitor != config.alternation.monitor:
             yield f"{arm}: its best iteration is chosen by {monitor}, since it trains no selector"
     yield from _overfitted(results.curves)
-    first = config.views().get("first")
+    first = config.passage_baselines().get("first")
     if first is not None and results.has(first):
         shown, random = (results.values(first, name).mean() for name in ("hit@1", RANDOM_HIT))
         if shown - random > LEAK:
@@ -317,15 +317,15 @@ def _compared_by(config: Config, other: System) -> Sequence[str]:
 
 
 def _pairs(config: Config) -> Iterator[tuple[System, System, str]]:
-    first, views = config.arms[0], config.views()
+    first, passage_baselines = config.arms[0], config.passage_baselines()
     for one, other, statement in BETTER:
         yield System(one or first), System(other), statement
     for prefix in ("m_", "unnormalised_m_"):
         for fewer, more in pairwise(name for name in (f"{prefix}{m}" for m in (1, 2, 4, 14)) if name in config.arms):
             yield System(more), System(fewer), f"{more} beats {fewer}"
-    if views:
-        yield System(first), views["retriever"], "the selector beats the retriever's order"
-        yield System("supervised"), views["retriever"], "a selector with labels beats the retriever's order"
+    if passage_baselines:
+        yield System(first), passage_baselines["retriever"], "the selector beats the retriever's order"
+        yield System("supervised"), passage_baselines["retriever"], "a selector with labels beats the retriever's order"
 
 
 def _monotone(results: Results) -> Iterator[Claim]:

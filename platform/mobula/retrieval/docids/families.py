@@ -3,7 +3,7 @@
 A family is fitted on the documents of the training corpus (``fit``), gives documents their codes (``encode``), takes
 documents that arrive later (``insert``) and, where codes stand for vectors, says for which (``codewords``,
 ``reconstruct``).
-Its ``role`` decides which claims it takes part in; a family that takes part in none says why (``no_claim``).
+Its ``role`` decides which claims it takes part in.
 
 Shapes: N documents, L levels, K_l codes of level l, D size of an embedding.
 """
@@ -90,7 +90,6 @@ class Family(ABC):
     """One way of giving documents their codes. Attributes are what holds for most families."""
 
     name: str
-    no_claim: str = ""  # why no claim is about this family
     titles: bool = False  # whether the docid is a title, which queries that are titles hold
     orthogonal: bool = False  # whether codewords of different levels are, so that distances are sums over levels
 
@@ -377,7 +376,7 @@ FAMILIES: dict[str, Family] = {
         Text("text.lead", source=text.lead),
         Text("text.keywords", source=text.title_and_lead, keywords=True),
         Random("random"),
-        Atomic("atomic", no_claim="a code of one level that is the document's number: a classifier over documents"),
+        Atomic("atomic"),
     )
 }
 QUANTISED = tuple(name for name, family in FAMILIES.items() if family.is_quantised)

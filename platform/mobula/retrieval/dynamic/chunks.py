@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from mobula.config import key
+from mobula.data.pseudo_queries import body
 from mobula.data.records import Document, Query, RetrievalData
-from mobula.data.views import body
 from mobula.errors import MobulaError
 from mobula.models.encoders import TextEncoder
 from mobula.models.text import StaticEmbedding
@@ -75,16 +75,16 @@ def chunk_data(
     for row, chunk in enumerate(chunks):
         members.setdefault(owner(chunk.id), []).append(row)
     queries = {
-        split: [_asking_for(query, [chunks[row].id for gold in query.gold for row in members[gold]]) for query in asked]
-        for split, asked in data.queries.items()
+        split: [_asking_for(query, [chunks[row].id for gold in query.gold for row in members[gold]]) for query in part]
+        for split, part in data.queries.items()
     }
     if config.query_target == "best_chunk" and queries.get("train"):
         vectors = encoder.embed([chunk.text for chunk in chunks])
         train = data.queries["train"]
         pairs = zip(train, encoder.embed([query.text for query in train]), strict=True)
         queries["train"] = [
-            _asking_for(query, [chunks[_nearest(members[gold], vectors, asked)].id for gold in query.gold])
-            for query, asked in pairs
+            _asking_for(query, [chunks[_nearest(members[gold], vectors, vector)].id for gold in query.gold])
+            for query, vector in pairs
         ]
     return replace(data, documents=chunks, queries=queries)
 
@@ -93,8 +93,8 @@ def _asking_for(query: Query, ids: Sequence[str]) -> Query:
     return replace(query, gold=tuple(ids), grades=None)
 
 
-def _nearest(rows: list[int], vectors: np.ndarray, asked: np.ndarray) -> int:
-    return rows[int((vectors[rows] @ asked).argmax())]
+def _nearest(rows: list[int], vectors: np.ndarray, vector: np.ndarray) -> int:
+    return rows[int((vectors[rows] @ vector).argmax())]
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
-from mobula.data.views import body
+from mobula.data.pseudo_queries import body
 from mobula.models.text import load_static
 from mobula.retrieval.dense import Dense
 from mobula.retrieval.docids.code_only import CodeOnlyRetriever

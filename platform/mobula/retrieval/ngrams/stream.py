@@ -13,8 +13,8 @@ from functools import cached_property
 
 import numpy as np
 
+from mobula.data.pseudo_queries import KeyPhrases, body, generator
 from mobula.data.records import Document
-from mobula.data.views import KeyPhrases, body, generator
 from mobula.models.text import StaticEmbedding
 
 # BREAK ends a document or a part of it, and stands where a limited vocabulary lacks a token.

@@ -54,10 +54,10 @@ class PairPointer(nn.Module):
     def forward(self, question: Tensor, facts: Tensor) -> Tensor:
         """log p f[B, 30, 2] of both choices of every pair; their sum is log p(z|x)."""
         states = self.encoder(torch.cat([question.unsqueeze(1), facts], 1))
-        asked, passages = states[:, 0], states[:, 1:]
+        query, passages = states[:, 0], states[:, 1:]
         keys = self.keys(passages) / math.sqrt(passages.shape[-1])
-        first = torch.log_softmax((keys @ self.first(asked).unsqueeze(-1)).squeeze(-1), -1)
-        given = torch.cat([asked.unsqueeze(1).expand_as(passages), passages], -1)
+        first = torch.log_softmax((keys @ self.first(query).unsqueeze(-1)).squeeze(-1), -1)
+        given = torch.cat([query.unsqueeze(1).expand_as(passages), passages], -1)
         scores = self.second(given) @ keys.transpose(1, 2)
         taken = torch.eye(FACTS, dtype=torch.bool, device=scores.device)
         second = torch.log_softmax(scores.masked_fill(taken, -math.inf), -1)
@@ -76,8 +76,8 @@ class PairReader(nn.Module):
     def forward(self, question: Tensor, context: Tensor) -> Tensor:
         """log p [B, m, 80] of every answer after each of m contexts i64[B, m, 2, 3]."""
         m = context.shape[1]
-        asked = question.unsqueeze(1).expand(-1, m, -1).unsqueeze(2)
-        states = self.encoder(torch.cat([asked, context], 2).flatten(0, 1))
+        query = question.unsqueeze(1).expand(-1, m, -1).unsqueeze(2)
+        states = self.encoder(torch.cat([query, context], 2).flatten(0, 1))
         return torch.log_softmax(self.answer(states[:, 0]), -1).unflatten(0, (-1, m))
 
 

@@ -16,7 +16,7 @@ from mobula.alternation import Row
 from mobula.data.records import Document
 from mobula.evaluation.answers import exact_match, f1
 from mobula.models.causal import CausalModel, Sampling
-from mobula.models.constrained import Target, collate, target_log_probs
+from mobula.models.constrained import Target, collate_targets, target_log_probs
 from mobula.models.pretrained import Pretrained
 from mobula.rag.candidates import Request
 from mobula.rag.dro.networks.base import Generator, Network, Scores, Selection, Selector
@@ -62,8 +62,8 @@ class LanguageNetwork(Network):
         return sum(len(target.tokens) for target in targets) / len(targets)
 
     def batch(self, questions: Sequence[Request], rows: Sequence[Row]) -> dict[str, Tensor]:
-        """As :func:`collate`."""
-        return collate(self.targets(questions, rows))
+        """As :func:`collate_targets`."""
+        return collate_targets(self.targets(questions, rows))
 
     def log_probs(self, module: Any, batch: dict[str, Tensor]) -> Tensor:
         """As :func:`target_log_probs`."""

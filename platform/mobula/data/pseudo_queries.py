@@ -1,6 +1,6 @@
-"""Training views of a document: texts that stand for queries nobody has asked yet.
+"""Pseudo-queries: texts made of a document that stand for queries nobody has asked yet.
 
-The views of a document depend on the seed and the document (key phrases also on the corpus's document
+Those of a document depend on the seed and the document (key phrases also on the corpus's document
 frequencies), never on how many documents are beside it.
 """
 
@@ -23,7 +23,7 @@ KINDS = ("window", "keyphrase", "chunk", "title", "file")
 
 
 def generator(seed: int, kind: str, document: str) -> np.random.Generator:
-    """The random generator of one document's views of one kind."""
+    """The random generator of one document's pseudo-queries of one kind."""
     digest = hashlib.sha256(f"{seed}\0{kind}\0{document}".encode()).digest()
     return np.random.default_rng(np.frombuffer(digest, dtype=np.uint32))
 
@@ -53,7 +53,7 @@ class KeyPhrases:
         self.idf = {term: math.log((1 + count) / (1 + df)) for term, df in frequency.items()}
 
     def sample(self, text: str, count: int, random: np.random.Generator, low: int = 3, high: int = 8) -> list[str]:
-        """``count`` views of ``low`` to ``high`` distinct terms (fewer if the text has fewer)."""
+        """``count`` pseudo-queries of ``low`` to ``high`` distinct terms (fewer if the text has fewer)."""
         frequency = Counter(normalise(text).split())
         terms = sorted(term for term in frequency if self.idf.get(term, 0.0) > 0)
         if not terms:
@@ -66,24 +66,24 @@ class KeyPhrases:
         return [" ".join(terms[i] for i in row[:size]) for row, size in zip(order, sizes, strict=True)]
 
 
-def read_views(path: Path, documents: Iterable[Document]) -> dict[str, list[str]]:
+def read_pseudo_queries(path: Path, documents: Iterable[Document]) -> dict[str, list[str]]:
     """Pseudo-queries of an external generator: JSONL with ``doc_id`` and ``text``, by document id.
 
     Raises:
         BadRecord: naming line and field; also for a document that is not in the corpus.
     """
     known = {document.id for document in documents}
-    views: dict[str, list[str]] = defaultdict(list)
+    queries: dict[str, list[str]] = defaultdict(list)
     for number, value in read_jsonl(path):
         where = f"{path}, line {number}"
         id = text_field(value, ("doc_id",), where)
         if id not in known:
             raise BadRecord(f"{where}: field doc_id={id!r} is not a document of the corpus")
-        views[id].append(text_field(value, ("text",), where))
-    return dict(views)
+        queries[id].append(text_field(value, ("text",), where))
+    return dict(queries)
 
 
-def make_views(
+def make_pseudo_queries(
     documents: Sequence[Document],
     kind: str,
     count: int,
@@ -94,22 +94,22 @@ def make_views(
     near_duplicate: float = 0.8,
     chunk_words: int = 24,
 ) -> list[Query]:
-    """Up to ``count`` views per document as queries whose gold is that document, document by document.
+    """Up to ``count`` pseudo-queries per document, whose gold is that document, document by document.
 
     ``window`` and ``keyphrase`` draw with repetition; ``chunk`` cuts the text; ``title`` is the title of a document
-    that has one; ``file`` reads ``path``. A view that is a near-duplicate of a ``held_out`` query of the same document
-    is left out.
+    that has one; ``file`` reads ``path``. One that is a near-duplicate of a ``held_out`` query of the same document is
+    left out.
 
     Raises:
-        DataError: if no view is left at all.
+        DataError: if none is left at all.
     """
-    external = read_views(path, documents) if kind == "file" and path is not None else {}
+    external = read_pseudo_queries(path, documents) if kind == "file" and path is not None else {}
     phrases = KeyPhrases(documents) if kind == "keyphrase" else None
     forbidden: dict[str, list[frozenset[str]]] = defaultdict(list)
     for query in held_out:
         for id in query.gold:
             forbidden[id].append(frozenset(normalise(query.text).split()))
-    views: list[Query] = []
+    queries: list[Query] = []
     for document in documents:
         random = generator(seed, kind, document.id)
         if kind == "window":
@@ -123,10 +123,10 @@ def make_views(
         else:
             texts = external.get(document.id, [])[:count]
         texts = [text for text in texts if not _near(text, forbidden[document.id], near_duplicate)]
-        views.extend(Query(f"{document.id}#{kind}{i}", text, (document.id,)) for i, text in enumerate(texts))
-    if not views and count:
-        raise DataError(f"no {kind} view could be made of {len(documents)} documents; are their texts empty?")
-    return views
+        queries.extend(Query(f"{document.id}#{kind}{i}", text, (document.id,)) for i, text in enumerate(texts))
+    if not queries and count:
+        raise DataError(f"no {kind} pseudo-query could be made of {len(documents)} documents; are their texts empty?")
+    return queries
 
 
 def hold_out_windows(documents: Sequence[Document], count: int, seed: int, *, min_words: int = 32) -> list[Query]:
@@ -134,8 +134,8 @@ def hold_out_windows(documents: Sequence[Document], count: int, seed: int, *, mi
     long = [d for d in documents if len(body(d).split()) >= min_words]
     if not long:
         raise DataError(f"no document has {min_words} words, so no window can be held out; lower data.dev_windows")
-    drawn = np.random.default_rng(seed).permutation(len(long))[:count]
-    held = [(d, windows(body(d), 1, generator(seed, "held_out", d.id))) for d in (long[i] for i in sorted(drawn))]
+    rows = np.random.default_rng(seed).permutation(len(long))[:count]
+    held = [(d, windows(body(d), 1, generator(seed, "held_out", d.id))) for d in (long[i] for i in sorted(rows))]
     return [Query(f"{d.id}#held_out", texts[0], (d.id,)) for d, texts in held]
 
 
