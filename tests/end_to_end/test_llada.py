@@ -28,7 +28,7 @@ pytestmark = [pytest.mark.end_to_end, pytest.mark.language, pytest.mark.timeout(
 RECIPE = Path(__file__).parents[2] / "jobs" / "diffugr" / "full_llada.yaml"
 # The recipe as it is, but for the corpus, its small codes, and a single process.
 FEW = [
-    *("docid.levels=4", "docid.codes=4", "docid.encoder=wordllama", "docid.min_entropy=0.1"),
+    *("docid.levels=4", "docid.codes=8", "docid.encoder=wordllama", "docid.min_entropy=0.1"),
     *("model.query_len=8", "model.lora_rank=8", "model.lora_alpha=16"),
     *("training.precision=fp32", "training.zero=0", "training.workers=0", "training.micro_batch=32"),
     *("training.batch=32", "training.checkpoint_every=null"),
@@ -53,7 +53,7 @@ def corpus() -> RetrievalData:
 def test_a_tiny_llada_learns_twenty_documents_within_a_minute(corpus, tmp_path) -> None:
     with published.hub(tmp_path) as hub:
         published.write_checkpoint(hub, "llada", d_model=64, mlp_hidden_size=128, n_heads=4, n_kv_heads=4)
-        config = load(Config, RECIPE, [*FEW, "data.path=x", "training.steps=300", "model.base_lr=1.0"])
+        config = load(Config, RECIPE, [*FEW, "data.path=x", "training.steps=450", "model.base_lr=1.0"])
         started = time.perf_counter()
         material = prepare(config, corpus, tmp_path / "prepared")
         task = docid_task(config, material.prepared, config.main)
