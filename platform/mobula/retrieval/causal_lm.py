@@ -114,8 +114,8 @@ class CausalLM(LanguageModel):
         """See with two short sequences that a position does not see the next one, which would give its code away."""
         first, second = self.embedding(torch.tensor([[0, 1], [0, 2]])).unbind(0)
         mask = torch.ones(1, 2, dtype=torch.bool)
-        states = [self._decode(x[None], mask).last_hidden_state[0, 0] for x in (first, second)]
-        if not torch.allclose(*states, atol=1e-5):
+        one, other = (self._decode(x[None], mask).last_hidden_state[0, 0] for x in (first, second))
+        if not torch.allclose(one, other, atol=1e-5):
             raise ModelError(
                 f"model {self.shape.base!r} has full attention: a level sees its own code; "
                 "use a model pretrained from left to right"

@@ -125,7 +125,7 @@ class LanguageModel(DocidModel):
 class HypothesisCache:
     """Keys and values of G = ``width`` hypotheses a query after ``position`` codes: tensors [R, ...] per layer."""
 
-    layers: list[tuple[Tensor, ...]]
+    layers: Sequence[tuple[Tensor, ...]]
     position: int
     width: int
 

@@ -62,7 +62,7 @@ class MDLM(nn.Module):
         super().__init__()
         self.published = published
         table = published.backbone.vocab_embed.embedding
-        self.embedding = nn.Embedding(*table.shape, _weight=table)
+        self.embedding = nn.Embedding(table.shape[0], table.shape[1], _weight=table)
         published.backbone.vocab_embed = nn.Identity()  # what goes in as ids is embedded already
 
     def get_input_embeddings(self) -> nn.Module:
@@ -94,13 +94,13 @@ def load_published(base: Pretrained, loader: str) -> nn.Module:
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     with base.named_failures(f"its network for {loader}"):
-        ROPE_INIT_FUNCTIONS.setdefault("default", default_rope)  # no model of transformers itself looks there
         config = base.config()
-        reference = config.auto_map[loader]
-        with flash_attn_stand_in() if config.model_type == "mdlm" else contextlib.nullcontext():
-            network_class = get_class_from_dynamic_module(reference, str(base.folder), local_files_only=True)
         config.use_cache = False
-        network = network_class(config).eval()  # as from_pretrained gives it
+        reference = config.auto_map[loader]
+        with entries(sys.modules, flash_attn_modules() if config.model_type == "mdlm" else {}):
+            network_class = get_class_from_dynamic_module(reference, str(base.folder), local_files_only=True)
+        with entries(ROPE_INIT_FUNCTIONS, {"default": default_rope}):
+            network = network_class(config).eval()  # as from_pretrained gives it
         _fill(network, base)
     return MDLM(network) if config.model_type == "mdlm" else network
 
@@ -125,6 +125,19 @@ def _fill(network: nn.Module, base: Pretrained) -> None:
         )
 
 
+@contextlib.contextmanager
+def entries(table: dict[str, Any], stand_ins: dict[str, Any]) -> Iterator[None]:
+    """Within the block, ``table`` has these entries; others read it too, so afterwards it is as it was."""
+    before = {name: table[name] for name in stand_ins if name in table}
+    table.update(stand_ins)
+    try:
+        yield
+    finally:
+        for name in stand_ins:
+            del table[name]
+        table.update(before)
+
+
 def default_rope(config: Any, device: Any = None, **_: Any) -> tuple[Tensor, float]:
     """Inverse frequencies f32[d/2] of plain rotary embeddings for heads of size d, and the scaling of attention, 1."""
     size = config.hidden_size // config.num_attention_heads
@@ -135,22 +148,14 @@ def default_rope(config: Any, device: Any = None, **_: Any) -> tuple[Tensor, flo
 # What MDLM calls of flash_attn
 
 
-@contextlib.contextmanager
-def flash_attn_stand_in() -> Iterator[None]:
-    """Within the block, code that imports ``flash_attn`` gets the two functions below."""
+def flash_attn_modules() -> dict[str, ModuleType]:
+    """The modules of ``flash_attn`` by name, with the two functions below."""
     names = ("flash_attn", "flash_attn.layers", "flash_attn.layers.rotary", "flash_attn.flash_attn_interface")
     package, layers, rotary, interface = modules = [ModuleType(name) for name in names]
     rotary.apply_rotary_emb_qkv_ = rotate  # type: ignore[attr-defined]
     interface.flash_attn_varlen_qkvpacked_func = flash_attention  # type: ignore[attr-defined]
     package.layers, layers.rotary, package.flash_attn_interface = layers, rotary, interface  # type: ignore[attr-defined]
-    before = {name: sys.modules.pop(name) for name in names if name in sys.modules}
-    sys.modules.update(zip(names, modules, strict=True))
-    try:
-        yield
-    finally:
-        for name in names:
-            del sys.modules[name]
-        sys.modules.update(before)
+    return dict(zip(names, modules, strict=True))
 
 
 def flash_attention(qkv: Tensor, starts: Tensor, length: int, dropout: float, causal: bool) -> Tensor:
