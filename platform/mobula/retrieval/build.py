@@ -20,6 +20,7 @@ from mobula.models.finetune import LoraConfig
 from mobula.models.pretrained import Pretrained
 from mobula.models.text import StaticEmbedding, load_static
 from mobula.retrieval.arms import Arm
+from mobula.retrieval.causal_lm import CausalLM
 from mobula.retrieval.diffusion_lm import KINDS, DiffusionLM
 from mobula.retrieval.docids.table import DocidTable
 from mobula.retrieval.language_model import LanguageModel, PretrainedShape
@@ -36,7 +37,11 @@ from mobula.training.checkpoints import export_weights, load_weights
 
 __all__ = ["ModelConfig", "base_hash", "build_model", "load_model", "load_weights", "save_model"]
 
-LANGUAGE_MODELS: dict[str, type[LanguageModel]] = {**dict.fromkeys(KINDS, DiffusionLM), "t5": Seq2SeqLM}
+LANGUAGE_MODELS: dict[str, type[LanguageModel]] = {
+    **dict.fromkeys(KINDS, DiffusionLM),
+    "t5": Seq2SeqLM,
+    "causal_lm": CausalLM,
+}
 BACKBONES = ("small", "encoder", *LANGUAGE_MODELS)
 
 
@@ -49,8 +54,8 @@ class ModelConfig:
     backbone: str = key(
         "small", "small: from scratch; encoder: on a sentence encoder; others: a language model", choices=BACKBONES
     )
-    base: str = key("", "pretrained model of backbones llada, dream, masked_lm and t5: Hugging Face id or folder")
-    ar_base: str = key("", "encoder-decoder (T5) of autoregressive arms: Hugging Face id or folder; empty: backbone")
+    base: str = key("", "pretrained model of a backbone that is a language model: Hugging Face id or folder")
+    ar_base: str = key("", "T5 or decoder (Qwen2) of autoregressive arms: Hugging Face id or folder; empty: backbone")
     finetune: bool = key(False, "train all pretrained weights; else encoder is frozen, language models get LoRA")
     base_lr: float = key(0.03, "learning rate of pretrained weights and LoRA, as a share of training.lr", gt=0, le=1)
     lora: LoraConfig = section(partial(LoraConfig, rank=64, alpha=128.0))  # type: ignore[arg-type]
@@ -87,14 +92,15 @@ class ModelConfig:
         return problems
 
     def of(self, arm: Arm) -> ModelConfig:
-        """What an arm is built from; autoregressive ones may stand on an encoder-decoder of their own."""
-        if arm.learner.causal and self.ar_base:
-            return replace(self, backbone="t5", base=self.ar_base, ar_base="")
-        return self
+        """What an arm is built from; autoregressive ones may stand on ``ar_base``, whose files say what it is."""
+        if self.reader(arm) == "main":
+            return self
+        encoder_decoder = Pretrained.find(self.ar_base).config().is_encoder_decoder
+        return replace(self, backbone="t5" if encoder_decoder else "causal_lm", base=self.ar_base, ar_base="")
 
     def reader(self, arm: Arm) -> str:
         """Which inputs an arm's network reads: ``main``, or ``ar_base`` where it stands on that."""
-        return "main" if self.of(arm) is self else "ar_base"
+        return "ar_base" if arm.learner.causal and self.ar_base else "main"
 
     @property
     def attention_heads(self) -> int:
@@ -155,7 +161,7 @@ def _language_model(config: ModelConfig, arm: Arm, table: DocidTable) -> DocidMo
         lora_rank=config.lora.rank,
         lora_alpha=config.lora.alpha,
     )
-    model = LANGUAGE_MODELS[config.backbone](shape, base)  # type: ignore[call-arg]
+    model = LANGUAGE_MODELS[config.backbone](shape, base, code_words(table))  # type: ignore[call-arg]
     scale_rate(model.pretrained(), config.base_lr)
     return model
 
@@ -234,6 +240,19 @@ def code_table(table: DocidTable) -> Tensor | None:
     rows = torch.from_numpy(embedding.table[table.space.arrays["vocabulary"]])
     rows[0] = rows[1:].mean(0)
     return rows
+
+
+def code_words(table: DocidTable) -> list[str] | None:
+    """The words that codes of a text docid name, as they stand in a text; "" for the end token. None for others.
+
+    A token that begins a word has a space before it, which most tokenizers of language models tell apart.
+    """
+    if not table.space.kind.is_text:
+        return None
+    tokenizer = load_static("wordllama").tokenizer
+    begins = [(tokenizer.id_to_token(token) or "").startswith("\u2581") for token in table.vocabulary.tolist()[1:]]
+    texts = [tokenizer.decode([token]).strip() for token in table.vocabulary.tolist()[1:]]
+    return ["", *(f" {text}" if start else text for text, start in zip(texts, begins, strict=True))]
 
 
 def over(model: DocidModel, table: DocidTable) -> DocidModel:

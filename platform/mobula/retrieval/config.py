@@ -134,7 +134,7 @@ class Config(ExperimentConfig):
     def _misplaced_arms(self) -> Iterator[str]:
         """Arms whose backbone has learned the other way of generating."""
         for arm in self.parsed_arms:
-            backbone = self.model.of(arm).backbone
+            backbone = self.model.backbone if self.model.reader(arm) == "main" else ""
             if backbone in LANGUAGE_MODELS and arm.paradigm != LANGUAGE_MODELS[backbone].learned:
                 learned = LANGUAGE_MODELS[backbone].learned
                 yield f"arms: {arm} stands on model.backbone={backbone}, which is for {learned}/ arms only"

@@ -1,4 +1,4 @@
-"""Docid networks on pretrained masked-diffusion (LLaDA, Dream) and masked language models.
+"""Docid networks on pretrained masked-diffusion (LLaDA, Dream, MDLM) and masked language models.
 
 The sequence is the prompt, padded on the left, followed by the docid: ``query: {q}\\ndocid:<d_1_7>[MASK]<d_3_0>...``.
 Every position attends to every other, as these models were pretrained, so the query's states change with the docid
@@ -10,8 +10,9 @@ Shapes: B queries, G hypotheses a query, n prompt positions, L levels, K codes, 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -19,8 +20,9 @@ from torch import Tensor
 
 from mobula.errors import ModelError
 from mobula.models.pretrained import Pretrained
-from mobula.retrieval.language_model import LanguageModel, PretrainedShape
+from mobula.retrieval.language_model import LanguageModel, PretrainedShape, tokens_of_words
 from mobula.retrieval.network import Memory, NetworkKind, required
+from mobula.retrieval.remote_code import PaddingMask, load_published
 
 PADDING_TOLERANCE = 1e-3  # effect of padding on logits, as a share of the effect of a docid token
 
@@ -29,19 +31,30 @@ PADDING_TOLERANCE = 1e-3  # effect of padding on logits, as a share of the effec
 class Kind:
     """How a family of models is opened and read.
 
-    ``loader`` is the transformers class, ``ids`` the token ids its configuration must have, ``shift`` as in
-    :class:`.DocidHead`. ``square_mask``: attention wants the mask of padding as bool[B, 1, 1, S], not i64[B, S].
+    ``loader`` is the transformers class, ``ids`` what its configuration must have, ``mask`` the id of [MASK] (None:
+    the tokenizer's), ``shift`` as in :class:`.DocidHead`. ``published``: opened by its own code. ``padding``: how
+    attention is told of it, by i64[B, S], by bool[B, 1, 1, S], or around the network by :class:`.PaddingMask`.
     """
 
     loader: str
     ids: dict[str, int] = field(default_factory=dict)
+    mask: int | None = None
     shift: int = 0
-    square_mask: bool = False
+    published: bool = False
+    padding: Literal["mask", "square", "around"] = "mask"
 
 
 KINDS = {
-    "llada": Kind("AutoModel", {"mask_token_id": 126336, "eos_token_id": 126081}),
-    "dream": Kind("AutoModel", {"mask_token_id": 151666}, shift=1, square_mask=True),
+    "llada": Kind(
+        "AutoModel",
+        {"mask_token_id": 126336, "eos_token_id": 126081},
+        mask=126336,
+        published=True,
+        padding="around",
+    ),
+    "dream": Kind("AutoModel", {"mask_token_id": 151666}, mask=151666, shift=1, published=True, padding="square"),
+    # Its vocabulary is that of GPT-2 with [MASK] behind it.
+    "mdlm": Kind("AutoModelForMaskedLM", {"vocab_size": 50258}, mask=50257, published=True, padding="around"),
     "masked_lm": Kind("AutoModelForMaskedLM"),
 }
 
@@ -52,21 +65,28 @@ class DiffusionLM(LanguageModel):
     learned: ClassVar[NetworkKind] = "diffusion"
     continued: ClassVar[bool] = True
 
-    def __init__(self, shape: PretrainedShape, base: Pretrained) -> None:
-        """Load ``base`` and give it docid tokens.
+    def __init__(self, shape: PretrainedShape, base: Pretrained, words: Sequence[str] | None = None) -> None:
+        """Load ``base`` and give it docid tokens, which start at ``words`` where codes name some.
 
         Raises:
-            ModelError: if its token ids are not those of its kind, it has no mask token or no output layer, its
-                attention is causal, or it does not mask padding.
+            ModelError: if it is of another kind, its token ids are not those of its kind, it has no mask token or no
+                output layer, its attention is causal, or it does not mask padding.
         """
         super().__init__(shape)
         self.kind = KINDS[shape.backbone]
+        if base.has_own_code != self.kind.published:
+            kinds = [name for name, kind in KINDS.items() if kind.published == base.has_own_code]
+            raise ModelError(
+                f"model {base.name!r} is not for backbone {shape.backbone}; set model.backbone to {' or '.join(kinds)}"
+            )
         self.mask_id = mask_id(base, self.kind)
-        network: Any = base.load(self.kind.loader)
+        load = load_published if self.kind.published else Pretrained.load
+        network: Any = load(base, self.kind.loader)
         output = network.get_output_embeddings()
         if output is None:
             raise ModelError(f"model {base.name!r}: {type(network).__name__} has no output layer; expected a masked LM")
-        self.add_tokens(network.get_input_embeddings().weight, output.weight, shift=self.kind.shift)
+        tokens = tokens_of_words(base, words)
+        self.add_tokens(network.get_input_embeddings().weight, output.weight, tokens, shift=self.kind.shift)
         network.set_output_embeddings(self.head)
         self.network = network
         self._takes_positions = "position_ids" in inspect.signature(network.forward).parameters
@@ -97,10 +117,12 @@ class DiffusionLM(LanguageModel):
     def _run(self, x: Tensor, prompt_mask: Tensor) -> Tensor:
         """Logits [R, L, K] for embedded sequences x [R, S, d] whose prompts have the mask bool[R, n]."""
         mask = F.pad(prompt_mask, (0, self.levels), value=True)
-        inputs = {
-            "inputs_embeds": x,
-            "attention_mask": mask[:, None, None, :] if self.kind.square_mask else mask.long(),
-        }
+        if self.kind.padding == "around":
+            # Rotary positions are relative, so padding on the left may count among them.
+            with PaddingMask(mask):
+                return self.network(inputs_embeds=x).logits
+        square = self.kind.padding == "square"
+        inputs = {"inputs_embeds": x, "attention_mask": mask[:, None, None, :] if square else mask.long()}
         if self._takes_positions:
             inputs["position_ids"] = (mask.long().cumsum(1) - 1).clamp(min=0)
         return self.network(**inputs).logits
@@ -129,23 +151,22 @@ class DiffusionLM(LanguageModel):
             )
         if leaked > PADDING_TOLERANCE * seen:
             raise ModelError(
-                f"model {self.shape.base!r} attends to padding: its code ignores attention_mask; "
-                "use a revision that takes one"
+                f"model {self.shape.base!r} attends to padding: its code takes no mask of it; use a revision that does"
             )
 
 
 def mask_id(base: Pretrained, kind: Kind) -> int:
-    """The id of [MASK], read from the configuration, or from the tokenizer where the configuration has none.
+    """The id of [MASK]: that of its kind, after a look at the configuration, or the tokenizer's.
 
     Raises:
         ModelError: if an id is not the one that ``kind`` names, or there is no mask token.
     """
     config = base.config()
     for name, expected in kind.ids.items():
-        value = getattr(config, name, None)
-        if value != expected:
-            raise ModelError(f"model {base.name!r}: its configuration has {name}={value}, expected {expected}")
-    mask = kind.ids.get("mask_token_id", base.tokenizer().mask_token_id)
+        actual = getattr(config, name, None)
+        if actual != expected:
+            raise ModelError(f"model {base.name!r}: its configuration has {name}={actual}, expected {expected}")
+    mask = base.tokenizer().mask_token_id if kind.mask is None else kind.mask
     if mask is None:
         raise ModelError(f"model {base.name!r}: its tokenizer has no mask token; expected a masked language model")
     return int(mask)

@@ -1,21 +1,24 @@
 """What all pretrained language models have in common as docid networks: docid tokens, training, saving.
 
 A docid's codes become new tokens ``<d_l_k>``, one for each level and code, whose rows start at the mean pretrained
-row (spec 3.2). The output layer is replaced by one that holds the rows of these tokens alone, level by level, so
-neither a word nor [MASK] can ever be predicted.
+row (spec 3.2); a code of a text docid names a word, and starts at the mean of that word's rows. The output layer is
+replaced by one that holds the rows of these tokens alone, level by level, so neither a word nor [MASK] can ever be
+predicted.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mobula.errors import ModelError
 from mobula.models.lora import add_lora, leave_out_frozen
+from mobula.models.pretrained import Pretrained
 from mobula.retrieval.network import DocidModel, NetworkKind
 
 
@@ -37,12 +40,12 @@ class PretrainedShape:
 
 
 class DocidRows(nn.Module):
-    """Input embeddings f32[L*K, d] of the docid tokens; at the start all are the mean row of ``table`` f32[V, d]."""
+    """Input embeddings f32[L*K, d] of the docid tokens, which start at ``rows``; ``codes`` is K."""
 
-    def __init__(self, table: Tensor, levels: int, codes: int) -> None:
+    def __init__(self, rows: Tensor, codes: int) -> None:
         super().__init__()
         self.codes = codes
-        self.weight = nn.Parameter(_mean_rows(table, levels * codes))
+        self.weight = nn.Parameter(rows)
 
     def forward(self, z: Tensor, levels: Tensor) -> Tensor:
         """Rows [..., l, d] for codes z [..., l] (at least 0) that stand at ``levels`` [l]."""
@@ -84,11 +87,16 @@ class LanguageModel(DocidModel):
     rows: DocidRows
     head: DocidHead
 
-    def add_tokens(self, table: Tensor, output: Tensor, *, shift: int = 0) -> None:
-        """Make the docid tokens' rows from the input and output matrices [V, d] of the pretrained model."""
-        self.rows = DocidRows(table, self.levels, self.width)
+    def add_tokens(self, table: Tensor, output: Tensor, words: Sequence[Sequence[int]], *, shift: int = 0) -> None:
+        """Make the docid tokens' rows from the input and output matrices [V, d] of the pretrained model.
+
+        ``words`` are the pretrained tokens of the word that each code names, see :func:`tokens_of_words`.
+        """
+        self.rows = DocidRows(starting_rows(table, words, self.levels, self.width), self.width)
         tied = output is table
-        weight = self.rows.weight if tied else nn.Parameter(_mean_rows(output, self.levels * self.width))
+        weight = self.rows.weight
+        if not tied:
+            weight = nn.Parameter(starting_rows(output, words, self.levels, self.width))
         self.head = DocidHead(weight, self.levels, shift)
 
     def adapt(self, *parts: nn.Module) -> None:
@@ -113,5 +121,36 @@ class LanguageModel(DocidModel):
         return [self.rows.weight, self.head.weight]
 
 
-def _mean_rows(table: Tensor, count: int) -> Tensor:
-    return table.detach().float().mean(0).expand(count, -1).clone()
+@dataclass
+class HypothesisCache:
+    """Keys and values of G = ``width`` hypotheses a query after ``position`` codes: tensors [R, ...] per layer."""
+
+    layers: Sequence[tuple[Tensor, ...]]
+    position: int
+    width: int
+
+    def reorder(self, parents: Tensor) -> HypothesisCache:
+        """The state of hypotheses that continue ``parents`` i64[B, G'] of the present ones."""
+        starts = torch.arange(parents.shape[0], device=parents.device) * self.width
+        rows = (starts.unsqueeze(1) + parents).flatten()
+        kept = [tuple(tensor[rows] for tensor in layer) for layer in self.layers]
+        return HypothesisCache(kept, self.position, parents.shape[1])
+
+
+def tokens_of_words(base: Pretrained, words: Sequence[str] | None) -> list[list[int]]:
+    """The tokens of ``base`` that spell the word of each code; none where a code has no word or ``base`` cannot."""
+    if not words:
+        return []
+    tokenizer = base.tokenizer()
+    spelled = tokenizer(list(words), add_special_tokens=False)["input_ids"]
+    return [[] if tokenizer.unk_token_id in ids else ids for ids in spelled]
+
+
+def starting_rows(table: Tensor, words: Sequence[Sequence[int]], levels: int, codes: int) -> Tensor:
+    """Rows f32[L*K, d] for a pretrained matrix [V, d]: the mean over a code's word, or over all tokens without one."""
+    table = table.detach().float()
+    rows = table.mean(0).repeat(codes, 1)
+    for code, tokens in enumerate(words):
+        if tokens:
+            rows[code] = table[list(tokens)].mean(0)
+    return rows.repeat(levels, 1)

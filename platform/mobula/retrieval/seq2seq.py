@@ -5,7 +5,7 @@ Shapes: B queries, G hypotheses a query, R = B * G, n prompt positions, L levels
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -13,46 +13,23 @@ from torch import Tensor
 
 from mobula.errors import ModelError
 from mobula.models.pretrained import Pretrained
-from mobula.retrieval.language_model import LanguageModel, PretrainedShape
+from mobula.retrieval.language_model import HypothesisCache, LanguageModel, PretrainedShape, tokens_of_words
 from mobula.retrieval.network import Memory, NetworkKind, required
 
 LOADER = "AutoModelForSeq2SeqLM"
 
 
-@dataclass
-class Seq2SeqCache:
-    """Decoder state of G = ``width`` hypotheses a query after ``position`` codes.
-
-    Per layer, keys and values f32[R, h, t, d/h] of the docid and f32[R, h, n, d/h] of the prompt.
-    """
-
-    layers: list[tuple[Tensor, Tensor, Tensor, Tensor]]
-    position: int
-    width: int
-
-    def reorder(self, parents: Tensor) -> Seq2SeqCache:
-        """The state of hypotheses that continue ``parents`` i64[B, G'] of the present ones."""
-        starts = torch.arange(parents.shape[0], device=parents.device) * self.width
-        rows = (starts.unsqueeze(1) + parents).flatten()
-        kept = [(a[rows], b[rows], c[rows], d[rows]) for a, b, c, d in self.layers]
-        return Seq2SeqCache(kept, self.position, parents.shape[1])
-
-    def past(self) -> Any:
-        """As transformers wants it."""
-        from transformers.cache_utils import DynamicCache, EncoderDecoderCache
-
-        own, prompt = ([layer[i : i + 2] for layer in self.layers] for i in (0, 2))
-        return EncoderDecoderCache(DynamicCache(own), DynamicCache(prompt))
-
-
 class Seq2SeqLM(LanguageModel):
-    """Logits over docid tokens, left to right, from a pretrained encoder-decoder."""
+    """Logits over docid tokens, left to right, from a pretrained encoder-decoder.
+
+    A layer of its cache holds keys and values f32[R, h, t, d/h] of the docid and f32[R, h, n, d/h] of the prompt.
+    """
 
     learned: ClassVar[NetworkKind] = "autoregressive"
     continued: ClassVar[bool] = False
 
-    def __init__(self, shape: PretrainedShape, base: Pretrained) -> None:
-        """Load ``base`` and give it docid tokens.
+    def __init__(self, shape: PretrainedShape, base: Pretrained, words: Sequence[str] | None = None) -> None:
+        """Load ``base`` and give it docid tokens, which start at ``words`` where codes name some.
 
         Raises:
             ModelError: if it is not an encoder-decoder with a token that starts the decoder.
@@ -64,8 +41,8 @@ class Seq2SeqLM(LanguageModel):
             raise ModelError(f"model {base.name!r}: its configuration has no decoder_start_token_id")
         # T5 divides the decoder's states by sqrt(d) where it ties input and output rows.
         self.scale = network.config.d_model**-0.5 if getattr(network.config, "scale_decoder_outputs", False) else 1.0
-        self.add_tokens(network.get_input_embeddings().weight, network.get_output_embeddings().weight)
         self.embedding = network.get_input_embeddings()
+        self.add_tokens(self.embedding.weight, network.get_output_embeddings().weight, tokens_of_words(base, words))
         self.encoder, self.decoder = network.get_encoder(), network.get_decoder()
         self.adapt(self.embedding, self.encoder, self.decoder)
 
@@ -86,11 +63,11 @@ class Seq2SeqLM(LanguageModel):
         scores = scores.unflatten(0, codes.shape[:2])
         return scores if grouped else scores.squeeze(1)
 
-    def start(self, memory: Memory, width: int = 1) -> Seq2SeqCache:
+    def start(self, memory: Memory, width: int = 1) -> HypothesisCache:
         """As :meth:`.DocidTransformer.start`."""
-        return Seq2SeqCache([], 0, width)
+        return HypothesisCache([], 0, width)
 
-    def step(self, memory: Memory, cache: Seq2SeqCache, previous: Tensor | None) -> tuple[Tensor, Seq2SeqCache]:
+    def step(self, memory: Memory, cache: HypothesisCache, previous: Tensor | None) -> tuple[Tensor, HypothesisCache]:
         """As :meth:`.DocidTransformer.step`; the cache given stays as it is."""
         level = cache.position
         here = slice(level, level + 1)
@@ -98,14 +75,15 @@ class Seq2SeqLM(LanguageModel):
             x = self._start_row().expand(memory.size * cache.width, 1, -1)
         else:
             x = self.rows(previous.reshape(-1, 1), self.index[level - 1 : level])
-        decoded = self._decode(memory, cache.width, x, past_key_values=cache.past(), use_cache=True)
+        decoded = self._decode(memory, cache.width, x, past_key_values=_past(cache), use_cache=True)
         scores = self.head(decoded.last_hidden_state * self.scale, here).masked_fill(
             self.impossible[here], float("-inf")
         )
         past = decoded.past_key_values
         pairs = zip(past.self_attention_cache.layers, past.cross_attention_cache.layers, strict=True)
         layers = [(own.keys, own.values, prompt.keys, prompt.values) for own, prompt in pairs]
-        return scores.squeeze(1).unflatten(0, (memory.size, cache.width)), Seq2SeqCache(layers, level + 1, cache.width)
+        scores = scores.squeeze(1).unflatten(0, (memory.size, cache.width))
+        return scores, HypothesisCache(layers, level + 1, cache.width)
 
     def _decode(self, memory: Memory, width: int, x: Tensor, **options: Any) -> Any:
         """The decoder's output for x [R, t, d], ``width`` hypotheses of each query."""
@@ -119,3 +97,11 @@ class Seq2SeqLM(LanguageModel):
     def _start_row(self) -> Tensor:
         """The embedding [d] of the token that starts the decoder."""
         return self.embedding(torch.tensor(self.start_id, device=self.index.device))
+
+
+def _past(cache: HypothesisCache) -> Any:
+    """The cache as transformers wants it."""
+    from transformers.cache_utils import DynamicCache, EncoderDecoderCache
+
+    own, prompt = ([layer[i : i + 2] for layer in cache.layers] for i in (0, 2))
+    return EncoderDecoderCache(DynamicCache(own), DynamicCache(prompt))
