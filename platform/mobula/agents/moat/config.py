@@ -40,23 +40,23 @@ class Arm:
     against: str = ""
 
 
-def _ablation(planner: str, grounder: str, **changed: object) -> Arm:
-    """A part of MOAT replaced. Ungated: a gate would roll the replacement back and measure another arm."""
+def _ungated(planner: str, grounder: str, **changed: object) -> Arm:
+    """A part of MOAT replaced, or all of it. Ungated: a gate would roll that back and measure another arm."""
     return Arm(planner, grounder, gate=False, against=UNGATED, **changed)  # type: ignore[arg-type]
 
 
 ARMS = {
     "moat": Arm("preferred", "criticised"),
     UNGATED: Arm("preferred", "criticised", gate=False),
-    "planner_only": _ablation("preferred", ""),
-    "grounder_only": _ablation("", "criticised"),
-    "no_critic": _ablation("preferred", "criticised", critic="always_accept", max_iterations=2),
-    "noisy_10": _ablation("preferred", "criticised", critic="noisy", noise=0.1, max_iterations=1),
-    "noisy_30": _ablation("preferred", "criticised", critic="noisy", noise=0.3, max_iterations=1),
-    "random_pairs": _ablation("random", "criticised", max_iterations=1),
-    "best_plan": _ablation("best", "criticised", max_iterations=1, budget_matched=("planner",)),
-    "rft": Arm("solved", "solved", critic="execution", budget_matched=("planner", "grounder")),
-    "extra_steps": Arm("gold", "gold", budget_matched=("planner", "grounder")),
+    "planner_only": _ungated("preferred", ""),
+    "grounder_only": _ungated("", "criticised"),
+    "no_critic": _ungated("preferred", "criticised", critic="always_accept", max_iterations=2),
+    "noisy_10": _ungated("preferred", "criticised", critic="noisy", noise=0.1, max_iterations=1),
+    "noisy_30": _ungated("preferred", "criticised", critic="noisy", noise=0.3, max_iterations=1),
+    "random_pairs": _ungated("random", "criticised", max_iterations=1),
+    "best_plan": _ungated("best", "criticised", max_iterations=1, budget_matched=("planner",)),
+    "rft": _ungated("solved", "solved", critic="execution", budget_matched=("planner", "grounder")),
+    "extra_steps": _ungated("gold", "gold", budget_matched=("planner", "grounder")),
 }
 # One model that writes plan and program, trained on the gold rows for as long as the first arm's two are.
 INTEGRATED = "integrated"

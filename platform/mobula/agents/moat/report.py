@@ -10,9 +10,9 @@ import numpy as np
 from mobula.agents.moat.config import ARMS, INDEPENDENT, INTEGRATED, UNGATED, Config
 from mobula.agents.moat.data import TESTS
 from mobula.agents.moat.moat import stages
-from mobula.agents.moat.stage import current_checkpoint
+from mobula.agents.moat.stage import chosen_iteration, current_checkpoint
 from mobula.agents.worlds import SOURCES
-from mobula.alternation import Outcome, best_iteration
+from mobula.alternation import Outcome
 from mobula.evaluation import tables
 from mobula.evaluation.claims import holm_by_statement
 from mobula.evaluation.intervals import mean_interval
@@ -84,7 +84,7 @@ def _training(config: Config, outcomes: Outcomes) -> tables.Table:
     table: tables.Table = [[*head, "tokens of that"]]
     for arm, runs in outcomes.items():
         decisions = [kept for run in runs for row in run.rows[1:] for kept in row["gate"].values() if kept is not None]
-        chosen = np.mean([best_iteration(run.rows, config.alternation) for run in runs])
+        chosen = np.mean([chosen_iteration(ARMS[arm], run.rows, config) for run in runs])
         tokens, other = _budget(config, outcomes, arm)
         share = f"{tokens / other:.3f}" if other else ""
         row = [arm, config.iterations(arm), sum(decisions), len(decisions), round(float(chosen), 2), round(tokens)]
@@ -123,8 +123,9 @@ def _claims(config: Config, results: Results, first: Sequence[Outcome]) -> Itera
     rivals = [INDEPENDENT, *(arm for arm in config.arms[1:] if CLAIM[arm] == "C1")]
     for claim, split, where in (("C1", "test_in", "trained"), ("C2", "test_out", "held-out")):
         for other in rivals:
-            statement = f"{results.first} beats {other} on {where} compositions"
-            yield results.claim(f"{claim} {other}", statement, results.first, other, split)
+            best = results.first if other == INDEPENDENT else config.counterpart(other)
+            statement = f"{best} beats {other} on {where} compositions"
+            yield results.claim(f"{claim} {other}", statement, best, other, split)
     yield from _surrogate(config, first)
     for arm in (arm for arm in config.arms[1:] if CLAIM[arm] != "C1"):
         best = config.counterpart(arm)

@@ -22,7 +22,7 @@ from mobula.agents.moat.config import Arm, Config
 from mobula.agents.moat.critic import CriticSettings
 from mobula.agents.moat.data import TaskData
 from mobula.agents.worlds import Task
-from mobula.alternation import Context, History, Phase, Row, Sharded, Step, seed_of
+from mobula.alternation import Context, History, Phase, Row, Sharded, Step, best_iteration, seed_of
 from mobula.artifacts import write_json
 from mobula.environment import secret
 from mobula.errors import ConfigError
@@ -127,6 +127,15 @@ def current_checkpoint(history: History) -> Checkpoint:
     """What the last gate that accepted, or the start, left."""
     directory = next(d for _, _, d in reversed(history.finished) if (d / CHECKPOINT).is_file())
     return Checkpoint.read(directory / CHECKPOINT)
+
+
+def chosen_iteration(arm: Arm, rows: Sequence[Row], config: Config) -> int:
+    """The best iteration of an arm by ``alternation.monitor``; the last without it.
+
+    The start is none of an ungated arm's: to fall back to it is what a gate would do.
+    """
+    skipped = int(not arm.gate and len(rows) > 1)
+    return skipped + best_iteration(rows[skipped:], config.alternation)
 
 
 @dataclass(frozen=True)

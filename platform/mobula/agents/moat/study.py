@@ -16,7 +16,7 @@ from mobula.agents.moat.config import ARMS, INDEPENDENT, INTEGRATED, Config
 from mobula.agents.moat.data import TESTS, TaskData
 from mobula.agents.moat.moat import moat_loop, stages
 from mobula.agents.moat.report import GOLD_PLAN, METRICS, build_report
-from mobula.agents.moat.stage import ArmContext, Checkpoint, current_checkpoint, task_items
+from mobula.agents.moat.stage import ArmContext, Checkpoint, chosen_iteration, current_checkpoint, task_items
 from mobula.agents.moat.start import independent, integrated, start_identity
 from mobula.agents.worlds import SOURCES
 from mobula.alternation import Outcome, Row
@@ -165,14 +165,10 @@ class Arms(Portable):
         return start.agents(checkpoint.planner, checkpoint.grounder)
 
     def checkpoint(self, system: System, seed: int) -> Checkpoint:
-        """The best iteration by ``alternation.monitor`` among a system's; the last without it.
-
-        The start is none of an ungated arm's: to fall back to it is what a gate would do.
-        """
+        """The best iteration among a system's, see :func:`chosen_iteration`."""
         outcome = self.outcome(system.arm, seed)
         rows = outcome.rows[: dict(system.options).get("iterations", len(outcome.rows)) + 1]
-        skipped = int(not ARMS[system.arm].gate and len(rows) > 1)
-        best = skipped + alternation.best_iteration(rows[skipped:], self.config.alternation)
+        best = chosen_iteration(ARMS[system.arm], rows, self.config)
         return current_checkpoint(outcome.history.until(best))
 
 
