@@ -64,7 +64,7 @@ def near_pairs(
 
 @dataclass(frozen=True)
 class WordSets:
-    """The word sets of N texts, smallest first; ``order`` i64[N] says which text each is of, ``sizes`` i64[N] how large.
+    """The word sets of N texts, smallest first: ``order`` i64[N] says which text each is of, ``sizes`` i64[N] its size.
 
     Words are numbers 0..V-1, rarest first. Set s is ``words[start[s] : start[s + 1]]``, ascending.
     """
