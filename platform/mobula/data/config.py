@@ -43,7 +43,7 @@ class DataConfig:
         0.8, "Jaccard similarity of word sets that makes two queries near-duplicates", gt=0, le=1
     )
     count_duplicates_up_to: int = key(
-        20_000,
+        50_000,
         "count near-duplicate documents, for the report alone, of corpora of at most this many; 0: never",
         ge=0,
     )

@@ -122,7 +122,6 @@ class RowOf(Mapping[str, int]):
 
     def __init__(self, rows: Rows, live: np.ndarray) -> None:
         self._rows, self._live = rows, live
-        self._length = int(live.sum())
 
     def __getitem__(self, doc_id: str) -> int:
         row = self._rows.row_of[doc_id]
@@ -131,7 +130,7 @@ class RowOf(Mapping[str, int]):
         return row
 
     def __len__(self) -> int:
-        return self._length
+        return int(np.count_nonzero(self._live))
 
     def __iter__(self) -> Iterator[str]:
         return (self._rows.doc_ids[row] for row in np.flatnonzero(self._live).tolist())
