@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import threading
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -112,6 +113,38 @@ def test_two_that_grow_from_one_version_do_not_see_each_other() -> None:
     assert "right" not in left.rows
     assert "left" not in right.rows
     assert [version.rows["both"] for version in (left, right, again)] == [42, 43, 42]
+
+
+def test_a_search_under_way_sees_one_version() -> None:
+    """A reader of one version finds the same while hundreds of documents arrive behind it."""
+    table, _ = random_table(50, levels=4, codes=32).insert(documents(["one"]))
+    corpus, codes = Corpus.of(table), table.codes.astype(np.int64)
+
+    def look() -> tuple[bytes, ...]:
+        valid, nodes = corpus.bitset.of_codes(codes), corpus.trie.root(len(codes))
+        for level in range(table.levels):
+            nodes = corpus.trie.step(nodes, codes[:, level])
+        buckets = np.concatenate([corpus.bucket(code) for code in codes])
+        parts = (valid, corpus.bitset.allowed_all(valid), nodes, buckets, corpus.columns)
+        return (*(part.tobytes() for part in parts), repr([*table.rows.items()]).encode())
+
+    expected, done = look(), threading.Event()
+    differing: list[bool] = []
+
+    def read() -> None:
+        while not done.is_set():
+            differing.append(look() != expected)
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    grown = table
+    for number in range(60):
+        grown, _ = grown.insert(documents([f"{number}/{i}" for i in range(1 + number % 9)]))
+    done.set()
+    reader.join()
+    assert differing
+    assert not any(differing)
+    require_same(grown)
 
 
 def test_rows_of_deleted_documents_go_with_the_next_insertion() -> None:
