@@ -1,4 +1,5 @@
-"""What it costs to let a corpus grow: insertion per docid family, latency as it grows, n-grams against callbacks.
+"""What it costs to let a corpus grow: insertion per docid family, latency as it grows, n-grams against callbacks, and
+100,000 documents from disk to search (:mod:`.growth_scale`).
 
 The initial corpus are 1,000 function documents; what arrives are the other function documents and, beyond these,
 synthetic ones, each spliced from the texts of two real ones. Models are trained for some forty steps: neither
@@ -18,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks import growth_ngrams
+from benchmarks import growth_ngrams, growth_scale
 from mobula import config as configs
 from mobula.data import load_retrieval
 from mobula.data.records import Document, RetrievalData
@@ -84,6 +85,7 @@ def run() -> dict[str, Any]:
         "insertion_s_per_1000": {name: round(value, 3) for name, value in insertion.items()},
         "latency_ms": latency,
         "ngrams": ngrams,
+        "scale": growth_scale.run(),
         "conditions": {"initial": INITIAL, "inserted_at_once": ADDED, "queries": len(texts), "threads": 1},
     }
 
@@ -101,13 +103,7 @@ def _corpus(config: Config) -> tuple[Sessions, Iterator[Document]]:
 
 def _stream(real: list[Document], known: list[Document]) -> Iterator[Document]:
     yield from real
-    random = np.random.default_rng(0)
-    number = 0
-    while True:
-        a, b = (known[i].text.split() for i in random.integers(len(known), size=2))
-        text = " ".join(a[: len(a) // 2] + b[len(b) // 2 :])
-        yield Document(f"synthetic-{number}", f"synthetic {' '.join(b[:4])}", text or "nothing")
-        number += 1
+    yield from growth_scale.spliced(known)
 
 
 def _batches(stream: Iterator[Document], count: int) -> Iterator[list[Document]]:

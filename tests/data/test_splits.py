@@ -2,10 +2,11 @@
 
 import itertools
 import random
+import tracemalloc
 
 import pytest
 
-from mobula.data import DataConfig, Document, Query, load_retrieval
+from mobula.data import DataConfig, Document, Query, RetrievalData, export, load_retrieval
 from mobula.data import duplicates as dup
 from mobula.data.pseudo_queries import (
     KeyPhrases,
@@ -24,8 +25,10 @@ def query(id, text, *gold):
     return Query(id, text, gold or ("d",))
 
 
+@pytest.mark.parametrize("block", [1, 100, dup.BLOCK])
 @pytest.mark.parametrize("threshold", [0.3, 0.5, 0.8, 1.0])
-def test_near_pairs_match_brute_force(threshold):
+def test_near_pairs_match_brute_force(threshold, block, monkeypatch):
+    monkeypatch.setattr(dup, "BLOCK", block)
     rng = random.Random(1)
     texts = [" ".join(rng.choices("abcdefghijkl", k=rng.randint(0, 12))) for _ in range(150)]
     sets = [frozenset(text.split()) for text in texts]
@@ -37,6 +40,39 @@ def test_near_pairs_match_brute_force(threshold):
     assert expected
 
 
+@pytest.mark.parametrize("texts", [[], [""], ["", "?"], ["a", ""]])
+def test_texts_without_words_have_no_near_duplicate(texts):
+    assert list(dup.near_pairs(texts, 0.5)) == []
+
+
+def test_near_pairs_hold_a_block_at_a_time(monkeypatch):
+    """All texts stand in the lists of all words: half a million entries, of which a block is held."""
+    monkeypatch.setattr(dup, "BLOCK", 2000)
+    texts = [" ".join(f"w{(i * j) % 40}" for j in range(8)) for i in range(600)]
+    tracemalloc.start()
+    found = sum(1 for _ in dup.near_pairs(texts, 0.9))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert found > 600
+    assert peak < 3_000_000
+
+
+def test_near_duplicate_documents_are_counted_up_to_a_size(tmp_path):
+    documents = [Document("1", "", "one two three four five"), Document("2", "", "one two three four five six")]
+    documents.append(Document("3", "", "something else"))
+    queries = [query(str(i), f"unique{i} words{i}", "3") for i in range(20)]
+    queries.append(query("unclear", "one two", "1"))
+    export(RetrievalData("x", "x", "", documents, {"all": queries}), tmp_path)
+    config = {"name": "files", "path": str(tmp_path)}
+    counted = load_retrieval(DataConfig(**config, count_duplicates_up_to=3), quiet=True)
+    not_counted = load_retrieval(DataConfig(**config, count_duplicates_up_to=2), quiet=True)
+    near, ambiguous = "documents with a near-duplicate", "queries a near-duplicate makes ambiguous"
+    assert (counted.notes[near], counted.notes[ambiguous]) == (2, 1)
+    assert "not counted: more documents than data.count_duplicates_up_to=2" in not_counted.notes[near]
+    assert not_counted.notes[near] == not_counted.notes[ambiguous]
+    assert not_counted.queries == counted.queries
+
+
 def test_normalised_text_is_lower_case_and_alphanumeric():
     assert dup.normalise("  It's a_TEST: naïve, 北京! ") == "it s a test naïve 北京"
 
@@ -46,8 +82,6 @@ def test_duplicates(tmp_path):
     documents = [Document("1", "", "same words here"), Document("2", "", "Same words, HERE!"), Document("3", "", "x")]
     queries = [query(str(i), f"the question number {i} about topic{i % 40} word{i}", "1") for i in range(100)]
     queries.append(query("twin", "The question; number 0 about topic0 WORD0", "3"))
-    from mobula.data import RetrievalData, export
-
     export(RetrievalData("x", "x", "", documents, {"all": queries}), tmp_path)
     data = load_retrieval(DataConfig(name="files", path=str(tmp_path)), quiet=True)
     assert all(q.gold in {("1", "2"), ("3",)} for found in data.queries.values() for q in found)

@@ -42,6 +42,11 @@ class DataConfig:
     near_duplicate: float = key(
         0.8, "Jaccard similarity of word sets that makes two queries near-duplicates", gt=0, le=1
     )
+    count_duplicates_up_to: int = key(
+        50_000,
+        "count near-duplicate documents, for the report alone, of corpora of at most this many; 0: never",
+        ge=0,
+    )
     seed: int = key(0, "seed of the split, apart from the experiment's seed so that seeds share one test set", ge=0)
 
     def problems(self) -> list[str]:

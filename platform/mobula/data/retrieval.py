@@ -179,16 +179,21 @@ def _duplicate_facts(
 ) -> dict[str, float | str]:
     """How many documents say nearly the same as another, and how many queries that makes ambiguous.
 
+    Nothing depends on it, so large corpora go without (``count_duplicates_up_to``), and the notes say so.
     Titles are not compared: a function may do what another does under another name. A query is ambiguous
     if a near-duplicate of one of its documents is not itself relevant to it.
     """
+    near, ambiguous = "documents with a near-duplicate", "queries a near-duplicate makes ambiguous"
+    if len(documents) > config.count_duplicates_up_to:
+        why = f"not counted: more documents than data.count_duplicates_up_to={config.count_duplicates_up_to}"
+        return {near: why, ambiguous: why}
     others: dict[str, set[str]] = {}
     for i, j in near_pairs([d.text for d in documents], config.near_duplicate, SETS[config.name].words):
         others.setdefault(documents[i].id, set()).add(documents[j].id)
         others.setdefault(documents[j].id, set()).add(documents[i].id)
     flat = [query for part in queries.values() for query in part]
-    ambiguous = sum(any(others.get(id, set()) - set(query.gold) for id in query.gold) for query in flat)
-    return {"documents with a near-duplicate": len(others), "queries a near-duplicate makes ambiguous": ambiguous}
+    unclear = sum(any(others.get(id, set()) - set(query.gold) for id in query.gold) for query in flat)
+    return {near: len(others), ambiguous: unclear}
 
 
 def _ask_for_titles(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 
@@ -23,10 +24,8 @@ def divide(
     Groups are drawn in random order; one that no longer fits into a split's share goes to the next, so large
     groups gather in ``rest``. Within a split, queries keep their order.
     """
-    pairs = list(near_pairs([q.text for q in queries], threshold))
-    if by_document:
-        pairs.extend(_sharing_a_document(queries))
-    groups = components(len(queries), pairs)
+    sharing = _sharing_a_document(queries) if by_document else ()
+    groups = components(len(queries), itertools.chain(near_pairs([q.text for q in queries], threshold), sharing))
     quotas = {name: round(share * len(queries)) for name, share in shares.items()}
     chosen: dict[str, list[int]] = {name: [] for name in (*shares, rest)}
     for position in np.random.default_rng(seed).permutation(len(groups)):

@@ -101,10 +101,7 @@ def flops(model: DocidModel, rows: float) -> float | None:
 def model_bytes(decoder: Decoder | ArDecoder) -> dict[str, int]:
     """Bytes of a model's weights, and of its index: the codes of documents and what decoding looks them up in."""
     corpus = decoder.corpus
-    if isinstance(decoder, ArDecoder):
-        lookup = sum(values.nbytes for values in vars(corpus.trie).values() if isinstance(values, np.ndarray))
-    else:
-        lookup = corpus.bitset.bits.nbytes
+    lookup = corpus.trie.nbytes if isinstance(decoder, ArDecoder) else corpus.bitset.bits.nbytes
     # A frozen table of embeddings is a buffer of the network, and none of what was learned.
     weights = sum(p.numel() * p.element_size() for p in decoder.model.parameters())
     return {"weights": weights, "index": corpus.table.codes.nbytes + lookup}

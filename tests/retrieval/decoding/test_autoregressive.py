@@ -55,7 +55,7 @@ def test_trie_masks_vectorised(monkeypatch):
         node = nested
         for one in code:
             node = node.setdefault(one, {})
-    trie, frontier = Trie(table), [(0, nested)]
+    trie, frontier = Trie.build(table), [(0, nested)]
     while frontier:
         mask = trie.mask(np.array([node for node, _ in frontier]))
         assert [set(np.flatnonzero(row)) for row in mask] == [set(children) for _, children in frontier]

@@ -32,7 +32,7 @@ def allowed(table: DocidTable, rows: np.ndarray) -> np.ndarray:
 @given(table=tables(), seed=st.integers(0, 2**32))
 def test_bitset_matches_bruteforce(table: DocidTable, seed: int) -> None:
     random = np.random.default_rng(seed)
-    bitset = Bitset(table)
+    bitset = Bitset.build(table)
     picks = table.codes[random.choice(np.flatnonzero(table.live), 5)]
     partial = np.where(random.random(picks.shape) < 0.5, picks, -1)
     valid = bitset.all_valid(5)
@@ -56,7 +56,7 @@ def test_bitset_matches_bruteforce(table: DocidTable, seed: int) -> None:
 @settings(max_examples=80, deadline=None)
 @given(table=tables(), seed=st.integers(0, 2**32))
 def test_listing_documents_and_scanning_bits_agree(table: DocidTable, seed: int) -> None:
-    bitset = Bitset(table)
+    bitset = Bitset.build(table)
     keep = np.random.default_rng(seed).integers(0, 2**63, (4, bitset.words), dtype=np.uint64)
     valid = bitset.all_valid(4) & keep
     by_rows = bitset._all_by_rows(valid)
@@ -71,7 +71,7 @@ def test_listing_documents_and_scanning_bits_agree(table: DocidTable, seed: int)
 @given(table=tables(), seed=st.integers(0, 2**32))
 def test_committing_allowed_codes_in_any_order_ends_at_a_live_document(table: DocidTable, seed: int) -> None:
     random = np.random.default_rng(seed)
-    bitset = Bitset(table)
+    bitset = Bitset.build(table)
     valid, code = bitset.all_valid(1), np.full(table.levels, -1)
     for level in random.permutation(table.levels):
         code[level] = random.choice(np.flatnonzero(bitset.allowed(valid, int(level))[0]))
@@ -85,7 +85,7 @@ def test_committing_allowed_codes_in_any_order_ends_at_a_live_document(table: Do
 def test_requests_do_not_influence_each_other() -> None:
     random = np.random.default_rng(0)
     table = table_of(random.integers(0, 16, (3000, 4)), [16] * 4)
-    bitset = Bitset(table)
+    bitset = Bitset.build(table)
     valid = bitset.all_valid(3)
     # One request with every document, one with many, one with few: each goes another way.
     valid[1, :2] = 0
@@ -97,7 +97,7 @@ def test_requests_do_not_influence_each_other() -> None:
 
 
 def test_an_empty_set_allows_nothing() -> None:
-    bitset = Bitset(table_of(np.array([[0, 1], [1, 1]]), [2, 2]))
+    bitset = Bitset.build(table_of(np.array([[0, 1], [1, 1]]), [2, 2]))
     nothing = bitset.commit(bitset.commit(bitset.all_valid(1), 0, np.array([0])), 1, np.array([0]))
     assert bitset.count(nothing)[0] == 0
     assert not bitset.allowed_all(nothing).any()
@@ -107,7 +107,7 @@ def test_an_empty_set_allows_nothing() -> None:
 @pytest.mark.parametrize("documents", [1, 63, 64, 65, 128])
 def test_word_boundaries(documents: int) -> None:
     table = table_of(np.arange(documents)[:, None], [documents])
-    bitset = Bitset(table)
+    bitset = Bitset.build(table)
     assert bitset.words == (documents + 63) // 64
     for row in (0, documents - 1):
         (found,) = bitset.documents(bitset.commit(bitset.all_valid(1), 0, np.array([row])))

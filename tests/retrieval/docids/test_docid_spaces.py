@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import tracemalloc
 from dataclasses import replace
 
 import numpy as np
@@ -162,6 +163,36 @@ def test_codewords_add_up_to_the_reconstruction(
     assert words_lkd is not None
     total = sum(words_lkd[level][codes[:, level]] for level in range(space.levels))
     np.testing.assert_allclose(total, space.reconstruct(codes), atol=1e-5)
+
+
+def balance_at_once(points: np.ndarray, centroids: np.ndarray, rounds: int, temperature: float) -> np.ndarray:
+    """Centroids of balanced assignments from whole matrices."""
+    for _ in range(rounds):
+        cost = np.maximum((points**2).sum(1, keepdims=True) + quantised.distances(points, centroids), 0.0)
+        plan = quantised.sinkhorn(cost, temperature * cost.mean())
+        centroids = quantised._means(points, plan.argmax(1), centroids)
+    return centroids
+
+
+def test_balanced_codebooks_do_not_depend_on_chunks(embeddings: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
+    points = np.asarray(embeddings, np.float64)
+    centroids = quantised.kmeans(points, 16, 5, 0)
+    expected = balance_at_once(points, centroids, 10, 0.05)
+    monkeypatch.setattr(quantised, "CHUNK", 64)
+    found = quantised._balance(points, centroids, 10, 0.05)
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    np.testing.assert_array_equal(quantised.nearest(points, found), quantised.nearest(points, expected))
+
+
+def test_balancing_holds_one_matrix_of_distances(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quantised, "CHUNK", 200)
+    points = np.random.default_rng(0).standard_normal((8000, 8))
+    centroids = points[:64].astype(np.float32)
+    tracemalloc.start()
+    quantised._balance(points, centroids, 2, 0.05)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1.3 * 8 * len(points) * len(centroids)
 
 
 def test_sinkhorn_meets_both_marginals() -> None:

@@ -108,9 +108,10 @@ def test_deleted_documents_are_gone_and_their_ids_free(
     assert less.live.tolist() == [False] * 100 + [True] * (len(corpus) - 100)
     assert less.report()["documents"] == len(corpus) - 100
     assert not set(gone) & set(less.rows)
-    bitset, trie = Bitset(less), Trie(less)
+    bitset, trie = Bitset.build(less), Trie.build(less)
     assert bitset.count(bitset.all_valid(1))[0] == len(corpus) - 100
-    assert min(min(rows) for rows in trie._leaf_rows) >= 100
+    leaf_rows = np.concatenate([rows for _, rows in trie.leaves.runs])
+    assert len(leaf_rows) and leaf_rows.min() >= 100
     with pytest.raises(DataError, match="is not in the corpus"):
         less.delete(gone[:1])
 

@@ -23,9 +23,9 @@ def dict_trie(table: DocidTable) -> dict[tuple[int, ...], set[int]]:
 @settings(max_examples=80, deadline=None)
 @given(table=tables(), seed=st.integers(0, 2**32))
 def test_trie_masks_vectorised(table: DocidTable, seed: int) -> None:
-    """CSR masks and steps equal a trie of dictionaries, for prefixes inside and outside."""
+    """Masks and steps equal a trie of dictionaries, for prefixes inside and outside."""
     random = np.random.default_rng(seed)
-    trie, children = Trie(table), dict_trie(table)
+    trie, children = Trie.build(table), dict_trie(table)
     nodes = trie.root(3, 4)
     prefixes = [[() for _ in range(4)] for _ in range(3)]
     for level in range(table.levels + 1):
@@ -49,7 +49,7 @@ def test_trie_masks_vectorised(table: DocidTable, seed: int) -> None:
 
 def test_a_step_makes_the_same_python_calls_however_many_beams() -> None:
     table = table_of(np.random.default_rng(0).integers(0, 8, (500, 4)), [8] * 4)
-    trie = Trie(table)
+    trie = Trie.build(table)
 
     def calls(beams: int) -> int:
         nodes, codes = trie.root(beams), np.zeros(beams, np.int64)
@@ -68,23 +68,27 @@ def test_a_step_makes_the_same_python_calls_however_many_beams() -> None:
 
 
 def test_codes_outside_the_alphabet_leave_the_trie() -> None:
-    trie = Trie(table_of(np.array([[0, 1], [1, 0]]), [2, 2]))
+    trie = Trie.build(table_of(np.array([[0, 1], [1, 0]]), [2, 2]))
     assert trie.step(trie.root(3), np.array([-1, 2, 1])).tolist()[:2] == [OUTSIDE, OUTSIDE]
     assert trie.step(np.array([OUTSIDE]), np.array([0])).tolist() == [OUTSIDE]
     assert not trie.mask(np.array([OUTSIDE])).any()
 
 
-def test_csr_arrays_are_consistent() -> None:
+def test_nodes_are_numbered_level_by_level() -> None:
     table = table_of(np.array([[0, 1], [0, 1], [0, 0], [2, 1]]), [3, 2])
-    trie = Trie(table)
-    assert trie.child_ptr.tolist() == [0, 2, 4, 5, 5, 5, 5]
-    assert trie.child_code.tolist() == [0, 2, 0, 1, 1]
-    assert trie.child_node.tolist() == [1, 2, 3, 4, 5]
+    trie = Trie.build(table)
+    edges = [(0, 0), (0, 2), (1, 0), (1, 1), (2, 1)]
+    assert trie.nodes == 6
+    ((edge_keys, children),), ((leaf_keys, rows),) = trie.edges.runs, trie.leaves.runs
+    assert edge_keys.tolist() == [(node << 32) + code for node, code in edges]
+    assert children.tolist() == [1, 2, 3, 4, 5]
+    assert (leaf_keys.tolist(), rows.tolist()) == ([3, 4, 4, 5], [2, 0, 1, 3])
+    assert trie.nbytes == 8 * 2 * (5 + 4)
     assert trie.documents(4).tolist() == [0, 1]
     assert trie.documents(1).tolist() == []
 
 
 def test_a_corpus_without_live_documents_has_an_empty_trie() -> None:
-    trie = Trie(table_of(np.array([[0, 1]]), [2, 2], np.array([False])))
+    trie = Trie.build(table_of(np.array([[0, 1]]), [2, 2], np.array([False])))
     assert not trie.mask(trie.root(2)).any()
     assert trie.step(trie.root(2), np.array([0, 1])).tolist() == [OUTSIDE, OUTSIDE]

@@ -215,7 +215,7 @@ class TrieBeam:
         for node, score in zip(self.nodes[i].tolist(), self.scores[i].tolist(), strict=True):
             if score == -np.inf or len(scores) >= k:
                 break
-            bucket = self.corpus.position[self.corpus.trie.documents(node)]
+            bucket = self.corpus.positions(self.corpus.trie.documents(node))
             rows.append(bucket)
             scores.extend([score] * len(bucket))
         best = self.codes[i, 0]

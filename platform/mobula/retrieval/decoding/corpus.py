@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -17,19 +18,34 @@ from mobula.retrieval.docids.trie import Trie
 class Corpus:
     """Live documents 0..N-1 in table order. ``columns`` i64[L, N] holds their codes; a code below is i64[L].
 
-    Built once per table; a table never changes, so requests may share it and need no lock.
+    Built once per table; a table never changes, so requests may share it and need no lock. When documents are added
+    to a table, what has been built of it is extended.
     """
 
     table: DocidTable
-    doc_ids: list[str]
+    doc_ids: Sequence[str]
     columns: np.ndarray
 
     @classmethod
     def of(cls, table: DocidTable) -> Corpus:
-        """The live documents of ``table``."""
+        """The live documents of ``table``; one corpus for all who ask for it."""
+        return table.derived(cls)
+
+    @classmethod
+    def build(cls, table: DocidTable) -> Corpus:
+        """The live documents of ``table``, without copies where none is deleted."""
+        if table.whole:
+            return cls(table, table.doc_ids, table.columns)
         rows = np.flatnonzero(table.live)
-        doc_ids = [table.doc_ids[row] for row in rows.tolist()]
-        return cls(table, doc_ids, np.ascontiguousarray(table.codes[rows].T, dtype=np.int64))
+        return cls(table, [table.doc_ids[row] for row in rows.tolist()], table.columns[:, rows])
+
+    def extended(self, table: DocidTable) -> Corpus:
+        """The documents of ``table``, which has more behind these."""
+        grown = Corpus.build(table)
+        for name in ("bitset", "trie"):
+            if name in vars(self):
+                vars(grown)[name] = getattr(self, name).extended(table)
+        return grown
 
     def __len__(self) -> int:
         return len(self.doc_ids)
@@ -42,12 +58,12 @@ class Corpus:
     @cached_property
     def bitset(self) -> Bitset:
         """Which documents are still possible after some codes."""
-        return Bitset(self.table)
+        return Bitset.build(self.table)
 
     @cached_property
     def trie(self) -> Trie:
         """The codes by prefix."""
-        return Trie(self.table)
+        return Trie.build(self.table)
 
     @cached_property
     def distinct(self) -> tuple[np.ndarray, np.ndarray]:
@@ -55,12 +71,13 @@ class Corpus:
         codes, code_of = np.unique(self.columns.T, axis=0, return_inverse=True)
         return codes, code_of
 
+    def positions(self, rows: np.ndarray) -> np.ndarray:
+        """The documents i64[m] of live ``rows`` i64[m] of the table."""
+        return rows if self.table.whole else self._position[rows]
+
     @cached_property
-    def position(self) -> np.ndarray:
-        """Document of each row of the table, i64; -1 for a deleted one."""
-        position = np.full(len(self.table), -1, np.int64)
-        position[self.table.live] = np.arange(len(self))
-        return position
+    def _position(self) -> np.ndarray:
+        return np.cumsum(self.table.live) - 1
 
     @cached_property
     def end(self) -> np.ndarray | None:
@@ -72,31 +89,9 @@ class Corpus:
         is_end[: self.table.space.levels, eos] = True  # an appended level has an index, not a token
         return is_end
 
-    @cached_property
-    def id_rank(self) -> np.ndarray:
-        """Place of each document in the order of document ids, i64[N]."""
-        rank = np.empty(len(self), np.int64)
-        rank[sorted(range(len(self)), key=self.doc_ids.__getitem__)] = np.arange(len(self))
-        return rank
-
-    @cached_property
-    def _postings(self) -> tuple[np.ndarray, np.ndarray]:
-        """Documents by level and code, in table order: rows i64[L, N] and starts i64[L, K+1]."""
-        rows = np.argsort(self.columns, axis=1, kind="stable")
-        starts = [np.searchsorted(np.sort(column), np.arange(self.table.width + 1)) for column in self.columns]
-        return rows, np.stack(starts)
-
-    def having(self, level: int, code: int) -> np.ndarray:
-        """The documents i64[m] with this code at this level."""
-        rows, starts = self._postings
-        return rows[level, starts[level, code] : starts[level, code + 1]]
-
     def bucket(self, code: np.ndarray) -> np.ndarray:
         """The documents i64[m] with exactly this code, in table order; empty if it is none's."""
-        rows = self.having(0, int(code[0]))
-        for level in range(1, self.levels):
-            rows = rows[self.columns[level, rows] == code[level]]
-        return rows
+        return self.positions(self.table.with_code(code))
 
     def scores(self, log_probs: np.ndarray) -> np.ndarray:
         """s(c) = sum_l log p(c_l), f32[N], from a table f64[L, K]; documents of one code score exactly alike."""
@@ -110,7 +105,8 @@ class Corpus:
         """The corpus code at least Hamming distance from ``code``; ties by s(c), then by document id."""
         distances = self.distances(code)
         rows = np.flatnonzero(distances == distances.min())
-        best = rows[np.lexsort((self.id_rank[rows], -scores[rows]))[0]]
+        rows = rows[scores[rows] == scores[rows].max()]
+        best = min(rows.tolist(), key=self.doc_ids.__getitem__)
         return self.columns[:, best].copy()
 
 

@@ -55,8 +55,9 @@ def recovery(
 
 def _right_codes(corpus: Corpus, relevant: set[str]) -> np.ndarray:
     """Codes bool[L, K] that some relevant document has."""
-    rows = [corpus.position[corpus.table.rows[doc_id]] for doc_id in relevant if doc_id in corpus.table.rows]
-    if not rows:
+    known = [corpus.table.rows[doc_id] for doc_id in relevant if doc_id in corpus.table.rows]
+    rows = corpus.positions(np.array(known, np.int64))
+    if not known:
         raise BadSearch(f"none of the relevant documents {sorted(relevant)[:3]} is in the corpus; drop the query")
     right = np.zeros((corpus.levels, corpus.table.width), bool)
     right[np.arange(corpus.levels)[:, None], corpus.columns[:, rows]] = True

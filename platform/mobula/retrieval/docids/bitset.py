@@ -7,10 +7,12 @@ row of W 64-bit words; bit n % 64 of word n // 64 stands for document n.
 from __future__ import annotations
 
 import sys
+import threading
 
 import numpy as np
 
 from mobula.errors import MobulaError
+from mobula.retrieval.docids.growing import ROOM, enlarged
 from mobula.retrieval.docids.table import DocidTable
 
 WORD = 64
@@ -22,6 +24,50 @@ if sys.byteorder != "little":
     raise MobulaError("mobula.retrieval.docids.bitset needs a little-endian machine")
 
 
+class BitRows:
+    """Bits of documents by level and code, ``array`` u64[L, K, W] with room for more codes and documents.
+
+    Versions share it: adding documents sets bits behind those of the others.
+    """
+
+    def __init__(self, levels: int, width: int) -> None:
+        self.array = np.zeros((levels, width, 0), np.uint64)
+        self._documents, self._lock = 0, threading.Lock()
+
+    def append(self, start: int, columns: np.ndarray, width: int) -> bool:
+        """Set the bits of documents ``start``.. with codes i64[L, m] below ``width``; False if others have these."""
+        with self._lock:
+            if start != self._documents:
+                return False
+            end = start + columns.shape[1]
+            self._reserve(width, -(-end // WORD))
+            row = np.arange(start, end)
+            for level, codes in enumerate(columns):
+                np.bitwise_or.at(self.array[level], (codes, row // WORD), _bit(row))
+            self._documents = end
+            return True
+
+    def _reserve(self, width: int, words: int) -> None:
+        levels, codes, room = self.array.shape
+        if width <= codes and words <= room:
+            return
+        more_codes = codes if width <= codes else max(width, int(ROOM * codes)) if self._documents else width
+        more_words = room if words <= room else max(words, int(ROOM * room))
+        self.array = enlarged(self.array, (levels, more_codes, more_words))
+
+
+def _bit(rows: np.ndarray) -> np.ndarray:
+    """The bit u64[m] of each row in its word."""
+    return np.uint64(1) << (rows % WORD).astype(np.uint64)
+
+
+def _words(rows: np.ndarray, documents: int) -> np.ndarray:
+    """A set of rows as words u64[W]."""
+    words = np.zeros(-(-documents // WORD), np.uint64)
+    np.bitwise_or.at(words, rows // WORD, _bit(rows))
+    return words
+
+
 class Bitset:
     """Documents by (level, code), for constrained decoding in any order.
 
@@ -30,19 +76,36 @@ class Bitset:
     :meth:`allowed` admits, one level at a time, ``valid`` is never empty and the result is a corpus docid.
     """
 
-    def __init__(self, table: DocidTable) -> None:
+    def __init__(self, table: DocidTable, bits: BitRows, live: np.ndarray, live_codes: np.ndarray) -> None:
+        """``live`` u64[W] are the live documents, ``live_codes`` bool[L, K] the codes that they have."""
         self.levels, self.width, self.documents_total = table.levels, table.width, len(table)
         self.words = -(-len(table) // WORD)
-        self.columns = table.columns
-        row = np.arange(len(table))
-        word, bit = row // WORD, np.uint64(1) << (row % WORD).astype(np.uint64)
-        self.live = np.zeros(self.words, np.uint64)
-        np.bitwise_or.at(self.live, word[table.live], bit[table.live])
-        self.bits = np.zeros((self.levels, self.width, self.words), np.uint64)
-        for level in range(self.levels):
-            np.bitwise_or.at(self.bits[level], (self.columns[level], word), bit)
-        self._slots = self.columns + np.arange(self.levels)[:, None] * self.width
-        self._live_codes = ((self.bits & self.live) != 0).any(2)
+        self.columns, self.live, self._live_codes, self._shared = table.columns, live, live_codes, bits
+        # Rows of this version; bits behind its last document may be those of a later one, and never count: `valid`
+        # has none of them.
+        self.bits = bits.array[:, : self.width, : self.words]
+
+    @classmethod
+    def build(cls, table: DocidTable) -> Bitset:
+        """Over all rows of ``table``."""
+        bits = BitRows(table.levels, table.width)
+        bits.append(0, table.columns, table.width)
+        live_codes = np.zeros((table.levels, table.width), bool)
+        rows = np.flatnonzero(table.live)
+        live_codes[np.arange(table.levels)[:, None], table.columns[:, rows]] = True
+        return cls(table, bits, _words(rows, len(table)), live_codes)
+
+    def extended(self, table: DocidTable) -> Bitset:
+        """Over ``table``, which has more rows behind those of this one's, all live."""
+        start, shared = self.documents_total, self._shared
+        new = table.columns[:, start:]
+        if not shared.append(start, new, table.width):
+            return Bitset.build(table)
+        live = _words(np.arange(start, len(table)), len(table))
+        live[: self.words] |= self.live
+        live_codes = enlarged(self._live_codes, (self.levels, table.width))
+        live_codes[np.arange(self.levels)[:, None], new] = True
+        return Bitset(table, shared, live, live_codes)
 
     def all_valid(self, batch: int) -> np.ndarray:
         """All live documents for each of ``batch`` requests, u64[B, W]."""
@@ -112,7 +175,8 @@ class Bitset:
     def _all_by_rows(self, valid: np.ndarray) -> np.ndarray:
         owner, row = self._members(valid)
         out = np.zeros((len(valid), self.levels, self.width), bool)
-        out.reshape(-1)[self._slots[:, row] + owner * (self.levels * self.width)] = True
+        slots = self.columns[:, row] + np.arange(self.levels)[:, None] * self.width
+        out.reshape(-1)[slots + owner * (self.levels * self.width)] = True
         return out
 
     def _members(self, valid: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

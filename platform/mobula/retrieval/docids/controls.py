@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 
 import numpy as np
 
@@ -26,19 +26,19 @@ def random_sizes(levels: int, codes: int, documents: int) -> np.ndarray:
     return np.full(levels, codes, np.int32)
 
 
-def encode_random(sizes: np.ndarray, seed: int, documents: Sequence[Document], taken: np.ndarray | None) -> np.ndarray:
+def encode_random(sizes: np.ndarray, seed: int, documents: Sequence[Document], taken: Container[bytes]) -> np.ndarray:
     """Unique rows i32[N, L], uniform over the codes, drawn from (seed, document id) in the order of ids.
 
-    The same documents get the same rows again; ``taken`` i32[M, L] are rows already in use.
+    The same documents get the same rows again; ``taken`` holds the bytes of rows already in use.
     """
-    used = set() if taken is None else set(map(tuple, taken.tolist()))
+    drawn: set[bytes] = set()
     codes = np.empty((len(documents), len(sizes)), np.int32)
     for position in sorted(range(len(documents)), key=lambda i: documents[i].id):
-        row, attempt = None, 0
-        while row is None or row in used:
-            row = _draw(sizes, f"{seed}/{attempt}/{documents[position].id}")
+        row, attempt = _draw(sizes, f"{seed}/0/{documents[position].id}"), 0
+        while row.tobytes() in drawn or row.tobytes() in taken:
             attempt += 1
-        used.add(row)
+            row = _draw(sizes, f"{seed}/{attempt}/{documents[position].id}")
+        drawn.add(row.tobytes())
         codes[position] = row
     return codes
 
@@ -59,6 +59,6 @@ def encode_atomic(ids: Sequence[str], documents: Sequence[Document]) -> np.ndarr
     return np.array([[position[d.id]] for d in documents], np.int32).reshape(-1, 1)
 
 
-def _draw(sizes: np.ndarray, text: str) -> tuple[int, ...]:
+def _draw(sizes: np.ndarray, text: str) -> np.ndarray:
     state = int.from_bytes(hashlib.sha256(text.encode()).digest(), "little")
-    return tuple(np.random.default_rng(state).integers(0, sizes).tolist())
+    return np.random.default_rng(state).integers(0, sizes).astype(np.int32)

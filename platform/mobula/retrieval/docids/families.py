@@ -11,7 +11,7 @@ Shapes: N documents, L levels, K_l codes of level l, D size of an embedding.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -150,16 +150,16 @@ class Family(ABC):
 
     @abstractmethod
     def encode(
-        self, space: Fitted, documents: Sequence[Document], embeddings: np.ndarray | None, taken: np.ndarray | None
+        self, space: Fitted, documents: Sequence[Document], embeddings: np.ndarray | None, taken: Container[bytes]
     ) -> np.ndarray:
-        """Codes i32[N, L]; codes that are handed out avoid the rows in ``taken`` i32[M, L]."""
+        """Codes i32[N, L]; codes that are handed out avoid those in ``taken``, which holds the bytes of i32[L]."""
 
     def insert(
         self,
         space: Fitted,
         documents: Sequence[Document],
         embeddings: np.ndarray | None,
-        taken: np.ndarray | None,
+        taken: Container[bytes],
         tokens: np.ndarray,
     ) -> tuple[np.ndarray, np.ndarray]:
         """Codes i32[N, L], and the table's ``tokens`` i64[m] with those that these documents bring behind them."""
@@ -227,7 +227,7 @@ class Quantised(Numeric):
         return sizes, arrays
 
     def encode(
-        self, space: Fitted, documents: Sequence[Document], embeddings: np.ndarray | None, taken: np.ndarray | None
+        self, space: Fitted, documents: Sequence[Document], embeddings: np.ndarray | None, taken: Container[bytes]
     ) -> np.ndarray:
         """The nearest codebook entries."""
         return quantised.encode(space.arrays, _of_each(space, documents, embeddings))
@@ -265,7 +265,7 @@ class Tree(Numeric):
         return hierarchy.fit(config, points, seed)
 
     def encode(
-        self, space: Fitted, documents: Sequence[Document], embeddings: np.ndarray | None, taken: np.ndarray | None
+        self, space: Fitted, documents: Sequence[Document], embeddings: np.ndarray | None, taken: Container[bytes]
     ) -> np.ndarray:
         """The path to a leaf, and a free index in it."""
         vectors = _of_each(space, documents, embeddings)
@@ -298,7 +298,7 @@ class Text(Family):
         return sizes, arrays, {"tokenizer_hash": on.tokenizer.hash}
 
     def encode(
-        self, space: Fitted, documents: Sequence[Document], embeddings: np.ndarray | None, taken: np.ndarray | None
+        self, space: Fitted, documents: Sequence[Document], embeddings: np.ndarray | None, taken: Container[bytes]
     ) -> np.ndarray:
         """Codes; tokens that the fit has not seen have codes behind the others."""
         return self.insert(space, documents, embeddings, taken, np.zeros(0, np.int64))[0]
@@ -308,7 +308,7 @@ class Text(Family):
         space: Fitted,
         documents: Sequence[Document],
         embeddings: np.ndarray | None,
-        taken: np.ndarray | None,
+        taken: Container[bytes],
         tokens: np.ndarray,
     ) -> tuple[np.ndarray, np.ndarray]:
         """As :meth:`Family.insert`."""
@@ -337,7 +337,7 @@ class Random(Family):
         return controls.random_sizes(config.levels, config.codes, len(on.documents)), {}, {"seed": on.seed}
 
     def encode(
-        self, space: Fitted, documents: Sequence[Document], embeddings: np.ndarray | None, taken: np.ndarray | None
+        self, space: Fitted, documents: Sequence[Document], embeddings: np.ndarray | None, taken: Container[bytes]
     ) -> np.ndarray:
         """Rows drawn from the documents' ids."""
         return controls.encode_random(space.sizes, space.meta["seed"], documents, taken)
@@ -359,7 +359,7 @@ class Atomic(Family):
         return np.array([len(ids)], np.int32), {}, {"ids": ids}
 
     def encode(
-        self, space: Fitted, documents: Sequence[Document], embeddings: np.ndarray | None, taken: np.ndarray | None
+        self, space: Fitted, documents: Sequence[Document], embeddings: np.ndarray | None, taken: Container[bytes]
     ) -> np.ndarray:
         """The document's position in the corpus of the fit."""
         return controls.encode_atomic(space.meta["ids"], documents)

@@ -10,7 +10,8 @@ numbered breadth first, children of a node in a row: ``first[n]`` is the first c
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Container, Sequence, Set
+from functools import lru_cache
 
 import numpy as np
 
@@ -22,14 +23,14 @@ END = 0
 
 
 class FreeIndices:
-    """Hands out indices 0, 1, ... for each key, leaving out those in ``used``."""
+    """Hands out indices 0, 1, ... for each key, leaving out those that ``used`` gives for it."""
 
-    def __init__(self, used: Mapping[Hashable, set[int]]) -> None:
-        self.used, self._next = used, Counter[Hashable]()
+    def __init__(self, used: Callable[[tuple[int, ...]], Set[int]]) -> None:
+        self.used, self._next = lru_cache(None)(used), Counter[tuple[int, ...]]()
 
-    def take(self, key: Hashable) -> int:
+    def take(self, key: tuple[int, ...]) -> int:
         """The smallest index of ``key`` that is neither used nor handed out already."""
-        used = self.used.get(key, ())
+        used = self.used(key)
         while self._next[key] in used:
             self._next[key] += 1
         self._next[key] += 1
@@ -93,13 +94,16 @@ def encode(
     size: int,
     documents: Sequence[Document],
     points: np.ndarray,
-    taken: np.ndarray | None,
+    taken: Container[bytes],
 ) -> np.ndarray:
-    """Codes i32[N, L]; documents get the free leaf indices, those not in ``taken``, in the order of their ids."""
+    """Codes i32[N, L]; documents get the free leaf indices in the order of their ids.
+
+    An index is free if its code is not in ``taken``, the bytes of codes.
+    """
     codes, lengths = paths(arrays, levels, points)
     branch = int(arrays["branch"][0])
-    free = FreeIndices({} if taken is None else _occupied(taken, branch))
     last = size - 1 - branch - 1
+    free = FreeIndices(lambda path: _occupied(path, levels, branch, last, taken))
     for row in sorted(range(len(documents)), key=lambda i: documents[i].id):
         path = tuple(codes[row, : lengths[row]].tolist())
         codes[row, lengths[row]] = branch + 1 + min(free.take(path), last)
@@ -133,10 +137,9 @@ def _split(
     return groups if len(groups) > 1 else []
 
 
-def _occupied(taken: np.ndarray, branch: int) -> dict[Hashable, set[int]]:
-    """The leaf indices in use, by path."""
-    lengths = ((taken > END) & (taken <= branch)).sum(1).tolist()
-    used: dict[Hashable, set[int]] = {}
-    for row, n in zip(taken.tolist(), lengths, strict=True):
-        used.setdefault(tuple(row[:n]), set()).add(row[n] - branch - 1)
-    return used
+def _occupied(path: tuple[int, ...], levels: int, branch: int, last: int, taken: Container[bytes]) -> set[int]:
+    """The indices 0..``last`` in use in the leaf at the end of ``path``."""
+    codes = np.full((last + 1, levels), END, np.int32)
+    codes[:, : len(path)] = path
+    codes[:, len(path)] = branch + 1 + np.arange(last + 1)
+    return {index for index, code in enumerate(codes) if code.tobytes() in taken}

@@ -6,6 +6,8 @@ of an ``rq`` codebook balances. Encoding works in double precision (see ``Fitted
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import faiss
 import numpy as np
 
@@ -41,7 +43,7 @@ def fit_rq(config: CodeConfig, points: np.ndarray, seed: int) -> dict[str, np.nd
         arrays["direction"] = np.zeros(shape, np.float32)
     for level in range(config.levels):
         _fit_level(config, arrays, level, residual, seed + level)
-        residual -= arrays["codebook"][level][_assign(arrays, level, residual)]
+        _subtract(residual, arrays["codebook"][level], _assign(arrays, level, residual))
     return arrays
 
 
@@ -78,7 +80,7 @@ def encode(arrays: dict[str, np.ndarray], points: np.ndarray, prefix: np.ndarray
     codes = np.empty((len(points), levels), np.int32)
     for level in range(levels):
         codes[:, level] = prefix[:, level] if level < given else _assign(arrays, level, residual)  # type: ignore[index]
-        residual -= arrays["codebook"][level][codes[:, level]]
+        _subtract(residual, arrays["codebook"][level], codes[:, level])
     return codes
 
 
@@ -149,14 +151,25 @@ def sinkhorn(cost: np.ndarray, temperature: float) -> np.ndarray:
 
     (Cuturi, "Sinkhorn Distances", 2013.) ``cost`` f64[N, K]; rows of the result sum to 1, columns to N/K.
     """
-    kernel = np.exp(-(cost - cost.min(1, keepdims=True)) / temperature)
+    kernel = np.array(cost, np.float64)
+    rows, columns = _scalings(kernel, temperature)
+    return rows[:, None] * kernel * columns
+
+
+def _scalings(cost: np.ndarray, temperature: float) -> tuple[np.ndarray, np.ndarray]:
+    """Factors f64[N] and f64[K] of rows and columns of the kernel, which is left in place of ``cost`` f64[N, K]."""
+    for part in _chunks(cost):
+        part -= part.min(1, keepdims=True)
+        part /= -temperature
+        np.exp(part, out=part)
+    kernel = cost
     share = len(kernel) / kernel.shape[1]
     tiny = np.finfo(np.float64).tiny
     rows = np.ones(len(kernel))
     for _ in range(SINKHORN_SWEEPS):
         columns = share / np.maximum(rows @ kernel, tiny)
         rows = 1.0 / np.maximum(kernel @ columns, tiny)
-    return rows[:, None] * kernel * columns
+    return rows, columns
 
 
 def _fit_level(config: CodeConfig, arrays: dict[str, np.ndarray], level: int, residual: np.ndarray, seed: int) -> None:
@@ -173,16 +186,36 @@ def _fit_level(config: CodeConfig, arrays: dict[str, np.ndarray], level: int, re
 
 
 def _balance(points: np.ndarray, centroids: np.ndarray, rounds: int, temperature: float) -> np.ndarray:
-    """Re-estimate centroids from balanced assignments, so that no few of them draw most points."""
-    squares = (points**2).sum(1, keepdims=True)
+    """Re-estimate centroids from balanced assignments, so that no few of them draw most points.
+
+    One f64[N, K] is all that is kept of distances, kernel and plan: computing the kernel anew for each sweep would
+    take many times as long.
+    """
+    kernel = np.empty((len(points), len(centroids)))
     for _ in range(rounds):
-        cost = np.maximum(squares + distances(points, centroids), 0.0)
-        scale = cost.mean()
+        for part, rows in zip(_chunks(kernel), _chunks(points), strict=True):
+            part[:] = distances(rows, centroids)
+            part += (rows**2).sum(1, keepdims=True)
+            np.maximum(part, 0.0, out=part)
+        scale = kernel.mean()
         if scale == 0:
             return centroids
-        plan = sinkhorn(cost, temperature * scale)
-        centroids = _means(points, plan.argmax(1), centroids)
+        by_row, by_column = _scalings(kernel, temperature * scale)
+        plan = zip(_chunks(kernel), _chunks(by_row), strict=True)
+        chosen = np.concatenate([(rows[:, None] * part * by_column).argmax(1) for part, rows in plan])
+        centroids = _means(points, chosen, centroids)
     return centroids
+
+
+def _chunks(array: np.ndarray) -> Iterator[np.ndarray]:
+    """Views of at most CHUNK rows."""
+    return (array[i : i + CHUNK] for i in range(0, len(array), CHUNK))
+
+
+def _subtract(points: np.ndarray, codebook: np.ndarray, chosen: np.ndarray) -> None:
+    """Take from each point its codebook entry, in place."""
+    for part, codes in zip(_chunks(points), _chunks(chosen), strict=True):
+        part -= codebook[codes]
 
 
 def _means(points: np.ndarray, chosen: np.ndarray, fallback: np.ndarray) -> np.ndarray:

@@ -53,7 +53,8 @@ class DocidSpace(Fitted):
         Raises:
             Unsupported: for ``atomic`` documents that were not there at the fit.
         """
-        return self.kind.encode(self, documents, embeddings, taken)
+        used = set() if taken is None else {code.tobytes() for code in np.ascontiguousarray(taken, np.int32)}
+        return self.kind.encode(self, documents, embeddings, used)
 
     def encode_queries(self, embeddings: np.ndarray) -> np.ndarray:
         """Codes i32[B, L] of queries, put through the same quantiser (``hkmeans``: the path without leaf index).

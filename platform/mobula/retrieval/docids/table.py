@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence, Set
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, Self, TypeVar
 
 import numpy as np
 from safetensors import SafetensorError
@@ -19,6 +19,7 @@ from mobula.config import digest
 from mobula.data.records import Document
 from mobula.errors import ArtifactError, ConfigError, DataError
 from mobula.retrieval.docids.config import COLLISIONS
+from mobula.retrieval.docids.growing import Prefix, RowOf, Rows, Taken
 from mobula.retrieval.docids.hierarchy import FreeIndices
 from mobula.retrieval.docids.quantised import entropies
 from mobula.retrieval.docids.space import DocidSpace
@@ -30,6 +31,20 @@ FACTS = "docids.json"
 
 class DocidSpaceMismatch(ArtifactError):
     """A table whose codes mean something else to the model that asks for it."""
+
+
+class Derived(Protocol):
+    """What is built of a table's rows and can follow when rows are added."""
+
+    @classmethod
+    def build(cls, table: DocidTable) -> Self:
+        """Over all rows of ``table``."""
+
+    def extended(self, table: DocidTable) -> Self:
+        """Over ``table``, whose first rows are those of the table that this is of, all live; this one stays valid."""
+
+
+D = TypeVar("D", bound=Derived)
 
 
 @dataclass(frozen=True)
@@ -60,7 +75,7 @@ class DocidTable:
 
     space: DocidSpace
     codes: np.ndarray
-    doc_ids: list[str]
+    doc_ids: Sequence[str]
     live: np.ndarray
     sizes: np.ndarray
     collision: str = "bucket"
@@ -86,10 +101,10 @@ class DocidTable:
         doc_ids = [d.id for d in documents]
         _require_unique(doc_ids)
         nothing = np.zeros(0, np.int64)
-        codes, tokens = space.kind.insert(space, documents, embeddings, None, nothing)
+        codes, tokens = space.kind.insert(space, documents, embeddings, frozenset(), nothing)
         sizes = space.sizes + np.int32(len(tokens))
         if collision == "append":
-            index = _free_index(codes, doc_ids, {})
+            index = _free_index(codes, doc_ids, lambda _: frozenset())
             codes = np.column_stack([codes, index])
             sizes = np.append(sizes, index.max(initial=0) + 1).astype(np.int32)
         return cls(space, codes, doc_ids, np.ones(len(doc_ids), bool), sizes, collision, tokens=tokens)
@@ -97,6 +112,10 @@ class DocidTable:
     def __len__(self) -> int:
         """Rows, deleted ones included."""
         return len(self.doc_ids)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The fields alone: what is shared or built is not for another process."""
+        return {one.name: getattr(self, one.name) for one in fields(self)}
 
     @property
     def levels(self) -> int:
@@ -122,13 +141,38 @@ class DocidTable:
 
     @cached_property
     def columns(self) -> np.ndarray:
-        """Codes as i64[L, N], contiguous: the layout look-ups per level want."""
-        return np.ascontiguousarray(self.codes.T, dtype=np.int64)
+        """Codes as i64[L, N], contiguous by level: the layout look-ups per level want."""
+        return self._rows.columns[:, : len(self)]
 
     @cached_property
-    def rows(self) -> dict[str, int]:
+    def rows(self) -> Mapping[str, int]:
         """Row of each live document."""
-        return {self.doc_ids[row]: row for row in np.flatnonzero(self.live).tolist()}
+        return RowOf(self._rows, self.live)
+
+    @cached_property
+    def whole(self) -> bool:
+        """Whether no row is that of a deleted document."""
+        return bool(self.live.all())
+
+    def with_code(self, code: np.ndarray) -> np.ndarray:
+        """The live rows i64[m] that have exactly this code, i[L], in ascending order."""
+        rows = np.array(self._rows.having(code.astype(np.int32), len(self)), np.int64)
+        return rows[self.live[rows]]
+
+    def derived(self, kind: type[D]) -> D:
+        """What ``kind.build`` makes of this table, made once; insertion hands it on by its ``extended``."""
+        if kind not in self._derived:
+            self._derived[kind] = kind.build(self)
+        return self._derived[kind]  # type: ignore[return-value]
+
+    @cached_property
+    def _rows(self) -> Rows:
+        """The rows, shared with the tables that grow from this one."""
+        return Rows(self.codes, self.doc_ids, self.space.levels)
+
+    @cached_property
+    def _derived(self) -> dict[type[Derived], Derived]:
+        return {}
 
     def insert(
         self, documents: Sequence[Document], embeddings: np.ndarray | None = None
@@ -137,7 +181,8 @@ class DocidTable:
 
         The codes of text families may be tokens that the table did not have: levels are larger by them.
 
-        Rows of deleted documents go; their codes can be given again.
+        Old rows are shared, not copied, unless documents have been deleted since the last insertion: their rows go,
+        and their codes can be given again.
 
         Raises:
             DataError: for an id that is in use or given twice.
@@ -148,15 +193,15 @@ class DocidTable:
         known = next((i for i in doc_ids if i in self.rows), None)
         if known is not None:
             raise DataError(f"document {known!r} is already in the corpus; delete it first to replace it")
-        stay = np.flatnonzero(self.live)
-        taken, levels, kind = self.codes[stay], self.space.levels, self.space.kind
-        codes, tokens = kind.insert(self.space, documents, embeddings, taken[:, :levels], self.tokens)
+        old, levels, kind = self._without_deleted(), self.space.levels, self.space.kind
+        taken = Taken(old._rows, len(old))
+        codes, tokens = kind.insert(self.space, documents, embeddings, taken, self.tokens)
         sizes = self.sizes.copy()
         sizes[:levels] += len(tokens) - len(self.tokens)
         if self.collision == "append":
-            index = _free_index(codes, doc_ids, _used(taken))
+            index = _free_index(codes, doc_ids, old._appended)
             codes = np.column_stack([codes, np.minimum(index, self.sizes[-1] - 1)]).astype(np.int32)
-        collisions, repeated = _shared(codes, taken)
+        collisions, repeated = old._shared(codes)
         report = InsertReport(
             documents=len(doc_ids),
             unreachable=0 if kind.reachable else len(doc_ids),
@@ -165,16 +210,7 @@ class DocidTable:
             overflow=repeated if self.collision == "append" or kind.allots else 0,
             collisions=collisions,
         )
-        table = replace(
-            self,
-            codes=np.concatenate([taken, codes]),
-            doc_ids=[self.doc_ids[row] for row in stay.tolist()] + doc_ids,
-            live=np.ones(len(stay) + len(doc_ids), bool),
-            sizes=sizes,
-            rows_version=self.rows_version + 1,
-            tokens=tokens,
-        )
-        return table, report
+        return old._grown(codes, doc_ids, sizes, tokens), report
 
     def delete(self, doc_ids: Sequence[str]) -> DocidTable:
         """A table in which these documents are no longer found; their rows stay, unused.
@@ -188,7 +224,47 @@ class DocidTable:
             raise DataError(f"document {unknown!r} is not in the corpus")
         live = self.live.copy()
         live[[self.rows[i] for i in doc_ids]] = False
-        return replace(self, live=live, rows_version=self.rows_version + 1)
+        less = replace(self, live=live, rows_version=self.rows_version + 1)
+        vars(less)["_rows"] = self._rows
+        return less
+
+    def _without_deleted(self) -> DocidTable:
+        """The live rows alone."""
+        if self.whole:
+            return self
+        stay = np.flatnonzero(self.live)
+        doc_ids = [self.doc_ids[row] for row in stay.tolist()]
+        return replace(self, codes=self.codes[stay], doc_ids=doc_ids, live=np.ones(len(stay), bool))
+
+    def _grown(self, codes: np.ndarray, doc_ids: Sequence[str], sizes: np.ndarray, tokens: np.ndarray) -> DocidTable:
+        """The next version, with more rows behind the present ones, and whatever this one has built, extended."""
+        length = len(self) + len(doc_ids)
+        rows = self._rows.appended(len(self), codes, doc_ids)
+        table = replace(
+            self,
+            codes=rows.codes[:length],
+            doc_ids=Prefix(rows.doc_ids, length),
+            live=rows.live[:length],
+            sizes=sizes,
+            rows_version=self.rows_version + 1,
+            tokens=tokens,
+        )
+        # Cached properties that would otherwise be built from nothing.
+        vars(table).update(_rows=rows, whole=True)
+        vars(table)["_derived"] = {kind: one.extended(table) for kind, one in list(self._derived.items())}
+        return table
+
+    def _appended(self, code: tuple[int, ...]) -> frozenset[int]:
+        """The appended indices in use behind the code i32[L] of the space."""
+        rows = self._rows.having(np.array(code, np.int32), len(self))
+        return frozenset(self.codes[rows, -1].tolist())
+
+    def _shared(self, codes: np.ndarray) -> tuple[int, int]:
+        """How many new rows have a code that another row, old or new, has too, and how many one that came before."""
+        counts = Counter(code.tobytes() for code in codes)
+        old = {code for code in counts if self._rows.having(np.frombuffer(code, np.int32), len(self))}
+        shared = sum(n for code, n in counts.items() if n > 1 or code in old)
+        return shared, len(codes) - len(counts.keys() - old)
 
     def report(self) -> dict[str, Any]:
         """How well live documents are told apart.
@@ -224,7 +300,7 @@ class DocidTable:
                 "meta": self.space.meta,
                 "collision": self.collision,
                 "rows_version": self.rows_version,
-                "doc_ids": self.doc_ids,
+                "doc_ids": list(self.doc_ids),
             },
         )
 
@@ -263,29 +339,13 @@ class DocidTable:
         return table
 
 
-def _free_index(codes: np.ndarray, doc_ids: Sequence[str], used: dict[Hashable, set[int]]) -> np.ndarray:
+def _free_index(codes: np.ndarray, doc_ids: Sequence[str], used: Callable[[tuple[int, ...]], Set[int]]) -> np.ndarray:
     """An index i32[N] that tells each row from the others of equal code, by document id, and from those ``used``."""
     free = FreeIndices(used)
     index = np.empty(len(codes), np.int32)
     for i in sorted(range(len(codes)), key=lambda i: doc_ids[i]):
         index[i] = free.take(tuple(codes[i].tolist()))
     return index
-
-
-def _used(taken: np.ndarray) -> dict[Hashable, set[int]]:
-    """The appended indices in use, by the code i32[L] before them."""
-    used: dict[Hashable, set[int]] = {}
-    for *code, index in taken.tolist():
-        used.setdefault(tuple(code), set()).add(index)
-    return used
-
-
-def _shared(codes: np.ndarray, taken: np.ndarray) -> tuple[int, int]:
-    """How many new rows have a code that another row, old or new, has too, and how many a code that came before."""
-    counts = Counter(map(tuple, codes.tolist()))
-    old = counts.keys() & set(map(tuple, taken.tolist()))
-    shared = sum(n for code, n in counts.items() if n > 1 or code in old)
-    return shared, len(codes) - len(counts.keys() - old)
 
 
 def _require_unique(doc_ids: Sequence[str]) -> None:

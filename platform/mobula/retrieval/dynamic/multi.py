@@ -128,7 +128,7 @@ class MultiDocidRetriever:
             version, table = self._version, self.table
             extended(version.doc_ids, documents)
             codes = np.concatenate([table.codes, self.expansion.encode(table.space, self.known, vectors)])
-            doc_ids = table.doc_ids + [chunk.id for chunk in chunks]
+            doc_ids = [*table.doc_ids, *(chunk.id for chunk in chunks)]
             self._version = self._replaced(codes, doc_ids, np.concatenate([version.vectors, vectors]))
         return self.table.rows_version
 
