@@ -134,7 +134,7 @@ class Split:
         """Rows for the report: quality in per cent, raw rates, cost."""
         rates = ["raw valid %", "raw exact %", "rescued %"]
         docids = [f"docid Hit@{k}" for k in DOCID_CUTS]
-        cost = ["NFE", "rows", "MFLOPs", "p50 ms", "p95 ms", f"ms in {TIMED_BATCH}s"]
+        cost = ["NFE", "rows", "MFLOPs", "p50 ms", "p95 ms", f"batch of {TIMED_BATCH} ms"]
         header = ["system", *ranking.MEASURES, *docids, *rates, *cost]
         return [header, *(self._row(system) for system in self.outcomes)]
 
