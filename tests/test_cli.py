@@ -94,6 +94,8 @@ def test_run_refuses_what_the_evaluation_could_not_do(experiment: str, tmp_path:
     refused(
         "decode does not go with evaluation.steps", "run", experiment, "decode.block=2", "--out", str(tmp_path / "o")
     )
+    remask = "decode does not go with evaluation.remask"  # the recipe does not say which; the default has low_conf
+    refused(remask, "run", experiment, "decode.order=margin", "--out", str(tmp_path / "q"))
     arms = "arms=[autoregressive/rq]"
     refused(
         "the first arm is the main one and must be diffusion", "run", experiment, arms, "--out", str(tmp_path / "p")

@@ -148,6 +148,7 @@ class Config(ExperimentConfig):
         trials = [("evaluation.steps", replace(varied, steps=min(steps, levels))) for steps in self.evaluation.steps]
         trials += [("evaluation.thresholds", replace(varied, threshold=tau)) for tau in self.evaluation.thresholds]
         trials += [("evaluation.orders", replace(varied, order=order)) for order in self.evaluation.orders]
+        trials += [("evaluation.remask", replace(varied, remask=rule)) for rule in self.evaluation.remask]
         for name, options in trials:
             problems = [*options.problems(), *options.misfits(levels)]
             if problems:

@@ -12,9 +12,9 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class RankedDocids:
-    """The distinct docids i64[C, L] of the documents with an example, and which of them are right for a query.
+    """The distinct docids i64[C, L] of all documents, sorted, and which of them are right for a query.
 
-    ``of_document`` i64[N] is the place of a document's docid; ``right`` has those of every query, by its row.
+    ``of_document`` i64[N] is the index of a document's docid; ``right`` has those of every query, by its row.
     """
 
     docids: Tensor
@@ -37,13 +37,13 @@ class RankedDocids:
         if len(kept) > most:
             drawn = torch.randperm(len(kept), generator=generator)[:most]
             kept = torch.unique(torch.cat([own, drawn]))
-        place = torch.full((len(self.docids),), -1)
-        place[kept] = torch.arange(len(kept))
+        index = torch.full((len(self.docids),), -1)
+        index[kept] = torch.arange(len(kept))
         others = torch.zeros(len(own), len(kept), dtype=torch.bool)
         for row, (query, right) in enumerate(zip(pairs[:, 0].tolist(), own.tolist(), strict=True)):
-            also = place[torch.from_numpy(self.right[query][self.right[query] != right])]
+            also = index[torch.from_numpy(self.right[query][self.right[query] != right])]
             others[row, also[also >= 0]] = True
-        return {"docids": self.docids[kept], "target": place[own], "others": others}
+        return {"docids": self.docids[kept], "target": index[own], "others": others}
 
     def drawn(self, pairs: np.ndarray, count: int, generator: torch.Generator) -> dict[str, Tensor]:
         """``docids`` i64[B, 1 + count, L] for each example: its own, and others that are drawn for it.

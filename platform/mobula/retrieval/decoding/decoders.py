@@ -2,7 +2,8 @@
 
 Every decoder starts with the call in which everything is masked. Its table ranks all documents by s(c) and is
 the first denoising step as well, so ``match_rerank`` takes T calls (not T + 1) and ``best_of_n``
-1 + n(T - 1) rows. T is ``steps_used``; a step whose outcome is known (one code left) takes no call.
+1 + n(T - 1) rows. T is ``steps_used``; without remasking, a step whose outcome is known
+(one code left) takes no call.
 """
 
 from __future__ import annotations
