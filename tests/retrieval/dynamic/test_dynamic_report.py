@@ -39,8 +39,8 @@ def _results(quality: dict[str, tuple[float, float]], initial_share: dict[str, f
 
 
 def _system(label: str) -> SessionSystem:
-    arm, _, options = label.partition(" ")
-    return SessionSystem(arm, (("m", int(options.removeprefix("m="))),) if options else ())
+    arm, _, options = label.partition(" m=")
+    return SessionSystem(arm, (("m", int(options)),)) if options else SessionSystem.parse(label)
 
 
 def _evaluated(first: float, later: float, share: float) -> SessionResults:
@@ -94,11 +94,13 @@ def test_every_family_with_content_takes_part_in_the_claims(family: Family, tmp_
 
 
 def test_every_claim_of_the_design_is_made_when_its_systems_ran(tmp_path: Path) -> None:
-    """Section 10b, claims F, G, H and K, of every pair: a system that claims misspell would silently drop them."""
+    """Section 10b, claims F to K, of every pair: a system that claims misspell would silently drop them."""
     texts = ["ngram", "multiview", "autoregressive/text.title", "autoregressive/text.keywords"]
     numeric = ["autoregressive/rq", "autoregressive/pq", "autoregressive/hkmeans", "diffusion/rq"]
     several, one = "autoregressive/multi_chunk", "autoregressive/multi_chunk m=1"
     others = ["bm25", "dense", "dual", "adc/rq", "autoregressive/random", several, one]
+    others += ["ngram embed=random", "autoregressive/rq embed=random"]
+    others += ["ngram most_frequent=500", "ngram most_frequent=2000"]
     results = _results(dict.fromkeys([*others, *texts, *numeric], (0.8, 0.5)), {}, tmp_path)
     results.config.evaluation.chunk_counts = [1]
     wanted = {f"F1 {text} {each}" for text in texts for each in numeric}
@@ -108,6 +110,8 @@ def test_every_claim_of_the_design_is_made_when_its_systems_ran(tmp_path: Path) 
         f"F3-{name} {text} {system}" for text in texts[:2] for name, system in (("bm25",) * 2, ("dense", "dual"))
     }
     wanted |= {f"{name} {each}" for name in ("G-initial-share", "G-oracle", "K-bm25", "K-dense") for each in numeric}
+    wanted |= {"I-ngram", "I-autoregressive/rq", "I-more ngram autoregressive/rq"}
+    wanted |= {"J ngram ngram most_frequent=2000", "J ngram most_frequent=2000 ngram most_frequent=500"}
     assert set(_verdicts(results)) == wanted
 
 
@@ -132,6 +136,16 @@ def test_a_text_system_that_has_not_learnt_decides_nothing(tmp_path: Path) -> No
     share = _verdicts(results)["H-gap"]
     assert share.verdict == "undecided" and "ngram has not learnt" in share.statement
     assert _verdicts(_results(QUALITY, {}, tmp_path))["H-gap"].verdict == "holds"
+
+
+def test_controls_decide_what_vectors_and_vocabulary_are_worth(tmp_path: Path) -> None:
+    controls = {"ngram embed=random": (0.8, 0.3), "autoregressive/rq embed=random": (0.8, 0.1)}
+    made = _verdicts(_results({**QUALITY, **controls, "ngram most_frequent=500": (0.9, 0.9)}, {}, tmp_path))
+    assert made["I-ngram"].effect == pytest.approx(0.5)
+    assert made["I-more ngram autoregressive/rq"].effect == pytest.approx(0.5 - 0.1)
+    assert made["J ngram ngram most_frequent=500"].verdict == "does_not_hold"
+    # A control is compared with its own system alone.
+    assert not any("F1" in name and "=" in name for name in made)
 
 
 def test_a_share_of_no_gap_is_not_defined(tmp_path: Path) -> None:

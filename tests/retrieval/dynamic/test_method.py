@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -54,6 +55,7 @@ CONFIG: dict[str, Any] = {
     "systems": [
         "bm25", "dense", "dual_hn", "adc", "autoregressive/rq", "diffusion/hkmeans", "autoregressive/random",
         "autoregressive/atomic", "autoregressive/text.title", "diffusion/multi_chunk", "ngram", "hybrid",
+        "ngram most_frequent=60", "autoregressive/rq embed=random",
     ],
     "data": {"name": "functions", "max_documents": 160, "keep": "relevant"},
     "sessions": {"split": "source", "sessions": 2},
@@ -145,7 +147,37 @@ def test_a_run_makes_the_claims_of_its_systems(report: dict[str, Any]) -> None:
     assert {f"F1 {text} {each}" for text in texts for each in numeric} <= made
     kinds = ("G-initial-share", "G-oracle", "K-bm25", "K-dense")
     assert {f"{kind} {each}" for kind in kinds for each in numeric} <= made
-    assert {"F3-bm25 ngram bm25", "H-latency"} <= made
+    assert {"F3-bm25 ngram bm25", "H-latency", "J ngram ngram most_frequent=60", f"I-{NUMERIC}"} <= made
+
+
+def test_a_control_trains_by_its_own_setting(config: Config, trained: Trained, directory: Path) -> None:
+    control, plain = trained.tasks["ngram most_frequent=60"].build(), trained.tasks["ngram"].build()
+    assert control.shape.sizes[0] < 70 < plain.shape.sizes[0]
+    shapes = [trained.tasks[name].build().shape.token_embed for name in (f"{NUMERIC} embed=random", NUMERIC)]
+    assert shapes == ["random", "wordllama"]
+    # It is for the report: neither served nor what a fusion takes.
+    assert artifacts.open_artifact(directory / "artifact").meta["ngrams"] == ["ngram"]
+
+
+@pytest.mark.parametrize(
+    ("systems", "message"),
+    [
+        (["ngram most_frequent=60"], "name 'ngram' too"),
+        (["ngram", "ngram most_frequent=many"], "most_frequent='many': expected"),
+        (["ngram", "ngram frequent=60"], "ngram cannot set 'frequent', only embed or most_frequent"),
+        (["ngram", "ngram embed"], "write the system, a space, and what it sets"),
+        (["autoregressive/rq", "autoregressive/rq most_frequent=9"], "cannot set 'most_frequent', only embed"),
+        (["bm25", "bm25 embed=random"], "bm25 cannot set 'embed', only nothing"),
+    ],
+)
+def test_a_control_that_cannot_be_is_refused(systems: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        build(Config, {"method": "dynamic_retrieval", "systems": systems})
+
+
+def test_a_sweep_refuses_controls(config: Config, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="a sweep sets the key for all its systems"):
+        trial.train_trial(config, tmp_path, lambda row: None)
 
 
 def test_run_files_are_written_for_every_cell(directory: Path) -> None:

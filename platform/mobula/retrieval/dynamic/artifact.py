@@ -21,7 +21,7 @@ from mobula.retrieval.artifact import IndexedCorpus
 from mobula.retrieval.build import ModelConfig, load_model, save_model
 from mobula.retrieval.docids.table import DocidTable
 from mobula.retrieval.dynamic.chunks import ChunksConfig
-from mobula.retrieval.dynamic.config import Config
+from mobula.retrieval.dynamic.config import Config, SessionSystem
 from mobula.retrieval.dynamic.multi import MultiConfig, MultiDocidRetriever
 from mobula.retrieval.dynamic.prepare import Sessions
 from mobula.retrieval.dynamic.train_systems import Trained
@@ -40,7 +40,7 @@ def write(config: Config, sessions: Sessions, trained: Trained, directory: Path)
     meta = {
         **static.facts(config, trained.documents),
         "multi": [f"{paradigm}-{config.docid.family}" for paradigm in config.multi_paradigms],
-        "ngrams": config.grams,
+        "ngrams": [system.label for system in _served_ngrams(config)],
         "sessions": sessions.plan.hash,
     }
     return artifacts.write(
@@ -78,14 +78,20 @@ def _fill(folder: Path, config: Config, sessions: Sessions, trained: Trained) ->
     count = config.chunks.per_document
     for paradigm in config.multi_paradigms:
         _write_multi(folder / MULTI_FOLDER, config, trained, paradigm, count)
-    for name, task in trained.ngrams.items():
-        load_ngrams(task.directory, trained.results[name][0].weights, name).save(folder / NGRAM_FOLDER / name)
+    for name in (system.label for system in _served_ngrams(config)):
+        ngrams = load_ngrams(trained.ngrams[name].directory, trained.results[name][0].weights, name)
+        ngrams.save(folder / NGRAM_FOLDER / name)
     rows = [
         {"session": session, **asdict(document)}
         for session in range(1, sessions.count)
         for document in sessions.documents(session)
     ]
     write_jsonl(folder / ARRIVALS, rows)
+
+
+def _served_ngrams(config: Config) -> list[SessionSystem]:
+    """Without controls: these answer a question of the report."""
+    return [system for system in config.grams if not system.options]
 
 
 def _write_multi(folder: Path, config: Config, trained: Trained, paradigm: str, count: int) -> None:

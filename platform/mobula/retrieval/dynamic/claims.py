@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,12 +11,13 @@ import numpy as np
 from mobula.evaluation.claims import exceeds, holm_by_statement
 from mobula.evaluation.intervals import Estimate, difference_estimate
 from mobula.experiment import Claim
-from mobula.retrieval.dynamic.config import SessionSystem
+from mobula.retrieval.dynamic.config import NGRAMS, SessionSystem
 from mobula.retrieval.dynamic.evaluate_sessions import INITIAL_SHARE, ORACLE
 from mobula.retrieval.dynamic.measures import arriving, average, generalisation, initial, spread
 from mobula.retrieval.dynamic.results import Results
 
 NOT_LEARNT = "has not learnt the initial documents as well as code-only retrieval finds them"
+RANDOM, FREQUENT = (("embed", "random"),), "most_frequent"  # of controls
 MATCHES = 0.02  # "matches": not worse by two points or more
 BM25, DENSE, DUAL, NGRAM, MULTIVIEW = map(SessionSystem, ("bm25", "dense", "dual", "ngram", "multiview"))
 
@@ -56,10 +57,13 @@ def _claims(results: Results) -> Iterator[Claim]:
     for multi, single in _several_and_one(results):
         if {multi, single, NGRAM} <= results.systems.keys():
             yield _gap_closed(results, multi, single)
+    for text, numeric in itertools.product(results.texts, results.numeric):
+        if {SessionSystem(system.arm, RANDOM) for system in (text, numeric)} <= results.systems.keys():
+            yield _helped_more(results, text, numeric)
 
 
 def comparisons(results: Results) -> Iterator[Comparison]:
-    """Claims F, G, H and K, of all systems that are comparable, evaluated or not."""
+    """Claims F to K, of all systems that are comparable, evaluated or not."""
     for text, numeric in itertools.product(results.texts, results.numeric):
         yield Comparison(f"F1 {text} {numeric}", "text docids generalise better than numeric ones", text, numeric)
     by_family = {system.family: system for system in results.texts}
@@ -85,6 +89,20 @@ def comparisons(results: Results) -> Iterator[Comparison]:
         same = f"several docids cost nothing (within {MATCHES:.0%})"
         yield Comparison("H-initial", f"{same} on the initial documents alone", multi, single, "P[0,0]", MATCHES)
         yield Comparison("H-average", f"{same} over all sessions at the end", multi, single, "AP", MATCHES)
+    yield from _of_controls([*results.systems])
+
+
+def _of_controls(systems: Sequence[SessionSystem]) -> Iterator[Comparison]:
+    """Claims I and J: systems as they are against others that lack something."""
+    for random in (system for system in systems if system.options == RANDOM):
+        kind = "text" if random.arm in NGRAMS else "numeric"
+        given = SessionSystem(random.arm)
+        yield Comparison(f"I-{random.arm}", f"pretrained word vectors help {kind} docids", given, random)
+    for name in NGRAMS:
+        few = [each for each in systems if each.arm == name and dict(each.options).keys() == {FREQUENT}]
+        few.sort(key=lambda each: int(dict(each.options)[FREQUENT]), reverse=True)
+        for more, fewer in itertools.pairwise([SessionSystem(name), *few]):
+            yield Comparison(f"J {more} {fewer}", "more distinct tokens in docids are better", more, fewer)
 
 
 def _several_and_one(results: Results) -> Iterator[tuple[SessionSystem, SessionSystem]]:
@@ -144,6 +162,24 @@ def _gap_closed(results: Results, multi: SessionSystem, single: SessionSystem) -
     if not learnt:
         text += f"; {NGRAM} {NOT_LEARNT}"
     return exceeds("H-gap", text, effect, decisive=results.config.evaluation.decisive and defined and learnt)
+
+
+def _helped_more(results: Results, text: SessionSystem, numeric: SessionSystem) -> Claim:
+    """(GA text - GA of it with random word vectors) - the same of a numeric system."""
+    pairs = [(system, SessionSystem(system.arm, RANDOM)) for system in (text, numeric)]
+    tables = (results.table(system, results.primary) for system in itertools.chain(*pairs))
+
+    effect = results.estimate(
+        lambda text, text_random, numeric, numeric_random: (
+            generalisation(text)
+            - generalisation(text_random)
+            - generalisation(numeric)
+            + generalisation(numeric_random)
+        ),
+        *tables,
+    )
+    statement = f"pretrained word vectors help text docids more than numeric ones ({text} against {numeric}, GA)"
+    return exceeds(f"I-more {text} {numeric}", statement, effect, decisive=results.config.evaluation.decisive)
 
 
 # By name: the effect of one system over another, and what it is called.

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import ClassVar
 
-from mobula.config import key, nearest, section
+from mobula.config import build, key, nearest, section
 from mobula.data.config import DataConfig
 from mobula.data.sessions import SessionsConfig
-from mobula.errors import MobulaError
+from mobula.errors import ConfigError, MobulaError
 from mobula.evaluation.ranking import MEASURES
 from mobula.experiment import ExperimentConfig
 from mobula.retrieval import arms as arm_names
@@ -17,7 +17,7 @@ from mobula.retrieval.arms import Arm
 from mobula.retrieval.build import LANGUAGE_MODELS, ModelConfig
 from mobula.retrieval.config import RENAMED, PseudoQueriesConfig
 from mobula.retrieval.docids.config import DocidConfig
-from mobula.retrieval.docids.families import FAMILIES, QUANTISED
+from mobula.retrieval.docids.families import FAMILIES, NUMERIC, QUANTISED
 from mobula.retrieval.dynamic.chunks import ChunksConfig, Expansion
 from mobula.retrieval.dynamic.hybrid import FusionConfig
 from mobula.retrieval.dynamic.multi import MultiConfig
@@ -30,6 +30,8 @@ BASELINES = ("bm25", "dense", "dual", "dual_hn", "adc")
 MULTI = "multi_chunk"
 NGRAMS = ("ngram", "multiview")
 HYBRID = "hybrid"
+# What a system may set for itself, and the section that has the key: "ngram most_frequent=500".
+OWN = {"embed": "model", "most_frequent": "ngram"}
 
 
 def options_of(text: str) -> tuple[tuple[str, str], ...]:
@@ -43,6 +45,16 @@ def options_of(text: str) -> tuple[tuple[str, str], ...]:
 
 class SessionSystem(System):
     """A system of the comparison by value: ``paradigm/family`` or another name, and how it differs from the config."""
+
+    @classmethod
+    def parse(cls, text: str) -> SessionSystem:
+        """A system as ``systems`` has it, such as ``ngram most_frequent=500``.
+
+        Raises:
+            ValueError: for a part behind the name without a value.
+        """
+        arm, _, options = text.partition(" ")
+        return cls(arm, options_of(options) if options else ())
 
     @property
     def label(self) -> str:
@@ -102,7 +114,8 @@ class Config(ExperimentConfig):
 
     systems: list[str] = key(
         ["bm25", "dense", "adc", "autoregressive/rq", "autoregressive/random", "autoregressive/multi_chunk", "ngram"],
-        "bm25, dense, dual, dual_hn, adc, paradigm/family, paradigm/multi_chunk, ngram, multiview, hybrid",
+        "bm25, dense, dual, dual_hn, adc, paradigm/family, paradigm/multi_chunk, ngram, multiview, hybrid; "
+        "a control sets a key for itself: `ngram most_frequent=500`, `ngram embed=random`",
     )
     parallel: int = key(
         1, "trainings at a time, later systems that are searched, each on a Ray actor; 1: in this process", ge=1
@@ -144,7 +157,22 @@ class Config(ExperimentConfig):
     @property
     def parsed_arms(self) -> list[Arm]:
         """The trained docid systems of one docid per document."""
-        return [arm_names.parse(name) for name in self.systems if "/" in name and not name.endswith(f"/{MULTI}")]
+        numeric = (name for name in self.systems if "/" in name and " " not in name)
+        return [arm_names.parse(name) for name in numeric if not name.endswith(f"/{MULTI}")]
+
+    @property
+    def controls(self) -> list[SessionSystem]:
+        """Systems that set something for themselves, each with a training of its own."""
+        return [system for system in map(SessionSystem.parse, self.systems) if system.options]
+
+    def own(self, control: SessionSystem) -> Config:
+        """The config as a control trains by it."""
+        own = self
+        for name, value in control.options:
+            settings = getattr(own, OWN[name])
+            changed = build(type(settings), asdict(settings), [f"{name}={value}"], control.label)
+            own = replace(own, **{OWN[name]: changed})
+        return own
 
     @property
     def multi_paradigms(self) -> list[str]:
@@ -157,9 +185,10 @@ class Config(ExperimentConfig):
         return SessionSystem(f"{paradigm}/{MULTI}", (("m", per_document),) if is_other else ())
 
     @property
-    def grams(self) -> list[str]:
-        """The n-gram systems."""
-        return [name for name in NGRAMS if name in self.systems]
+    def grams(self) -> list[SessionSystem]:
+        """The n-gram systems, controls after those they are compared with."""
+        plain = [SessionSystem(name) for name in NGRAMS if name in self.systems]
+        return plain + [control for control in self.controls if control.arm in NGRAMS]
 
     def docid_of(self, family: str) -> DocidConfig:
         """The docid settings of a family."""
@@ -174,6 +203,9 @@ class Config(ExperimentConfig):
         for name in self.systems:
             if name in known:
                 continue
+            if " " in name:
+                yield from self._bad_control(name)
+                continue
             paradigm, _, family = name.partition("/")
             if family == MULTI:
                 if paradigm not in ("autoregressive", "diffusion"):
@@ -187,6 +219,25 @@ class Config(ExperimentConfig):
                 yield f"systems: {error}" if family else f"systems: unknown {name!r}{nearest(name, known)}"
         if not self.systems:
             yield "systems is empty; name at least one"
+
+    def _bad_control(self, name: str) -> Iterator[str]:
+        try:
+            control = SessionSystem.parse(name)
+        except ValueError:
+            yield f"systems: {name!r}; write the system, a space, and what it sets: {' or '.join(OWN)}=value"
+            return
+        if control.arm not in self.systems:
+            yield f"systems: {name}: name {control.arm!r} too, which it is compared with"
+        # The codes of other text docids have given vectors, whatever the query's are.
+        own = OWN if control.arm in NGRAMS else ("embed",) if control.family in NUMERIC else ()
+        unknown = [setting for setting, _ in control.options if setting not in own]
+        if unknown:
+            yield f"systems: {name}: {control.arm} cannot set {unknown[0]!r}, only {' or '.join(own) or 'nothing'}"
+            return
+        try:
+            self.own(control)
+        except ConfigError as error:
+            yield f"systems: {error}"
 
     def _bad_variant(self, text: str) -> Iterator[str]:
         try:

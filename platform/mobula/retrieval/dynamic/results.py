@@ -53,12 +53,16 @@ class Results:
     @property
     def numeric(self) -> list[SessionSystem]:
         """Trained systems of one numeric docid per document."""
-        return [system for system in self.systems if system.paradigm != "adc" and system.family in NUMERIC]
+        return [system for system in self._plain if system.paradigm != "adc" and system.family in NUMERIC]
 
     @property
     def texts(self) -> list[SessionSystem]:
         """Trained systems with text docids."""
-        return [system for system in self.systems if system.arm in NGRAMS or system.family in TEXT]
+        return [system for system in self._plain if system.arm in NGRAMS or system.family in TEXT]
+
+    @property
+    def _plain(self) -> list[SessionSystem]:
+        return [system for system in self.systems if not system.options]
 
     def p(self, system: SessionSystem, measure: str = "") -> np.ndarray:
         """P f64[T, T] of a measure, the primary one unless named."""

@@ -39,7 +39,7 @@ class RetrieverSpec:
 
 def systems(config: Config, trained: Trained) -> dict[SessionSystem, RetrieverSpec]:
     """Every system of the config, variants included, in the order of ``systems``."""
-    built = (_BUILDERS.get(name, _docids)(config, trained, name) for name in config.systems)
+    built = (_BUILDERS.get(SessionSystem.parse(name).arm, _docids)(config, trained, name) for name in config.systems)
     return {spec.system: spec for spec in itertools.chain(*built)}
 
 
@@ -75,7 +75,7 @@ def _adc(config: Config, trained: Trained, name: str) -> Iterator[RetrieverSpec]
 
 
 def _docids(config: Config, trained: Trained, name: str) -> Iterator[RetrieverSpec]:
-    system = SessionSystem(name)
+    system = SessionSystem.parse(name)
     if system.family == MULTI:
         yield from _multi(config, trained, system.paradigm)
     else:
@@ -113,12 +113,12 @@ def _ngrams(config: Config, trained: Trained, name: str) -> Iterator[RetrieverSp
     def make(seed: int) -> Retriever:
         return load_ngrams(trained.ngrams[name].directory, trained.results[name][seed].weights, name)
 
-    yield RetrieverSpec(SessionSystem(name), make, SearchOptions(k=config.evaluation.depth), trained=True)
+    yield RetrieverSpec(SessionSystem.parse(name), make, SearchOptions(k=config.evaluation.depth), trained=True)
 
 
 def _hybrid(config: Config, trained: Trained, name: str) -> Iterator[RetrieverSpec]:
     """The first numeric system fused with ngram; the weight is chosen on dev of the initial documents."""
-    numeric = next(system for system in config.systems if "/" in system)
+    numeric = next(name for name in config.systems if "/" in name and " " not in name)
     left, right = next(_docids(config, trained, numeric)), next(_ngrams(config, trained, "ngram"))
     fusion = config.fusion
 

@@ -56,7 +56,10 @@ def prepare_systems(config: Config, sessions: Sessions, directory: Path) -> Trai
         write_negatives(documents, texts)
     counts = dict.fromkeys([config.chunks.per_document, *config.evaluation.chunk_counts])
     chunks = {m: prepare_chunks(config, sessions, prepared, m) for m in counts} if config.multi_paradigms else {}
-    ngrams = {name: _prepare_ngrams(config, sessions, prepared / name, name) for name in config.grams}
+    ngrams = {
+        system.label: _prepare_ngrams(config.own(system), sessions, prepared / system.slug, system.arm)
+        for system in config.grams
+    }
     return Trained(documents, chunks, ngrams, {}, {}, [])
 
 
@@ -164,6 +167,10 @@ def _numeric(config: Config, trained: Trained) -> Iterator[tuple[str, Any]]:
         for count, material in trained.chunks.items():
             arm = Arm(paradigm, config.docid.family)
             yield config.multi_system(paradigm, count).label, docid_task(config, material.prepared, arm)
+    for control in config.controls:
+        if control.family:
+            arm = Arm(control.paradigm, control.family)
+            yield control.label, docid_task(config.own(control), trained.documents.prepared, arm)
 
 
 def _text(config: Config, trained: Trained) -> Iterator[tuple[str, Any]]:

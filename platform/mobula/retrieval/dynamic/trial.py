@@ -18,7 +18,7 @@ from mobula.config import digest
 from mobula.data import load_retrieval
 from mobula.data.records import RetrievalData
 from mobula.data.sessions import SessionsConfig, plan_sessions
-from mobula.errors import DataError
+from mobula.errors import ConfigError, DataError
 from mobula.evaluation.ranking import per_query
 from mobula.retrieval.dynamic.config import HYBRID, MULTI, NGRAMS, Config
 from mobula.retrieval.dynamic.prepare import Sessions
@@ -38,6 +38,9 @@ def train_trial(config: Config, directory: Path, report: Callable[[dict[str, Any
     once, in a folder beside theirs.
     """
     # Of a sweep the trials are what runs at the same time: each trains in its own process.
+    if config.controls:
+        problem = f"systems: {config.controls[0]}: controls are for runs; a sweep sets the key for all its systems"
+        raise ConfigError([problem], config.name)
     config = replace(config, training=replace(config.training, workers=config.training.workers or 0))
     sessions = simulated(config)
     shared = directory.parent / "prepared"
