@@ -12,6 +12,7 @@ from mobula.retrieval.paradigms import (
     MEAN_RATE,
     PARADIGMS,
     LossConfig,
+    agree,
     code_loss,
     diffusion_loss,
     docid_scores,
@@ -197,3 +198,25 @@ def test_learning_to_rank_raises_the_right_docid_above_the_others(name: str) -> 
         optimizer.step()
     scores = docid_scores(torch.log_softmax(table[None], -1), docids)[0]
     assert scores.argmax() == 3 and scores.softmax(-1)[3] > 0.9
+
+
+def test_docids_agree_with_what_is_visible() -> None:
+    docids = torch.tensor([[0, 1, 2], [0, 2, 2], [1, 1, 2]])
+    z = torch.tensor([[-1, -1, -1], [0, -1, 2], [-1, 1, -1], [2, -1, -1]])
+    wanted = [[True, True, True], [True, True, False], [True, False, True], [False, False, False]]
+    assert agree(docids, z).tolist() == wanted
+
+
+def test_ranking_what_agrees_asks_nothing_about_docids_that_do_not() -> None:
+    """With one code visible, docids that have it must be told apart; those of other first codes are left alone."""
+    docids = torch.tensor([[0, 1], [0, 2], [1, 3]])
+    table = torch.zeros(1, 2, 4, requires_grad=True)
+    batch = {
+        "codes": docids[:1], "z": torch.tensor([[0, -1]]), "rates": torch.tensor([0.5]), "docids": docids,
+        "target": torch.tensor([0]), "others": torch.zeros(1, 3, dtype=torch.bool),
+    }  # fmt: skip
+    losses = PARADIGMS["diffusion"].loss(lambda z: table.expand(*z.shape[:-1], 2, 4), batch, LossConfig(agreeing=1.0))
+    assert losses["agreeing"].item() == pytest.approx(math.log(2))
+    (gradient,) = torch.autograd.grad(losses["agreeing"], table)
+    torch.testing.assert_close(gradient[0, 0], torch.zeros(4))  # visible: the same for both that are left
+    torch.testing.assert_close(gradient[0, 1], torch.tensor([0.0, -0.5, 0.5, 0.0]))

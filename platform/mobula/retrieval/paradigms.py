@@ -21,6 +21,9 @@ score s(d) that the paradigm ranks by, sum over l of log p(c_l | everything mask
 
     -log softmax over docids d of s(d), at the right one
 
+Masked diffusion may do so in the partly masked state z as well, among the docids that agree with what z shows: there
+the same sum tells apart what the constraint leaves to decoding.
+
 The denoising loop is :mod:`.decoding.denoise`, what is made of its codes :mod:`.decoding.decoders`, the beam
 :mod:`.decoding.autoregressive`, the network :mod:`.network`.
 
@@ -62,6 +65,9 @@ class LossConfig:
         choices=("random", "confidence"),
     )  # fmt: skip
     ranking: float = key(0.0, "weight of the loss that ranks docids, of every paradigm; 0: none", ge=0)
+    agreeing: float = key(
+        0.0, "masked diffusion: weight of ranking, in a partly masked state, the docids that agree with it", ge=0
+    )
     candidates: int = key(10_000, "docids that are ranked at once; of a larger corpus some are drawn", ge=2)
     negatives: int = key(15, "docids that the twin, which must read each of them, ranks beside the right one", ge=1)
 
@@ -122,8 +128,14 @@ def docid_scores(log_probs: Tensor, docids: Tensor) -> Tensor:
 
 
 def ranking_loss(scores: Tensor, target: Tensor, others: Tensor) -> Tensor:
-    """Mean of -log softmax f32[B, C] at ``target`` i64[B], without the docids that are right as well, bool[B, C]."""
+    """Mean of -log softmax f32[B, C] at ``target`` i64[B], without the docids ``others`` bool[B, C]."""
     return F.cross_entropy(scores.masked_fill(others, float("-inf")), target)
+
+
+def agree(docids: Tensor, z: Tensor) -> Tensor:
+    """Which docids i64[C, L] have every code that z i64[B, L] shows, bool[B, C]."""
+    pairs = zip(z.T[..., None], docids.T, strict=True)
+    return torch.stack([(shown == codes) | (shown == MASK) for shown, codes in pairs]).all(0)
 
 
 # The paradigms
@@ -145,6 +157,10 @@ class Paradigm(ABC):
     def layers(self, layers: int) -> int:
         """Transformer layers of a network that is configured to have ``layers``."""
         return layers
+
+    def ranks(self, config: LossConfig) -> bool:
+        """Whether its loss ranks docids."""
+        return config.ranking > 0
 
     @abstractmethod
     def corrupt(self, codes: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
@@ -171,6 +187,10 @@ class MaskedDiffusion(Paradigm):
     decoders: ClassVar[tuple[str, ...]] = ("match_rerank", "match", "one_pass", "best_of_n", "beam", "chain_rescore")
     dev = SearchOptions(k=10, decoder="one_pass")
 
+    def ranks(self, config: LossConfig) -> bool:
+        """Also in partly masked states."""
+        return config.ranking > 0 or config.agreeing > 0
+
     def corrupt(self, codes: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
         """Mask each position with its example's rate; the query is never masked."""
         rates = masking_rates(len(codes), generator)
@@ -185,12 +205,18 @@ class MaskedDiffusion(Paradigm):
             z = mask_unsure(codes, rates, torch.log_softmax(first.detach().float(), -1))
             rates, share = (z == MASK).float().mean(1), (codes.shape[1] + 1) / (2 * codes.shape[1])
             logits = ask(z)
-        elif config.ranking:
+        elif config.ranking or config.agreeing:
             first, logits = ask(torch.stack([hidden, z], 1)).unbind(1)
         else:
             return {"masked": diffusion_loss(ask(z), codes, z, rates, config.weight)}
         losses = {"masked": diffusion_loss(logits, codes, z, rates, config.weight, share)}
-        return losses | _ranked(first, batch, config)
+        if config.agreeing:
+            # All docids that are left have the codes that z shows, so what the network says there cancels.
+            others = batch["others"] | ~agree(batch["docids"], z)
+            losses["agreeing"] = config.agreeing * _ranked(logits, batch, others)
+        if config.ranking:
+            losses["ranking"] = config.ranking * _ranked(first, batch, batch["others"])
+        return losses
 
     def decoder(self, model: DocidModel, table: DocidTable) -> Decoder | ArDecoder:
         """The denoising loop and what is made of its codes."""
@@ -241,15 +267,16 @@ class Classifier(MaskedDiffusion):
     def loss(self, ask: Ask, batch: Batch, config: LossConfig) -> dict[str, Tensor]:
         """See :func:`code_loss`: all positions are masked. And :func:`ranking_loss`."""
         logits = ask(batch["z"])
-        return {"masked": code_loss(logits, batch["codes"])} | _ranked(logits, batch, config)
+        losses = {"masked": code_loss(logits, batch["codes"])}
+        if config.ranking:
+            losses["ranking"] = config.ranking * _ranked(logits, batch, batch["others"])
+        return losses
 
 
-def _ranked(first: Tensor, batch: Batch, config: LossConfig) -> dict[str, Tensor]:
-    """The weighted ranking loss of a table f32[B, L, K] in which everything is masked, if there is one."""
-    if not config.ranking:
-        return {}
-    scores = docid_scores(torch.log_softmax(first.float(), -1), batch["docids"])
-    return {"ranking": config.ranking * ranking_loss(scores, batch["target"], batch["others"])}
+def _ranked(logits: Tensor, batch: Batch, others: Tensor) -> Tensor:
+    """The ranking loss of a table f32[B, L, K]."""
+    scores = docid_scores(torch.log_softmax(logits.float(), -1), batch["docids"])
+    return ranking_loss(scores, batch["target"], others)
 
 
 PARADIGMS: dict[str, Paradigm] = {

@@ -137,7 +137,7 @@ class DocidTask(Task):
         pairs = self.prepared.examples[indices.numpy()]
         codes = self.codes[pairs[:, 1]]
         batch = {**self.queries.rows(pairs[:, 0]), "codes": codes, **self.arm.learner.corrupt(codes, generator)}
-        if not self.objective.ranking:
+        if not self.arm.learner.ranks(self.objective):
             return batch
         if self.arm.learner.causal:
             return batch | self.ranked.drawn(pairs, self.objective.negatives, generator)

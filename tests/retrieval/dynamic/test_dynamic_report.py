@@ -13,7 +13,7 @@ from mobula.data.sessions import SessionPlan, SessionRow
 from mobula.experiment import Claim, Report
 from mobula.retrieval.docids.families import FAMILIES, Family
 from mobula.retrieval.dynamic.claims import claims
-from mobula.retrieval.dynamic.config import Config, SessionSystem, options_of
+from mobula.retrieval.dynamic.config import Config, SessionSystem
 from mobula.retrieval.dynamic.evaluate_sessions import INITIAL_SHARE, ORACLE, EvaluationProtocol, SessionResults
 from mobula.retrieval.dynamic.prepare import Sessions
 from mobula.retrieval.dynamic.report import build_report
@@ -34,13 +34,8 @@ def _results(quality: dict[str, tuple[float, float]], initial_share: dict[str, f
     plan = SessionPlan({d.id: int(d.id[0]) for d in documents}, [], [], [row for session in rows for row in session])
     protocol = EvaluationProtocol(Sessions(data, plan, data), rows, 10, 1, tmp_path)
     config = build(Config, {"method": "dynamic_retrieval", "evaluation": {"resamples": 300}})
-    systems = {_system(name): _evaluated(*q, initial_share.get(name, 0.4)) for name, q in quality.items()}
+    systems = {SessionSystem.parse(name): _evaluated(*q, initial_share.get(name, 0.4)) for name, q in quality.items()}
     return Results(config, protocol, systems)
-
-
-def _system(label: str) -> SessionSystem:
-    arm, _, options = label.partition(" m=")
-    return SessionSystem(arm, (("m", int(options)),)) if options else SessionSystem.parse(label)
 
 
 def _evaluated(first: float, later: float, share: float) -> SessionResults:
@@ -97,12 +92,11 @@ def test_every_claim_of_the_design_is_made_when_its_systems_ran(tmp_path: Path) 
     """Section 10b, claims F to K, of every pair: a system that claims misspell would silently drop them."""
     texts = ["ngram", "multiview", "autoregressive/text.title", "autoregressive/text.keywords"]
     numeric = ["autoregressive/rq", "autoregressive/pq", "autoregressive/hkmeans", "diffusion/rq"]
-    several, one = "autoregressive/multi_chunk", "autoregressive/multi_chunk m=1"
+    several, one = "autoregressive/multi_chunk", "autoregressive/multi_chunk per_document=1"
     others = ["bm25", "dense", "dual", "adc/rq", "autoregressive/random", several, one]
     others += ["ngram embed=random", "autoregressive/rq embed=random"]
     others += ["ngram most_frequent=500", "ngram most_frequent=2000"]
     results = _results(dict.fromkeys([*others, *texts, *numeric], (0.8, 0.5)), {}, tmp_path)
-    results.config.evaluation.chunk_counts = [1]
     wanted = {f"F1 {text} {each}" for text in texts for each in numeric}
     wanted |= {"F2 ngram autoregressive/text.keywords", "F2 autoregressive/text.keywords autoregressive/text.title"}
     wanted |= {f"F2-chunks {several} {one}", "H-better", "H-gap", "H-latency", "H-initial", "H-average"}
@@ -115,17 +109,12 @@ def test_every_claim_of_the_design_is_made_when_its_systems_ran(tmp_path: Path) 
     assert set(_verdicts(results)) == wanted
 
 
-def test_claims_are_of_the_systems_that_a_run_evaluates() -> None:
-    given = {
-        "method": "dynamic_retrieval",
-        "evaluation": {"chunk_counts": [1], "variants": ["expand=free,tie=residual"]},
-    }
-    config = build(Config, given)
-    assert config.multi_system("diffusion") == config.multi_system("diffusion", config.chunks.per_document)
-    assert config.multi_system("diffusion", 1).label == "diffusion/multi_chunk m=1"
-    variant = SessionSystem("diffusion/multi_chunk", options_of(config.evaluation.variants[0]))
-    assert variant.label == "diffusion/multi_chunk expand=free,tie=residual"
-    assert (variant.paradigm, variant.family) == ("diffusion", "multi_chunk")
+def test_a_system_is_read_as_it_is_written() -> None:
+    text = "diffusion/multi_chunk per_document=1,expand=free,tie=residual"
+    system = SessionSystem.parse(text)
+    assert (system.label, system.paradigm, system.family) == (text, "diffusion", "multi_chunk")
+    assert system.trained.label == "diffusion/multi_chunk per_document=1"
+    assert SessionSystem.parse("ngram embed=random").trained.label == "ngram embed=random"
 
 
 def test_a_text_system_that_has_not_learnt_decides_nothing(tmp_path: Path) -> None:

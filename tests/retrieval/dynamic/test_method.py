@@ -56,6 +56,7 @@ CONFIG: dict[str, Any] = {
         "bm25", "dense", "dual_hn", "adc", "autoregressive/rq", "diffusion/hkmeans", "autoregressive/random",
         "autoregressive/atomic", "autoregressive/text.title", "diffusion/multi_chunk", "ngram", "hybrid",
         "ngram most_frequent=60", "autoregressive/rq embed=random",
+        "diffusion/multi_chunk expand=free", "diffusion/multi_chunk aggregate=sumexp,tie=residual",
     ],
     "data": {"name": "functions", "max_documents": 160, "keep": "relevant"},
     "sessions": {"split": "source", "sessions": 2},
@@ -67,7 +68,7 @@ CONFIG: dict[str, Any] = {
     "learning_rates": {"numeric": [1e-2], "text": [1e-2], "dual": [1e-3]},
     "training": {"steps": 40, "batch": 64, "workers": 0},
     "evaluation": {"beam": 10, "max_rows": 25, "latency_queries": 2, "resamples": 200, "dev_queries": 20,
-                   "variants": ["expand=free", "aggregate=sumexp,tie=residual"], "decisive": False},
+                   "decisive": False},
 }  # fmt: skip
 NUMERIC = "autoregressive/rq"
 MULTI = "diffusion/multi_chunk"
@@ -224,9 +225,9 @@ def test_the_cluster_reaches_every_training(
     monkeypatch.setattr(train_arms, "fit_all", fit_all)
     cluster = clusters.load(Path(__file__).parents[3] / "cluster.yaml")
     every = SystemTraining(config, sessions, directory, cluster)
-    without = ("bm25", "dense", "adc", "hybrid")
-    assert set(every.collect().results) == set(config.systems) - set(without)
-    assert sum(count for count, _ in given) == len(config.systems) - len(without)
+    trained = {system.trained.label for system in config.parsed} - {"bm25", "dense", "adc", "hybrid"}
+    assert set(every.collect().results) == trained
+    assert sum(count for count, _ in given) == len(trained)
     assert all(one is cluster for _, one in given)
 
 
@@ -417,8 +418,9 @@ def test_a_planted_distractor_counts_against_earlier_sessions(
         ({"systems": []}, "systems is empty"),
         ({"systems": [NUMERIC, "classifier/multi_chunk"]}, "autoregressive or by diffusion"),
         ({"systems": [NUMERIC, "hybrid"]}, "name both"),
-        ({"evaluation": {"variants": ["expand=best"]}}, "expand='best'"),
-        ({"evaluation": {"variants": ["colour=red"]}}, "write key=value"),
+        ({"systems": [MULTI, f"{MULTI} expand=best"]}, "expand='best'"),
+        ({"systems": [MULTI, f"{MULTI} colour=red"]}, "cannot set 'colour', only per_document or expand"),
+        ({"evaluation": {"variants": ["expand=free"]}}, "renamed: use systems"),
     ],
 )
 def test_contradictions_are_named(change: dict[str, Any], message: str) -> None:

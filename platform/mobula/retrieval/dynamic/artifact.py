@@ -39,8 +39,8 @@ def write(config: Config, sessions: Sessions, trained: Trained, directory: Path)
     """Write the servable artifact, of the first seed of every system."""
     meta = {
         **static.facts(config, trained.documents),
-        "multi": [f"{paradigm}-{config.docid.family}" for paradigm in config.multi_paradigms],
-        "ngrams": [system.label for system in _served_ngrams(config)],
+        "multi": [f"{system.paradigm}-{config.docid.family}" for system in _served(config.multis)],
+        "ngrams": [system.label for system in _served(config.grams)],
         "sessions": sessions.plan.hash,
     }
     return artifacts.write(
@@ -75,10 +75,9 @@ def _fill(folder: Path, config: Config, sessions: Sessions, trained: Trained) ->
     arms = {arm: trained.results[str(arm)] for arm in config.parsed_arms}
     dual = trained.results.get("dual", [None])[0]
     static.fill(folder, config, trained.documents, Fitted(arms, dual, trained.rates))
-    count = config.chunks.per_document
-    for paradigm in config.multi_paradigms:
-        _write_multi(folder / MULTI_FOLDER, config, trained, paradigm, count)
-    for name in (system.label for system in _served_ngrams(config)):
+    for system in _served(config.multis):
+        _write_multi(folder / MULTI_FOLDER, config, trained, system.label)
+    for name in (system.label for system in _served(config.grams)):
         ngrams = load_ngrams(trained.ngrams[name].directory, trained.results[name][0].weights, name)
         ngrams.save(folder / NGRAM_FOLDER / name)
     rows = [
@@ -89,18 +88,17 @@ def _fill(folder: Path, config: Config, sessions: Sessions, trained: Trained) ->
     write_jsonl(folder / ARRIVALS, rows)
 
 
-def _served_ngrams(config: Config) -> list[SessionSystem]:
-    """Without controls: these answer a question of the report."""
-    return [system for system in config.grams if not system.options]
+def _served(systems: list[SessionSystem]) -> list[SessionSystem]:
+    """Without those that set something for themselves: these answer a question of the report."""
+    return [system for system in systems if not system.options]
 
 
-def _write_multi(folder: Path, config: Config, trained: Trained, paradigm: str, count: int) -> None:
-    name = config.multi_system(paradigm, count).label
+def _write_multi(folder: Path, config: Config, trained: Trained, name: str) -> None:
     task = trained.tasks[name]
     directory = folder / task.arm.directory
     save_model(directory, trained.model(name, 0), task.table.hash)
     task.table.save(directory / "docids")
-    save_file({"vectors": trained.chunks[count].embeddings}, directory / "chunks.safetensors")
+    save_file({"vectors": trained.chunks[config.chunks.per_document].embeddings}, directory / "chunks.safetensors")
     facts = {"name": name, "chunks": asdict(config.chunks), "multi": asdict(config.multi)}
     write_json(directory / "multi.json", facts)
 

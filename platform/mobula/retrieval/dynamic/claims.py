@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,13 +12,13 @@ import numpy as np
 from mobula.evaluation.claims import exceeds, holm_by_statement
 from mobula.evaluation.intervals import Estimate, difference_estimate
 from mobula.experiment import Claim
-from mobula.retrieval.dynamic.config import NGRAMS, SessionSystem
+from mobula.retrieval.dynamic.config import SessionSystem
 from mobula.retrieval.dynamic.evaluate_sessions import INITIAL_SHARE, ORACLE
 from mobula.retrieval.dynamic.measures import arriving, average, generalisation, initial, spread
 from mobula.retrieval.dynamic.results import Results
 
 NOT_LEARNT = "has not learnt the initial documents as well as code-only retrieval finds them"
-RANDOM, FREQUENT = (("embed", "random"),), "most_frequent"  # of controls
+RANDOM = (("embed", "random"),)  # word vectors
 MATCHES = 0.02  # "matches": not worse by two points or more
 BM25, DENSE, DUAL, NGRAM, MULTIVIEW = map(SessionSystem, ("bm25", "dense", "dual", "ngram", "multiview"))
 
@@ -70,8 +71,9 @@ def comparisons(results: Results) -> Iterator[Comparison]:
     chain = [NGRAM, *(by_family[family] for family in ("text.keywords", "text.title") if family in by_family)]
     for finer, coarser in itertools.pairwise(chain):
         yield Comparison(f"F2 {finer} {coarser}", "the finer the docid, the better", finer, coarser)
-    for more, fewer in _chunk_counts(results):
-        yield Comparison(f"F2-chunks {more} {fewer}", "more chunks a document are better", more, fewer)
+    for multi, _ in _several_and_one(results):
+        for more, fewer in _falling(results, multi, "per_document", results.config.chunks.per_document):
+            yield Comparison(f"F2-chunks {more} {fewer}", "more chunks a document are better", more, fewer)
     match = f"fine text docids match dense (within {MATCHES:.0%})"
     for text in (NGRAM, MULTIVIEW):
         yield Comparison(f"F3-bm25 {text} {BM25}", "fine text docids beat BM25", text, BM25)
@@ -89,35 +91,27 @@ def comparisons(results: Results) -> Iterator[Comparison]:
         same = f"several docids cost nothing (within {MATCHES:.0%})"
         yield Comparison("H-initial", f"{same} on the initial documents alone", multi, single, "P[0,0]", MATCHES)
         yield Comparison("H-average", f"{same} over all sessions at the end", multi, single, "AP", MATCHES)
-    yield from _of_controls([*results.systems])
-
-
-def _of_controls(systems: Sequence[SessionSystem]) -> Iterator[Comparison]:
-    """Claims I and J: systems as they are against others that lack something."""
-    for random in (system for system in systems if system.options == RANDOM):
-        kind = "text" if random.arm in NGRAMS else "numeric"
-        given = SessionSystem(random.arm)
-        yield Comparison(f"I-{random.arm}", f"pretrained word vectors help {kind} docids", given, random)
-    for name in NGRAMS:
-        few = [each for each in systems if each.arm == name and dict(each.options).keys() == {FREQUENT}]
-        few.sort(key=lambda each: int(dict(each.options)[FREQUENT]), reverse=True)
-        for more, fewer in itertools.pairwise([SessionSystem(name), *few]):
+    for given in (*results.texts, *results.numeric):
+        kind, random = "text" if given in results.texts else "numeric", SessionSystem(given.arm, RANDOM)
+        yield Comparison(f"I-{given}", f"pretrained word vectors help {kind} docids", given, random)
+    for text in results.texts:
+        for more, fewer in _falling(results, text, "most_frequent", math.inf):
             yield Comparison(f"J {more} {fewer}", "more distinct tokens in docids are better", more, fewer)
+
+
+def _falling(
+    results: Results, plain: SessionSystem, setting: str, given: float
+) -> Iterator[tuple[SessionSystem, SessionSystem]]:
+    """A system, which has ``given``, and those that differ in one setting: each with the next smaller one."""
+    others = [each for each in results.systems if each.arm == plain.arm and [*dict(each.options)] == [setting]]
+    values = {plain: given, **{each: float(dict(each.options)[setting]) for each in others}}
+    yield from itertools.pairwise(sorted(values, key=values.__getitem__, reverse=True))
 
 
 def _several_and_one(results: Results) -> Iterator[tuple[SessionSystem, SessionSystem]]:
     """The first multi_chunk system, and the one of the same codes with one docid a document."""
-    for paradigm in results.config.multi_paradigms[:1]:
-        multi = results.config.multi_system(paradigm)
-        yield multi, SessionSystem(f"{paradigm}/{results.config.docid.family}")
-
-
-def _chunk_counts(results: Results) -> Iterator[tuple[SessionSystem, SessionSystem]]:
-    """The first multi_chunk system with a number of chunks, and with the next smaller one."""
-    config = results.config
-    counts = sorted([*config.evaluation.chunk_counts, config.chunks.per_document], reverse=True)
-    for paradigm in config.multi_paradigms[:1]:
-        yield from itertools.pairwise(config.multi_system(paradigm, count) for count in counts)
+    for multi in [system for system in results.config.multis if not system.options][:1]:
+        yield multi, SessionSystem(f"{multi.paradigm}/{results.config.docid.family}")
 
 
 def _learnt(results: Results, system: SessionSystem) -> bool:

@@ -9,7 +9,7 @@ from typing import ClassVar
 from mobula.config import build, key, nearest, section
 from mobula.data.config import DataConfig
 from mobula.data.sessions import SessionsConfig
-from mobula.errors import ConfigError, MobulaError
+from mobula.errors import MobulaError
 from mobula.evaluation.ranking import MEASURES
 from mobula.experiment import ExperimentConfig
 from mobula.retrieval import arms as arm_names
@@ -19,8 +19,8 @@ from mobula.retrieval.config import RENAMED, PseudoQueriesConfig
 from mobula.retrieval.docids.config import DocidConfig
 from mobula.retrieval.docids.families import FAMILIES, NUMERIC, QUANTISED
 from mobula.retrieval.dynamic.chunks import ChunksConfig, Expansion
-from mobula.retrieval.dynamic.hybrid import FusionConfig
 from mobula.retrieval.dynamic.multi import MultiConfig
+from mobula.retrieval.fusion import FusionConfig
 from mobula.retrieval.ngrams.config import NgramConfig
 from mobula.retrieval.paradigms import LossConfig
 from mobula.study import StudyEvaluation, System, parallel_problems
@@ -31,16 +31,14 @@ MULTI = "multi_chunk"
 NGRAMS = ("ngram", "multiview")
 HYBRID = "hybrid"
 # What a system may set for itself, and the section that has the key: "ngram most_frequent=500".
-OWN = {"embed": "model", "most_frequent": "ngram"}
-
-
-def options_of(text: str) -> tuple[tuple[str, str], ...]:
-    """``expand=free,tie=residual`` by name.
-
-    Raises:
-        ValueError: for a part without a value.
-    """
-    return tuple((name, value) for name, value in (part.split("=", 1) for part in text.split(",")))
+OWN = {
+    "embed": "model",
+    "most_frequent": "ngram",
+    "per_document": "chunks",
+    "expand": "multi",
+    "aggregate": "multi",
+    "tie": "multi",
+}
 
 
 class SessionSystem(System):
@@ -54,12 +52,29 @@ class SessionSystem(System):
             ValueError: for a part behind the name without a value.
         """
         arm, _, options = text.partition(" ")
-        return cls(arm, options_of(options) if options else ())
+        if not options:
+            return cls(arm)
+        return cls(arm, tuple((name, value) for name, value in (part.split("=", 1) for part in options.split(","))))
 
     @property
     def label(self) -> str:
-        """For tables and plots: ``autoregressive/multi_chunk expand=free,tie=residual``."""
+        """As ``systems`` has it: ``autoregressive/multi_chunk expand=free,tie=residual``."""
         return " ".join(filter(None, [self.arm, ",".join(f"{name}={value}" for name, value in self.options)]))
+
+    @property
+    def trained(self) -> SessionSystem:
+        """The system whose training it uses: another way to search several docids needs none of its own."""
+        return SessionSystem(self.arm, tuple(option for option in self.options if OWN[option[0]] != "multi"))
+
+    @property
+    def may_set(self) -> tuple[str, ...]:
+        """The keys of :data:`OWN` that concern it."""
+        if self.arm in NGRAMS:
+            return ("embed", "most_frequent")
+        if self.family == MULTI:
+            return ("per_document", "expand", "aggregate", "tie")
+        # Text docids that are no n-grams keep given vectors for their codes, whatever the query's are.
+        return ("embed",) if self.family in NUMERIC else ()
 
     @property
     def paradigm(self) -> str:
@@ -89,10 +104,6 @@ class EvaluationConfig(StudyEvaluation):
     primary: str = key("Hit@10", "measure that claims use", choices=MEASURES)
     depth: int = key(100, "documents per ranked list", ge=1, le=1000)
     beam: int = key(100, "beam width of autoregressive docid models", ge=1, le=256)
-    variants: list[str] = key(
-        [], "further ways to search a trained multi_chunk model, such as expand=free,aggregate=max"
-    )
-    chunk_counts: list[int] = key([], "further values of chunks.per_document, each with a model of its own", ge=1)
     max_rows: int | None = key(None, "rows per session; null: all", ge=1)
     dev_queries: int = key(200, "dev queries scored while training", ge=1)
     latency_queries: int = key(30, "queries timed one by one at the last state", ge=1)
@@ -110,12 +121,16 @@ def _text() -> DocidConfig:
 class Config(ExperimentConfig):
     """Which systems are searched through the sessions. ``paradigm/family`` systems and n-gram systems are trained."""
 
-    RENAMED: ClassVar = RENAMED
+    RENAMED: ClassVar = {
+        **RENAMED,
+        "evaluation.variants": "systems, as in `autoregressive/multi_chunk expand=free`",
+        "evaluation.chunk_counts": "systems, as in `autoregressive/multi_chunk per_document=1`",
+    }
 
     systems: list[str] = key(
         ["bm25", "dense", "adc", "autoregressive/rq", "autoregressive/random", "autoregressive/multi_chunk", "ngram"],
         "bm25, dense, dual, dual_hn, adc, paradigm/family, paradigm/multi_chunk, ngram, multiview, hybrid; "
-        "a control sets a key for itself: `ngram most_frequent=500`, `ngram embed=random`",
+        "one may set a key for itself: `ngram most_frequent=500`, `autoregressive/multi_chunk expand=free`",
     )
     parallel: int = key(
         1, "trainings at a time, later systems that are searched, each on a Ray actor; 1: in this process", ge=1
@@ -140,8 +155,6 @@ class Config(ExperimentConfig):
         problems = list(self._bad_systems())
         if self.model.backbone in LANGUAGE_MODELS:
             problems.append(f"model.backbone={self.model.backbone}: dynamic_retrieval trains small and encoder only")
-        for text in self.evaluation.variants:
-            problems.extend(self._bad_variant(text))
         problems.extend(parallel_problems(self.parallel, {"training.workers": self.training.workers}))
         numeric = any("/" in name for name in self.systems)
         if HYBRID in self.systems and not (numeric and "ngram" in self.systems):
@@ -155,94 +168,73 @@ class Config(ExperimentConfig):
         return ["systems: name at least one paradigm/family system; the first is served by default"]
 
     @property
+    def parsed(self) -> list[SessionSystem]:
+        """``systems`` by value."""
+        return list(map(SessionSystem.parse, self.systems))
+
+    @property
     def parsed_arms(self) -> list[Arm]:
-        """The trained docid systems of one docid per document."""
-        numeric = (name for name in self.systems if "/" in name and " " not in name)
-        return [arm_names.parse(name) for name in numeric if not name.endswith(f"/{MULTI}")]
+        """The trained docid systems of one docid per document, without those that set something for themselves."""
+        plain = (system for system in self.parsed if not system.options)
+        return [Arm(system.paradigm, system.family) for system in plain if system.family in FAMILIES]
 
     @property
-    def controls(self) -> list[SessionSystem]:
-        """Systems that set something for themselves, each with a training of its own."""
-        return [system for system in map(SessionSystem.parse, self.systems) if system.options]
-
-    def own(self, control: SessionSystem) -> Config:
-        """The config as a control trains by it."""
-        own = self
-        for name, value in control.options:
-            settings = getattr(own, OWN[name])
-            changed = build(type(settings), asdict(settings), [f"{name}={value}"], control.label)
-            own = replace(own, **{OWN[name]: changed})
-        return own
-
-    @property
-    def multi_paradigms(self) -> list[str]:
-        """Paradigms of the multi_chunk systems."""
-        return [name.partition("/")[0] for name in self.systems if name.endswith(f"/{MULTI}")]
-
-    def multi_system(self, paradigm: str, per_document: int | None = None) -> SessionSystem:
-        """The multi_chunk system of a paradigm; one with another number of chunks than ``chunks`` says so."""
-        is_other = per_document not in (None, self.chunks.per_document)
-        return SessionSystem(f"{paradigm}/{MULTI}", (("m", per_document),) if is_other else ())
+    def multis(self) -> list[SessionSystem]:
+        """The multi_chunk systems."""
+        return [system for system in self.parsed if system.family == MULTI]
 
     @property
     def grams(self) -> list[SessionSystem]:
-        """The n-gram systems, controls after those they are compared with."""
-        plain = [SessionSystem(name) for name in NGRAMS if name in self.systems]
-        return plain + [control for control in self.controls if control.arm in NGRAMS]
+        """The n-gram systems."""
+        return [system for system in self.parsed if system.arm in NGRAMS]
+
+    def own(self, system: SessionSystem) -> Config:
+        """The config with what a system sets for itself."""
+        own = self
+        for name, value in system.options:
+            settings = getattr(own, OWN[name])
+            changed = build(type(settings), asdict(settings), [f"{name}={value}"], system.label)
+            own = replace(own, **{OWN[name]: changed})
+        return own
 
     def docid_of(self, family: str) -> DocidConfig:
         """The docid settings of a family."""
         return replace(self.text if FAMILIES[family].is_text else self.docid, family=family)
 
-    def variant(self, text: str) -> MultiConfig:
-        """``multi`` with changes such as ``expand=free,tie=residual``."""
-        return replace(self.multi, **dict(options_of(text)))
-
     def _bad_systems(self) -> Iterator[str]:
         known = (*BASELINES, *NGRAMS, HYBRID)
         for name in self.systems:
-            if name in known:
-                continue
-            if " " in name:
-                yield from self._bad_control(name)
-                continue
-            paradigm, _, family = name.partition("/")
+            arm, _, options = name.partition(" ")
+            paradigm, _, family = arm.partition("/")
             if family == MULTI:
                 if paradigm not in ("autoregressive", "diffusion"):
                     yield f"systems: {name}: multi_chunk is trained autoregressive or by diffusion"
                 elif self.docid.family not in QUANTISED:
                     yield f"systems: {name} needs docid.family to be one of {', '.join(QUANTISED)}"
-                continue
-            try:
-                arm_names.parse(name)
-            except ValueError as error:
-                yield f"systems: {error}" if family else f"systems: unknown {name!r}{nearest(name, known)}"
+            elif arm not in known:
+                try:
+                    arm_names.parse(arm)
+                except ValueError as error:
+                    yield f"systems: {error}" if family else f"systems: unknown {arm!r}{nearest(arm, known)}"
+            if options:
+                yield from self._bad_options(name)
         if not self.systems:
             yield "systems is empty; name at least one"
 
-    def _bad_control(self, name: str) -> Iterator[str]:
+    def _bad_options(self, name: str) -> Iterator[str]:
         try:
-            control = SessionSystem.parse(name)
+            system = SessionSystem.parse(name)
         except ValueError:
             yield f"systems: {name!r}; write the system, a space, and what it sets: {' or '.join(OWN)}=value"
             return
-        if control.arm not in self.systems:
-            yield f"systems: {name}: name {control.arm!r} too, which it is compared with"
-        # The codes of other text docids have given vectors, whatever the query's are.
-        own = OWN if control.arm in NGRAMS else ("embed",) if control.family in NUMERIC else ()
-        unknown = [setting for setting, _ in control.options if setting not in own]
-        if unknown:
-            yield f"systems: {name}: {control.arm} cannot set {unknown[0]!r}, only {' or '.join(own) or 'nothing'}"
-            return
+        if system.arm not in self.systems:
+            yield f"systems: {name}: name {system.arm!r} too, which it is compared with"
+        for setting, _ in system.options:
+            if setting not in system.may_set:
+                valid = " or ".join(system.may_set) or "nothing"
+                yield f"systems: {name}: {system.arm} cannot set {setting!r}, only {valid}"
+                return
         try:
-            self.own(control)
-        except ConfigError as error:
-            yield f"systems: {error}"
-
-    def _bad_variant(self, text: str) -> Iterator[str]:
-        try:
-            Expansion.parse(self.variant(text).expand, self.docid.levels)
-        except (TypeError, ValueError):
-            yield f"evaluation.variants: {text!r}; write key=value of the section multi, separated by commas"
+            Expansion.parse(self.own(system).multi.expand, self.docid.levels)
         except MobulaError as error:
-            yield f"evaluation.variants: {error}"
+            yield f"systems: {name}: {error}"

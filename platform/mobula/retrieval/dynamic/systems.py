@@ -10,10 +10,10 @@ from mobula.data.pseudo_queries import body
 from mobula.models.text import load_static
 from mobula.retrieval.dense import Dense
 from mobula.retrieval.docids.code_only import CodeOnlyRetriever
-from mobula.retrieval.dynamic.config import HYBRID, MULTI, Config, SessionSystem, options_of
-from mobula.retrieval.dynamic.hybrid import HybridRetriever, tune_weight
-from mobula.retrieval.dynamic.multi import MultiConfig, MultiDocidRetriever
+from mobula.retrieval.dynamic.config import HYBRID, MULTI, Config, SessionSystem
+from mobula.retrieval.dynamic.multi import MultiDocidRetriever
 from mobula.retrieval.dynamic.train_systems import Trained
+from mobula.retrieval.fusion import HybridRetriever, tune_weight
 from mobula.retrieval.lexical import Bm25, tune
 from mobula.retrieval.ngrams.retriever import load as load_ngrams
 from mobula.retrieval.paradigms import PARADIGMS
@@ -38,8 +38,8 @@ class RetrieverSpec:
 
 
 def systems(config: Config, trained: Trained) -> dict[SessionSystem, RetrieverSpec]:
-    """Every system of the config, variants included, in the order of ``systems``."""
-    built = (_BUILDERS.get(SessionSystem.parse(name).arm, _docids)(config, trained, name) for name in config.systems)
+    """Every system of the config, in the order of ``systems``."""
+    built = (_BUILDERS.get(system.arm, _docids)(config, trained, system.label) for system in config.parsed)
     return {spec.system: spec for spec in itertools.chain(*built)}
 
 
@@ -77,28 +77,18 @@ def _adc(config: Config, trained: Trained, name: str) -> Iterator[RetrieverSpec]
 def _docids(config: Config, trained: Trained, name: str) -> Iterator[RetrieverSpec]:
     system = SessionSystem.parse(name)
     if system.family == MULTI:
-        yield from _multi(config, trained, system.paradigm)
+        yield _decoded(config, system, _multi_maker(config, trained, system))
     else:
         yield _decoded(config, system, lambda seed: _docid_retriever(config, trained, trained.documents, name, seed))
 
 
-def _multi(config: Config, trained: Trained, paradigm: str) -> Iterator[RetrieverSpec]:
-    for count in trained.chunks:
-        system = config.multi_system(paradigm, count)
-        yield _decoded(config, system, _multi_maker(config, trained, system.label, count, config.multi))
-        for text in config.evaluation.variants if count == config.chunks.per_document else ():
-            make = _multi_maker(config, trained, system.label, count, config.variant(text))
-            yield _decoded(config, SessionSystem(system.arm, options_of(text)), make)
-
-
-def _multi_maker(
-    config: Config, trained: Trained, name: str, count: int, settings: MultiConfig
-) -> Callable[[int], Retriever]:
-    material, chunks = trained.chunks[count], replace(config.chunks, per_document=count)
+def _multi_maker(config: Config, trained: Trained, system: SessionSystem) -> Callable[[int], Retriever]:
+    own, name = config.own(system), system.trained.label
+    material = trained.chunks[own.chunks.per_document]
 
     def make(seed: int) -> Retriever:
         docids = _docid_retriever(config, trained, material, name, seed)
-        return MultiDocidRetriever(name, docids, load_static("wordllama"), chunks, settings, material.embeddings)
+        return MultiDocidRetriever(name, docids, load_static("wordllama"), own.chunks, own.multi, material.embeddings)
 
     return make
 

@@ -13,6 +13,7 @@ from mobula.cluster.pool import Pool
 from mobula.cluster.spec import ClusterSpec
 from mobula.portable import Portable
 from mobula.retrieval.arms import Arm
+from mobula.retrieval.docids.families import FAMILIES
 from mobula.retrieval.dynamic.config import Config
 from mobula.retrieval.dynamic.prepare import (
     NEGATIVES,
@@ -54,8 +55,8 @@ def prepare_systems(config: Config, sessions: Sessions, directory: Path) -> Trai
     if "dual_hn" in config.systems:
         texts, _ = training_examples(config.pseudo_queries, sessions.initial, config.seed)
         write_negatives(documents, texts)
-    counts = dict.fromkeys([config.chunks.per_document, *config.evaluation.chunk_counts])
-    chunks = {m: prepare_chunks(config, sessions, prepared, m) for m in counts} if config.multi_paradigms else {}
+    counts = dict.fromkeys(config.own(system).chunks.per_document for system in config.multis)
+    chunks = {m: prepare_chunks(config, sessions, prepared, m) for m in counts}
     ngrams = {
         system.label: _prepare_ngrams(config.own(system), sessions, prepared / system.slug, system.arm)
         for system in config.grams
@@ -163,14 +164,13 @@ def _prepare_ngrams(config: Config, sessions: Sessions, directory: Path, name: s
 
 def _numeric(config: Config, trained: Trained) -> Iterator[tuple[str, Any]]:
     yield from _docid_tasks(config, trained, is_text=False)
-    for paradigm in config.multi_paradigms:
-        for count, material in trained.chunks.items():
-            arm = Arm(paradigm, config.docid.family)
-            yield config.multi_system(paradigm, count).label, docid_task(config, material.prepared, arm)
-    for control in config.controls:
-        if control.family:
-            arm = Arm(control.paradigm, control.family)
-            yield control.label, docid_task(config.own(control), trained.documents.prepared, arm)
+    for system in dict.fromkeys(system.trained for system in config.multis):
+        material = trained.chunks[config.own(system).chunks.per_document]
+        yield system.label, docid_task(config, material.prepared, Arm(system.paradigm, config.docid.family))
+    for system in config.parsed:
+        if system.options and system.family in FAMILIES:
+            arm = Arm(system.paradigm, system.family)
+            yield system.label, docid_task(config.own(system), trained.documents.prepared, arm)
 
 
 def _text(config: Config, trained: Trained) -> Iterator[tuple[str, Any]]:

@@ -38,9 +38,8 @@ def train_trial(config: Config, directory: Path, report: Callable[[dict[str, Any
     once, in a folder beside theirs.
     """
     # Of a sweep the trials are what runs at the same time: each trains in its own process.
-    if config.controls:
-        problem = f"systems: {config.controls[0]}: controls are for runs; a sweep sets the key for all its systems"
-        raise ConfigError([problem], config.name)
+    if own := [system for system in config.parsed if system.options]:
+        raise ConfigError([f"systems: {own[0]}: a sweep sets the key for all its systems"], config.name)
     config = replace(config, training=replace(config.training, workers=config.training.workers or 0))
     sessions = simulated(config)
     shared = directory.parent / "prepared"
@@ -82,7 +81,7 @@ def measure_arrival(spec: RetrieverSpec, sessions: Sessions, config: Config) -> 
 
 
 def _alone(config: Config) -> Any:
-    return replace(config.evaluation, seeds=1, chunk_counts=[], variants=[])
+    return replace(config.evaluation, seeds=1)
 
 
 def _trained(config: Config, sessions: Sessions, shared: Path, name: str) -> Trained:

@@ -1,4 +1,4 @@
-"""A numeric system and n-grams fused (ours; a row of its own, not the multi-docid design)."""
+"""Two retrievers fused by their ranked lists, the weight chosen on dev."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ RRF = 60  # added to a rank before it is inverted (Cormack et al. 2009)
 
 @dataclass
 class FusionConfig:
-    """How the hybrid system joins its two lists."""
+    """How two ranked lists, the first by numeric docids, are joined."""
 
     weight: float | None = key(None, "weight of the numeric list; null: chosen on dev", ge=0, le=1)
     rule: str = key("zscore", "what is added: standardised scores, or 1/(60 + rank)", choices=("zscore", "rrf"))

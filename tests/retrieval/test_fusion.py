@@ -1,6 +1,6 @@
 import pytest
 
-from mobula.retrieval.dynamic.hybrid import fuse
+from mobula.retrieval.fusion import fuse
 from mobula.retrieval.search import Hit, SearchResult
 
 
