@@ -11,7 +11,7 @@ import torch
 
 from mobula.agents.language import parse, serialise
 from mobula.errors import ModelError
-from mobula.models.causal import CausalModel, Sampling, SmallShape, _draw, word_tokenizer
+from mobula.models.causal import SORTED, CausalModel, Sampling, SmallShape, _draw, word_tokenizer
 
 PROGRAM = "R1 = Calc(3 * (4 - 2))\nR2 = Calc(R1 + 5)\nAnswer(R2)"
 TEXTS = [PROGRAM, "S1: look up e5 's mentor\nS2: find boss of R1", "how many coins are there now ?"]
@@ -122,6 +122,38 @@ def test_the_nucleus_is_the_smallest_set_of_that_mass() -> None:
         assert len(set(drawn.tolist())) == size
     counts = Counter(_draw(logits.expand(1000, -1), Sampling(1, 1.0, 0.7), uniform)[0].tolist())
     assert counts[0] / 1000 == pytest.approx(0.5 / 0.8, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    "sampling", [Sampling(1), Sampling(1, 0.7), Sampling(1, 1.0, 0.9), Sampling(1, 3.0, 0.99)], ids=str
+)
+@pytest.mark.parametrize("scale", [0.0, 1.0, 4.0], ids=["flat", "usual", "peaked"])
+def test_a_large_vocabulary_is_drawn_from_without_sorting_it(sampling: Sampling, scale: float) -> None:
+    """Frequencies of groups of tokens, the probability kept beside each draw, and the nucleus, against a plain sort."""
+    size, count = 2 * SORTED, 4000
+    logits = scale * torch.randn(1, size, generator=torch.Generator().manual_seed(0))
+    likely = torch.softmax(logits[0].double() / sampling.temperature, -1)
+    ranked, order = likely.sort(descending=True, stable=True)
+    inside = torch.zeros(size, dtype=torch.bool)
+    inside[order] = ranked.cumsum(0) - ranked < sampling.top_p
+    wanted = likely * inside / (likely * inside).sum()
+    uniform = torch.arange(count, dtype=torch.float64) / count
+    parts = [_draw(logits.expand(len(part), -1), sampling, part) for part in uniform.split(500)]
+    tokens, log_q = (torch.cat(each) for each in zip(*parts, strict=True))
+    assert bool(inside[tokens].all())
+    torch.testing.assert_close(log_q.exp(), wanted[tokens])
+    drawn = torch.bincount(tokens, minlength=size).double() / count
+    parts = (values.reshape(-1, 16).sum(0) for values in (drawn, wanted))
+    torch.testing.assert_close(*parts, atol=0.02, rtol=0)
+
+
+def test_the_last_token_is_drawn_where_rounding_leads_behind_it() -> None:
+    size = 2 * SORTED
+    logits = torch.full((1, size), -math.inf)
+    logits[0, [5, 9]] = 0.0
+    for top_p in (1.0, 0.9):
+        tokens, log_q = _draw(logits, Sampling(1, 1.0, top_p), torch.ones(1, dtype=torch.float64))
+        assert tokens.item() in (5, 9) and log_q.exp().item() == pytest.approx(0.5)
 
 
 def test_what_ends_and_what_is_cut(model: CausalModel, prompts: list[list[int]]) -> None:

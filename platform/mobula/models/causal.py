@@ -29,6 +29,8 @@ PAD, EOS, UNKNOWN = "<pad>", "<eos>", "<unk>"
 ADAPTER, ADAPTER_WEIGHTS = "adapter.json", "adapter.safetensors"
 # What stands alone in a text of words: line ends, and the marks of programs and numbered steps.
 _MARKS = Regex(r"\n|[()=,:]")
+# A vocabulary up to the first size is sorted whole for a draw; of a larger one so many of the likeliest tokens.
+SORTED, LIKELIEST = 4096, 256
 
 
 @dataclass(frozen=True)
@@ -260,11 +262,12 @@ class CausalModel:
         sampled: list[list[int]] = [[] for _ in prompts]
         scores: list[list[tuple[float, float]]] = [[] for _ in prompts]
         for step in range(sampling.max_tokens):
-            logits = self._logits(ids, mask, positions, cache)[:, -1].float().cpu()
+            logits = self._logits(ids, mask, positions, cache)[:, -1].float()
             if memory is not None and step == 0 and hasattr(cache, "remembered"):
                 memory[:] = cache.remembered(mask.to(self.device))
-            tokens, log_q = _draw(logits, sampling, uniform[alive, step])
-            chosen = torch.log_softmax(logits, -1).gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+            drawn, log_q = _draw(logits, sampling, uniform[alive, step].to(logits.device))
+            chosen = logits.gather(-1, drawn.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(-1)
+            tokens = drawn.cpu()
             rows = zip(alive.tolist(), tokens.tolist(), chosen.tolist(), log_q.tolist(), strict=True)
             for row, token, *both in rows:
                 sampled[row].append(token)
@@ -365,18 +368,36 @@ def _uniform(seed: int, count: int) -> Tensor:
 def _draw(logits: Tensor, sampling: Sampling, uniform: Tensor) -> tuple[Tensor, Tensor]:
     """A token i64[B] per row of logits f32[B, V] by inversion of the cumulative distribution at ``uniform`` f64[B].
 
-    And the logarithm f64[B] of the probability that it was drawn with.
+    And the logarithm f64[B] of the probability that it was drawn with. The likeliest tokens come first, best first, and
+    behind them all others as they stand in the vocabulary.
     """
     if sampling.temperature == 0:
         return logits.argmax(-1), torch.zeros_like(uniform)
-    likely, order = torch.softmax(logits.double() / sampling.temperature, -1).sort(stable=True, dim=-1, descending=True)
-    before = likely.cumsum(-1) - likely
-    likely = likely.masked_fill(before >= sampling.top_p, 0.0)
-    cumulative = likely.cumsum(-1)
+    likely = torch.softmax(logits.double() / sampling.temperature, -1)
+    first, order = _likeliest(likely, sampling.top_p)
+    if sampling.top_p < 1:
+        first = first.masked_fill(first.cumsum(-1) - first >= sampling.top_p, 0.0)
+    elif first.shape[-1] < likely.shape[-1]:
+        first = torch.cat([first, likely.scatter(-1, order, 0.0)], -1)
+        order = torch.cat([order, torch.arange(likely.shape[-1], device=order.device).expand_as(likely)], -1)
+    cumulative = first.cumsum(-1)
     index = torch.searchsorted(cumulative, (uniform * cumulative[:, -1]).unsqueeze(-1), right=True)
-    index = index.minimum((likely > 0).sum(-1, keepdim=True) - 1)
-    share = likely.gather(-1, index).squeeze(-1) / cumulative[:, -1]
+    last = first.shape[-1] - 1 - (first > 0).flip(-1).int().argmax(-1, keepdim=True)  # rounding may lead behind it
+    index = index.minimum(last)
+    share = first.gather(-1, index).squeeze(-1) / cumulative[:, -1]
     return order.gather(-1, index).squeeze(-1), share.log()
+
+
+def _likeliest(likely: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
+    """Probabilities f64[B, n] and tokens i64[B, n], best first: of a large vocabulary a few, but all of the nucleus."""
+    count = likely.shape[-1]
+    kept = count if count <= SORTED else LIKELIEST
+    while kept < count:
+        first, order = likely.topk(kept)
+        if top_p == 1 or bool((first.sum(-1) >= top_p).all()):
+            return first, order
+        kept *= 8
+    return likely.sort(stable=True, dim=-1, descending=True)
 
 
 def _continuation(tokens: list[int], scores: list[tuple[float, float]], eos: int) -> Continuation:
