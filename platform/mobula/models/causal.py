@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from mobula.artifacts import write_json
 from mobula.cluster.resources import process_device
 from mobula.errors import ModelError
+from mobula.models.chat_template import end_of_turn
 from mobula.models.encoders import read_json
 from mobula.models.pretrained import Pretrained, without_progress
 
@@ -68,7 +69,7 @@ class Continuation:
     """Sampled token ids without EOS, and log p of each under the model as it is (temperature 1), EOS last if drawn.
 
     ``log_q``: the same under the distribution that they were drawn from, by temperature and nucleus; zeros if greedy.
-    ``ended``: EOS was drawn; otherwise ``max_tokens`` were used up.
+    ``ended``: EOS was drawn; otherwise ``max_tokens`` were used up, or another token ended it, which is left out.
     """
 
     ids: tuple[int, ...]
@@ -80,7 +81,9 @@ class Continuation:
 class CausalModel:
     """A network that continues token ids, with the tokenizer that makes them.
 
-    With an ``adapter``, the network's trained weights are low-rank parts alone, and only they are saved.
+    ``eos`` ends a turn by the tokenizer's chat template, or a text where there is none; sampling stops at it and at
+    ``stops``, what ends a text otherwise. With an ``adapter``, the network's trained weights are low-rank parts alone,
+    and only they are saved.
     """
 
     def __init__(self, network: nn.Module, tokenizer: Any, name: str, adapter: Adapter | None = None) -> None:
@@ -90,7 +93,9 @@ class CausalModel:
         self.adapter = adapter
         if tokenizer.eos_token_id is None:
             raise ModelError(f"model {name!r}: its tokenizer has no end-of-sequence token")
-        self.eos: int = tokenizer.eos_token_id
+        end = end_of_turn(tokenizer)
+        self.eos: int = tokenizer.eos_token_id if end is None else end
+        self.stops = frozenset({self.eos, tokenizer.eos_token_id, *_generation_ends(network)})
         self.pad: int = self.eos if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
     @classmethod
@@ -258,7 +263,7 @@ class CausalModel:
         old = torch.arange(max(known)) >= max(known) - torch.tensor(known).unsqueeze(1)
         mask = torch.cat([old.long(), new], 1)
         positions = ((mask.cumsum(1) - 1).clamp(min=0))[:, -ids.shape[1] :]
-        alive = torch.arange(len(prompts))
+        alive, stops = torch.arange(len(prompts)), torch.tensor(sorted(self.stops))
         sampled: list[list[int]] = [[] for _ in prompts]
         scores: list[list[tuple[float, float]]] = [[] for _ in prompts]
         for step in range(sampling.max_tokens):
@@ -272,7 +277,7 @@ class CausalModel:
             for row, token, *both in rows:
                 sampled[row].append(token)
                 scores[row].append((both[0], both[1]))
-            going = (tokens != self.eos).nonzero().squeeze(-1)
+            going = (~torch.isin(tokens, stops)).nonzero().squeeze(-1)
             if len(going) == 0:
                 break
             if len(going) < len(alive):
@@ -280,7 +285,14 @@ class CausalModel:
             alive, ids = alive[going], tokens[going].unsqueeze(1)
             mask = torch.cat([mask[going], torch.ones(len(going), 1, dtype=mask.dtype)], 1)
             positions = positions[going, -1:] + 1
-        return [_continuation(tokens, row, self.eos) for tokens, row in zip(sampled, scores, strict=True)]
+        return [self._continuation(tokens, row) for tokens, row in zip(sampled, scores, strict=True)]
+
+    def _continuation(self, tokens: list[int], scores: list[tuple[float, float]]) -> Continuation:
+        ended = tokens[-1] == self.eos
+        if not ended and tokens[-1] in self.stops:
+            del tokens[-1], scores[-1]
+        log_probs, log_q = zip(*scores, strict=True) if scores else ((), ())
+        return Continuation(tuple(tokens[:-1] if ended else tokens), log_probs, log_q, ended)
 
     def _begin(self, prompts: Sequence[Sequence[int]], memory: list[Any] | None) -> tuple[Any, list[int]]:
         """A cache, and how many tokens of each prompt it holds already."""
@@ -400,7 +412,7 @@ def _likeliest(likely: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
     return likely.sort(stable=True, dim=-1, descending=True)
 
 
-def _continuation(tokens: list[int], scores: list[tuple[float, float]], eos: int) -> Continuation:
-    ended = tokens[-1] == eos
-    log_probs, log_q = zip(*scores, strict=True)
-    return Continuation(tuple(tokens[:-1] if ended else tokens), log_probs, log_q, ended)
+def _generation_ends(network: Any) -> list[int]:
+    """The end tokens of a pretrained model's generation config."""
+    ends = getattr(getattr(network, "generation_config", None), "eos_token_id", None)
+    return ends if isinstance(ends, list) else [] if ends is None else [ends]

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from mobula.data.records import Document
 from mobula.errors import MobulaError
 from mobula.models.causal import CausalModel
+from mobula.models.chat_template import render
 from mobula.rag.permutations import labels
 
 SELECT = (
@@ -59,8 +60,7 @@ class Prompts:
     def _turn(self, text: str) -> list[int]:
         tokenizer = self.model.tokenizer
         if getattr(tokenizer, "chat_template", None):
-            turns = [{"role": "user", "content": text}]
-            text = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+            text = render(tokenizer, [("user", text)])
         else:
             text += "\n"
         ids = self.model.encode(text)

@@ -17,6 +17,7 @@ from mobula.agents.moat.config import Config
 from mobula.agents.worlds import GROUNDER_STYLES, PLANNER_STYLES, Task, World
 from mobula.agents.worlds.world import STYLES
 from mobula.models.causal import CausalModel, word_tokenizer
+from mobula.models.chat_template import render
 from mobula.models.sft import Pair
 from mobula.portable import Portable
 
@@ -95,9 +96,7 @@ class Chat(Markers):
         return self._turns(CHECK_SYSTEM, f"Task: {task.text}\nPlan:\n{self.join(plan, program)}")
 
     def _turns(self, system: str, user: str) -> list[int]:
-        turns = [{"role": "system", "content": system}, {"role": "user", "content": user}]
-        text = self.model.tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
-        return self.model.encode(text)
+        return self.model.encode(render(self.model.tokenizer, [("system", system), ("user", user)]))
 
 
 def template_of(model: CausalModel, view: View) -> Markers:
