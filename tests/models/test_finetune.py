@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mobula.artifacts import write_jsonl
+from mobula.models import finetune as finetuning
 from mobula.models.causal import CausalModel, SmallShape, word_tokenizer
 from mobula.models.finetune import MODEL, FinetuneTask, TokenRow, collate, finetune, row_log_probs, token_log_probs
 from mobula.training import TrainingConfig
@@ -61,17 +62,32 @@ def test_rows_are_padded_on_the_right() -> None:
     assert batch["weights"].tolist() == [0.5, 1.0]
 
 
-def test_log_probs_are_those_of_cross_entropy_bit_for_bit_and_of_every_row_alone(model: CausalModel) -> None:
-    batch = collate(ROWS)
+@pytest.mark.parametrize("known", [True, False], ids=["by states", "by logits"])
+def test_log_probs_of_learned_tokens_are_those_of_every_row_alone(
+    model: CausalModel, known: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether the output layer sees the states of learned tokens alone or the network's logits are taken."""
+    monkeypatch.setattr(finetuning, "ARCHITECTURES", {"gpt2": None} if known else {})
+    rows = [TokenRow([3, 4, 5, 1, 2], [0, 2, 0, 1, 1]), TokenRow([3, 1, 4], [1, 1, 0])]
+    batch = collate(rows)
     with torch.no_grad():
         log_probs = token_log_probs(model.network, batch)
-        logits = model.network(input_ids=batch["ids"], attention_mask=batch["attention"]).logits[:, :-1]
-        plain = -F.cross_entropy(logits.flatten(0, 1), batch["ids"][:, 1:].flatten(), reduction="none").view(2, -1)
-        assert torch.equal(log_probs, plain)
         sums = row_log_probs(model.network, batch)
-    wanted = model.log_probs([row.ids[:1] for row in ROWS], [row.ids[1:] for row in ROWS])
-    torch.testing.assert_close(log_probs[0], wanted[0])
-    torch.testing.assert_close(sums, torch.stack([one.sum() for one in wanted]))
+    wanted = model.log_probs([row.ids[:1] for row in rows], [row.ids[1:] for row in rows])
+    for row, found, own in zip(rows, log_probs, wanted, strict=True):
+        learned = torch.tensor([kind > 0 for kind in row.mask[1:]])
+        torch.testing.assert_close(found[: len(own)], own * learned)
+        assert (found[len(own) :] == 0).all()
+    torch.testing.assert_close(sums, log_probs.sum(1))
+
+
+def test_gradients_are_those_of_all_logits(model: CausalModel) -> None:
+    batch = collate(ROWS)
+    logits = model.network(input_ids=batch["ids"], attention_mask=batch["attention"]).logits[:, :-1]
+    labels = batch["ids"].masked_fill(batch["mask"] == 0, -100)[:, 1:]
+    weights = list(model.network.parameters())
+    plain = torch.autograd.grad(F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum"), weights)
+    torch.testing.assert_close(torch.autograd.grad(-row_log_probs(model.network, batch).sum(), weights), plain)
 
 
 def test_every_field_enters_the_identity(task: MarginTask) -> None:

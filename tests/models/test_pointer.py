@@ -119,6 +119,21 @@ def test_logits_are_log_probabilities_that_never_vanish(model: CausalModel, ids:
     assert float(logits.min()) >= torch.tensor(1e-4 / len(model.tokenizer)).log() - 1e-4
 
 
+def test_learned_tokens_are_scored_as_by_all_logits(model: CausalModel, ids: list[int]) -> None:
+    """Values and gradients, for rows of unequal length."""
+    rows = torch.tensor([ids, [*ids[: len(ids) - 5], *[0] * 5]])
+    mask = torch.ones_like(rows)
+    mask[1, -5:] = 0
+    learned = (torch.arange(len(ids) - 1) % 3 == 1).expand(2, -1) & (mask[:, 1:] > 0)
+    scored = network(model)(input_ids=rows, attention_mask=mask, learned=learned).logits
+    logits = network(model)(input_ids=rows, attention_mask=mask).logits[:, :-1]
+    wanted = torch.log_softmax(logits, -1).gather(-1, rows[:, 1:, None]).squeeze(-1)[learned]
+    torch.testing.assert_close(scored, wanted)
+    weights = list(network(model).parameters())
+    both = (torch.autograd.grad(each.sum(), weights) for each in (scored, wanted))
+    torch.testing.assert_close(*both, atol=1e-4, rtol=1e-3)
+
+
 def test_flags_look_back_only_and_at_words_only(model: CausalModel, ids: list[int]) -> None:
     config = network(model).config
     row = torch.tensor([ids])

@@ -14,11 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mobula.artifacts import read_jsonl, sha256
 from mobula.cluster.spec import ClusterSpec
 from mobula.config import digest, key
+from mobula.models.blocks import ARCHITECTURES
 from mobula.models.causal import CausalModel
 from mobula.training import FitResult, Task, TrainingConfig, fit, load_weights
 
@@ -66,20 +68,33 @@ def collate(rows: Sequence[TokenRow], *, left: bool = False) -> dict[str, Tensor
     return {"ids": ids, "attention": attention, "mask": mask, "weights": weights}
 
 
-def next_token_logits(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    """Logits f32[R, n - 1, V] of every token but the first, given those before it."""
-    return model(input_ids=batch["ids"], attention_mask=batch["attention"], use_cache=False).logits[:, :-1].float()
-
-
 def token_log_probs(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    """log p f32[R, n - 1] of every token but the first, given those before it; of padding too, which is masked."""
-    log_probs = torch.log_softmax(next_token_logits(model, batch), -1)
-    return log_probs.gather(-1, batch["ids"][:, 1:].unsqueeze(-1)).squeeze(-1)
+    """log p f32[R, n - 1] of every learned token but the first, given those before it; 0 for all others.
+
+    Most tokens of a row are given, and logits of a whole vocabulary cost more than all else, so only those of learned
+    tokens are computed.
+    """
+    learned = batch["mask"][:, 1:] > 0
+    inputs = {"input_ids": batch["ids"], "attention_mask": batch["attention"], "use_cache": False}
+    if hasattr(model, "learned_log_probs"):
+        chosen = model(**inputs, learned=learned).logits
+    else:
+        logits = _learned_logits(model, inputs, learned).float()
+        chosen = -F.cross_entropy(logits, batch["ids"][:, 1:][learned], reduction="none")
+    return chosen.new_zeros(learned.shape).masked_scatter(learned, chosen)
+
+
+def _learned_logits(model: Any, inputs: dict[str, Any], learned: Tensor) -> Tensor:
+    """Logits f[S, V] of the tokens at ``learned`` bool[R, n - 1], row by row."""
+    if model.config.model_type not in ARCHITECTURES:  # one that does more than apply a layer, perhaps
+        return model(**inputs).logits[:, :-1][learned]
+    states = model.base_model(**inputs).last_hidden_state
+    return model.get_output_embeddings()(states[:, :-1][learned])
 
 
 def row_log_probs(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     """Sum f32[R] of the log-probabilities of each row's learned tokens."""
-    return token_log_probs(model, batch).masked_fill(batch["mask"][:, 1:] == 0, 0.0).sum(1)
+    return token_log_probs(model, batch).sum(1)
 
 
 def without_dropout(network: nn.Module) -> nn.Module:

@@ -241,10 +241,13 @@ class PointerLM(PreTrainedModel):
         past_key_values: PointerCache | None = None,
         use_cache: bool = False,
         logits_to_keep: int = 0,
+        learned: Tensor | None = None,
         **others: Any,
     ) -> CausalLMOutputWithPast:
         """Logits f32[B, M, V], of the last ``logits_to_keep`` tokens if that is not 0.
 
+        With ``learned`` bool[B, M - 1], the log-probabilities f32[S] of these tokens (the first is none of them) in
+        place of logits, see :meth:`learned_log_probs`.
         ``attention_mask`` i64[B, N] and ids of earlier tokens belong together as transformers has it.
         """
         cache = past_key_values
@@ -263,6 +266,9 @@ class PointerLM(PreTrainedModel):
         offered = self.offering(x)
         if cache is not None:
             offered = cache.extended(len(self.layers), "offered", offered)
+        if learned is not None:
+            scored = self.learned_log_probs(x[:, :-1], offered, hidden[:, :-1], ids, learned)
+            return CausalLMOutputWithPast(logits=scored, past_key_values=None)
         x, hidden = x[:, -logits_to_keep:], hidden[:, -logits_to_keep:]
         return CausalLMOutputWithPast(logits=self._logits(x, offered, hidden, ids), past_key_values=None)
 
@@ -284,6 +290,21 @@ class PointerLM(PreTrainedModel):
         gate = torch.sigmoid(self.gate(x)).to(precise)
         mixed = (gate * generated).scatter_add(-1, index, (1 - gate) * copied)
         return torch.log((1 - FLOOR) * mixed + FLOOR / size)
+
+    def learned_log_probs(self, x: Tensor, offered: Tensor, hidden: Tensor, ids: Tensor, learned: Tensor) -> Tensor:
+        """log p f32[S] of the tokens at ``learned`` bool[B, N - 1] from the states x f[B, N - 1, d] before them.
+
+        As :meth:`_logits`, of the wanted tokens alone: no table of the whole vocabulary for every position.
+        """
+        targets, rows = ids[:, 1:][learned], learned.nonzero()[:, 0]
+        scores = self.asking(x) @ offered.transpose(1, 2) / math.sqrt(x.shape[-1]) + hidden
+        x, scores = x[learned], scores[learned]
+        precise = torch.promote_types(x.dtype, torch.float32)
+        generated = -F.cross_entropy((x @ self.words.weight.T).to(precise), targets, reduction="none")
+        copied = torch.softmax(scores, -1, dtype=precise) * (ids[rows] == targets[:, None])
+        gate = torch.sigmoid(self.gate(x)).to(precise).squeeze(-1)
+        mixed = gate * generated.exp() + (1 - gate) * copied.sum(-1)
+        return torch.log((1 - FLOOR) * mixed + FLOOR / self.config.vocab_size)
 
 
 def occurring(ids: Tensor, mask: Tensor, new: int, config: PointerConfig) -> Tensor:

@@ -10,11 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mobula.artifacts import read_jsonl, write_jsonl
-from mobula.models.finetune import FinetuneTask, TokenRow, collate, next_token_logits
+from mobula.models.finetune import FinetuneTask, TokenRow, collate, token_log_probs
 
 IGNORED = -100  # label of a token that is not learned
 Pair = tuple[list[int], list[int]]
@@ -66,6 +65,5 @@ class SftTask(FinetuneTask):
 
 def _cross_entropy(model: nn.Module, batch: dict[str, Tensor], reduction: str) -> Tensor:
     """Of the learned tokens."""
-    labels = batch["ids"].masked_fill(batch["mask"] == 0, IGNORED)[:, 1:].flatten()
-    logits = next_token_logits(model, batch).flatten(0, 1)
-    return F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction=reduction)
+    total = -token_log_probs(model, batch).sum()
+    return total if reduction == "sum" else total / (batch["mask"][:, 1:] > 0).sum()
