@@ -171,7 +171,7 @@ def test_ratios_of_a_policy_gradient_begin_at_1_whatever_the_sampler_said(task: 
 def test_nothing_is_learned_of_what_a_repair_puts_into_the_agents_mouth(
     agent: Agent, tmp_path: Path, clip: float | None
 ) -> None:
-    """The logits' gradient is exactly 0 where the target is a token of it, in a turn that was really repaired."""
+    """What is scored and has a gradient is the agent's own, in a turn that was really repaired."""
     said = iter(["<QUERY> home of belford", "folford is the", "seat of folford", "<FACT> by <FINAL>", "folford"])
     (found,) = small.rollouts(lambda prompt: next(said)).run([QUESTION], [0])
     assert found.flags.repaired == 1
@@ -183,18 +183,20 @@ def test_nothing_is_learned_of_what_a_repair_puts_into_the_agents_mouth(
 
     write_rows(tmp_path / "rows.jsonl", [QueryRows([row])])
     task = RowsTask(agent.model, tmp_path / "rows.jsonl", clip=clip)
-    network, logits = task.build(), []
+    network, scored = task.build(), []
     if clip:
         with torch.no_grad():
             task.refer(task.reference(network))
 
-    def keep(module: torch.nn.Module, inputs: Any, output: Any) -> None:
+    def keep(module: torch.nn.Module, inputs: Any, named: dict[str, Any], output: Any) -> None:
         output.logits.retain_grad()
-        logits.append(output.logits)
+        scored.append((named["learned"], output.logits))
 
-    network.register_forward_hook(keep)
+    network.register_forward_hook(keep, with_kwargs=True)
     task.loss(network, task.batch(torch.arange(1), torch.Generator()))[0].backward()
-    touched = [False, *(logits[0].grad[0, :-1].abs().sum(-1) > 0).tolist()]
+    ((learned, log_probs),) = scored
+    assert (log_probs.grad != 0).all()
+    touched = [False, *learned[0].tolist()]
     assert touched[start : start + len(given) + len(own)] == [False] * len(given) + [True] * len(own)
     assert touched == [kind > 0 for kind in row.mask]
 
