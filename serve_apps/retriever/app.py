@@ -31,6 +31,8 @@ from serve_apps.retriever.schema import (
     Removal,
     Removed,
     RetrieverArgs,
+    RetrieveRequest,
+    RetrieveResponse,
     SearchRequest,
     SearchResponse,
     Versions,
@@ -67,6 +69,11 @@ def _search_routes(app: FastAPI, searching: Searching) -> None:
     async def search(request: SearchRequest) -> Response:
         """Documents for a query, within the request's budget."""
         return await (searching.trace(request) if request.trace else searching.search(request))
+
+    @app.post("/retrieve", response_model=RetrieveResponse, responses=pages.REFUSALS)
+    async def retrieve(request: RetrieveRequest) -> Response:
+        """Documents for several queries at once, as search agents ask for them (Search-R1's contract)."""
+        return await searching.retrieve(request)
 
     @app.post("/trace", responses={**pages.REFUSALS, 200: pages.EVENT_STREAM}, response_class=Response)
     async def trace(request: SearchRequest) -> Response:

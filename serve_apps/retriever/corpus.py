@@ -61,13 +61,17 @@ class Snapshot:
         queries, options = zip(*requests, strict=True)
         return self.searchable.retrievers[retriever].search(queries, options)
 
+    def passage(self, doc_id: str) -> dict[str, str]:
+        """A document as search agents read it."""
+        found = self.searchable.document(doc_id)
+        return {"id": doc_id, "contents": Document(doc_id, found["title"], found["text"]).contents}
+
     def show(self, doc_id: str, score: float) -> dict[str, Any]:
         """A hit with title and the beginning of the text."""
         document = self.searchable.document(doc_id)
-        # A document that the model gives no probability has score -inf, which JSON cannot hold.
-        finite = score if math.isfinite(score) else None
         title, code = document["title"], document.get("code")
-        return {"doc_id": doc_id, "score": finite, "title": title, "snippet": _snippet(document["text"]), "code": code}
+        snippet = _snippet(document["text"])
+        return {"doc_id": doc_id, "score": finite(score), "title": title, "snippet": snippet, "code": code}
 
     def changes(self) -> Iterator[Change]:
         """The changes since the artifact, newest first."""
@@ -75,6 +79,11 @@ class Snapshot:
         while change:
             yield change
             change = change.before
+
+
+def finite(score: float) -> float | None:
+    """A score as JSON can hold it: that of a document to which the model gives no probability is -inf."""
+    return score if math.isfinite(score) else None
 
 
 def changed(snapshot: Snapshot, record: Record) -> Snapshot:

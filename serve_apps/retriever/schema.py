@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, Field, StringConstraints, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, Field, StringConstraints, model_validator
 
 from mobula.retrieval.search import ALL_DECODERS, CONSTRAINTS, ORDERS, REMASK
 from mobula.serving.app import ModelArgs, Strict
+from mobula.serving.app import Text as RequestText
 from mobula.serving.paths import LocalPath
 
 TEXT_BYTES = 100_000
 CHANGED_AT_ONCE = 256
+QUERIES_AT_ONCE = 512
 VERSIONS = 2**53  # what JavaScript's numbers hold exactly
 
 
@@ -31,7 +33,7 @@ class RetrieverArgs(ModelArgs):
 class SearchRequest(Strict):
     """A search. The budget is one of steps, threshold and max_ms; none means half the code length."""
 
-    query: Annotated[str, StringConstraints(min_length=1, max_length=2000)]
+    query: RequestText
     k: int = Field(10, ge=1, le=100, description="documents to return")
     retriever: str | None = Field(None, max_length=64, description="see /retrievers; null: the default one")
     version: int | None = Field(None, ge=0, le=VERSIONS, description="least version to search; null: the present one")
@@ -46,19 +48,20 @@ class SearchRequest(Strict):
     seed: int = Field(0, ge=0, le=2**31 - 1)
     trace: bool = Field(False, description="stream every denoising step (server-sent events), as /trace does")
 
-    @field_validator("query")
-    @classmethod
-    def _not_blank(cls, query: str) -> str:
-        if not query.strip():
-            raise ValueError("the query is blank")
-        return query
-
     @model_validator(mode="after")
     def _one_budget(self) -> SearchRequest:
         given = [name for name in ("steps", "threshold", "max_ms") if getattr(self, name) is not None]
         if len(given) > 1:
             raise ValueError(f"{' and '.join(given)} exclude each other; give one budget")
         return self
+
+
+class RetrieveRequest(Strict):
+    """Queries that are searched for together, by the default retriever with its own budget (Search-R1's contract)."""
+
+    queries: list[RequestText] = Field(min_length=1, max_length=QUERIES_AT_ONCE)
+    topk: int = Field(10, ge=1, le=100, description="documents to return for each, fewer if there are not as many")
+    return_scores: bool = Field(False, description="false: documents alone")
 
 
 def _short_enough(text: str) -> str:
@@ -101,6 +104,26 @@ class FoundDocument(BaseModel):
     title: str
     snippet: str
     code: list[int] | None = Field(description="its docid; null if the retrieval model has none for it")
+
+
+class RetrievedDocument(BaseModel):
+    """A document as search agents read it."""
+
+    id: str
+    contents: str = Field(description="the title in quotation marks, a line break, the text")
+
+
+class ScoredDocument(BaseModel):
+    """A document and how well it fits; null where the model gives it no probability."""
+
+    document: RetrievedDocument
+    score: float | None
+
+
+class RetrieveResponse(BaseModel):
+    """A list for each query, best first: of documents with scores, or of documents alone."""
+
+    result: list[list[ScoredDocument]] | list[list[RetrievedDocument]]
 
 
 class Budget(BaseModel):

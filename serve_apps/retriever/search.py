@@ -10,6 +10,8 @@ from typing import Any
 
 from starlette.responses import Response
 
+from mobula.cancellation import raise_if_cancelled
+from mobula.retrieval.results import BATCH
 from mobula.retrieval.search import SearchOptions, SearchResult
 from mobula.serving.app import time_limit, to_json
 from mobula.serving.batching import Batcher
@@ -17,8 +19,8 @@ from mobula.serving.errors import RequestRefused
 from mobula.serving.metrics import Metrics
 from mobula.serving.streaming import stream
 from serve_apps.retriever.budget import plan
-from serve_apps.retriever.corpus import Corpus, Snapshot
-from serve_apps.retriever.schema import RetrieverArgs, SearchRequest
+from serve_apps.retriever.corpus import Corpus, Snapshot, finite
+from serve_apps.retriever.schema import RetrieverArgs, RetrieveRequest, SearchRequest
 
 
 @dataclass
@@ -48,6 +50,18 @@ class Searching:
         ms = 1000 * (time.perf_counter() - start)
         self.metrics.search(retriever, result.decoder, ms)
         return to_json(_found(result, snapshot, retriever, budget, ms))
+
+    async def retrieve(self, request: RetrieveRequest) -> Response:
+        """The hits of several queries as JSON, of one version of the corpus."""
+        start, corpus = time.perf_counter(), self.state.corpus
+        single = SearchRequest(query=request.queries[0], k=request.topk)
+        retriever, options, _ = plan(single, corpus.searchable, corpus.calibration)
+        # A group by itself: other searches take their turns between two of these, and none waits for more than one.
+        group = (_Together(), corpus, retriever)
+        async with time_limit(self.args.time_limit_s):
+            results, snapshot = await self.batcher.submit(group, (request.queries, options))
+        self.metrics.search(retriever, results[0].decoder, 1000 * (time.perf_counter() - start))
+        return to_json({"result": [_passages(result, snapshot, request.return_scores) for result in results]})
 
     async def trace(self, request: SearchRequest) -> Response:
         """Denoising steps and hits as events."""
@@ -81,12 +95,35 @@ class Searching:
             await steps.aclose()  # type: ignore[attr-defined]
 
 
-def _compute(group: tuple, requests: list[tuple[str, SearchOptions]]) -> list[tuple[SearchResult, Snapshot]]:
+class _Together:
+    """Queries of one request; equal to no other."""
+
+
+def _compute(group: tuple, requests: list[tuple[Any, SearchOptions]]) -> list[tuple[Any, Snapshot]]:
     """Results of a batch, and the one version that they are of."""
-    corpus, retriever, *_ = group
+    together = isinstance(group[0], _Together)
+    corpus, retriever = group[1:] if together else group[:2]
     corpus.follow()
     snapshot = corpus.snapshot
+    if together:
+        return [(_search_all(snapshot, retriever, *request), snapshot) for request in requests]
     return [(result, snapshot) for result in snapshot.search(retriever, requests)]
+
+
+def _search_all(snapshot: Snapshot, retriever: str, queries: list[str], options: SearchOptions) -> list[SearchResult]:
+    results: list[SearchResult] = []
+    for at in range(0, len(queries), BATCH):
+        raise_if_cancelled()
+        results += snapshot.search(retriever, [(query, options) for query in queries[at : at + BATCH]])
+    return results
+
+
+def _passages(result: SearchResult, snapshot: Snapshot, scored: bool) -> list[dict[str, Any]]:
+    documents = [snapshot.passage(hit.doc_id) for hit in result.hits]
+    if not scored:
+        return documents  # type: ignore[return-value]
+    pairs = zip(documents, result.hits, strict=True)
+    return [{"document": document, "score": finite(float(hit.score))} for document, hit in pairs]
 
 
 def _found(

@@ -13,14 +13,11 @@ from mobula.rag.search import (
     IndexSelfTestError,
     Retrying,
     SearchFailed,
-    ServedSearcher,
+    batch_limit,
     open_searcher,
     self_test,
 )
 from mobula.retrieval.search import BadSearch
-from tests.serving.asgi import make
-from tests.serving.console import served
-from tests.serving.toy import TEXTS
 
 TOPICS = ["cats purr", "dogs bark loudly", "rain falls", "volcanoes erupt lava", "stock markets crash", "rivers flow"]
 DOCUMENTS = [Document(f"d{i}", topic.split()[0], f"{topic} at place{i}") for i, topic in enumerate(TOPICS)]
@@ -29,7 +26,7 @@ DOCUMENTS = [Document(f"d{i}", topic.split()[0], f"{topic} at place{i}") for i, 
 class Constant:
     """Answers every query alike."""
 
-    hash = "constant"
+    hash, size = "constant", len(DOCUMENTS)
 
     def __init__(self, fails: int = 0, hangs: float = 0.0):
         self.asked, self.fails, self.hangs = [], fails, hangs
@@ -164,19 +161,9 @@ def test_what_a_searcher_raises_otherwise_is_not_hidden():
         Retrying(Broken()).ask(["a"], 1)
 
 
-def test_a_served_retriever_is_a_searcher(tmp_path):
-    documents = [Document(id, title, text) for id, (title, text) in TEXTS.items()]
-    app, _ = make(tmp_path)
-    with served(app) as address:
-        searcher = ServedSearcher(address, documents)
-        (found,) = searcher.search(["warm seas"], 2)
-        assert [(one.id, one.rank) for one in found] == [("d3", 1), ("d4", 2)]
-        assert searcher.document("d3").text == TEXTS["d3"][1]
-        with pytest.raises(BadSearch, match="k"):
-            searcher.search(["warm seas"], 0)
-        with pytest.raises(SearchFailed, match="another corpus"):
-            ServedSearcher(address, documents[:1]).search(["warm seas"], 2)
-        other = ServedSearcher(address, documents)
-        assert other.hash == searcher.hash
-    (reply,) = Retrying(searcher, retries=1, backoff_s=0.001).ask(["warm seas"], 2)
-    assert reply.failed
+def test_each_query_of_a_batch_has_its_time(monkeypatch):
+    inner = Constant(hangs=0.2)
+    replies = Retrying(inner, timeout_s=0.04, retries=0).ask(["q"] * 20, 1)
+    assert not any(reply.failed for reply in replies)
+    assert Retrying(inner, timeout_s=0.04, retries=0).ask(["q"], 1)[0].failed
+    assert (batch_limit(30, 1), batch_limit(30, 4), batch_limit(30, 500), batch_limit(400, 3)) == (30, 120, 300, 400)

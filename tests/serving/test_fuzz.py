@@ -16,6 +16,7 @@ from tests.serving.toy import Toy
 
 ROUTES = [
     ("POST", "/search"),
+    ("POST", "/retrieve"),
     ("POST", "/trace"),
     ("POST", "/documents"),
     ("POST", "/documents/remove"),
@@ -44,7 +45,7 @@ def test_every_route_is_tried(description):
 
 POSITIVE, NEGATIVE = schemathesis.GenerationMode.POSITIVE, schemathesis.GenerationMode.NEGATIVE
 # A path of any text is valid, and so is a request without a body: only bodies can be made wrong.
-CASES = [(*route, POSITIVE) for route in ROUTES] + [(*route, NEGATIVE) for route in ROUTES[:4]]
+CASES = [(*route, POSITIVE) for route in ROUTES] + [(*route, NEGATIVE) for route in ROUTES[:5]]
 
 
 @pytest.mark.parametrize(("method", "path", "mode"), CASES, ids=lambda value: getattr(value, "value", value))

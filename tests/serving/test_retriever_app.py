@@ -3,13 +3,15 @@
 import asyncio
 import json
 import logging
+import time
 
 import pytest
 
 from mobula.errors import ConfigError
+from mobula.retrieval.search import Hit, SearchResult
 from serve_apps.retriever import RetrieverArgs
 from tests.serving.asgi import ask, client, make
-from tests.serving.toy import LEVELS, Toy
+from tests.serving.toy import LEVELS, TEXTS, Toy
 
 KEY = "a-long-enough-secret-key"
 
@@ -20,6 +22,71 @@ def test_search_returns_hits_and_their_cost(tmp_path):
     assert [h["doc_id"] for h in answer["hits"]] == ["d3", "d4"]
     assert answer["hits"][0]["title"] == "Rays"
     assert answer["steps_used"] == 3 and answer["budget"]["steps"] == 3 and answer["ms"] > 0
+
+
+def retrieve(app, queries, **more):
+    return ask(app, "POST", "/retrieve", json={"queries": queries, **more})
+
+
+def test_retrieve_answers_a_batch_with_contents(tmp_path):
+    app, _ = make(tmp_path)
+    answer = retrieve(app, ["warm seas", "dogs bark"], topk=2, return_scores=True)
+    seas, dogs = answer.json()["result"]
+    assert seas[0] == {"document": {"id": "d3", "contents": f'"Rays"\n{TEXTS["d3"][1]}'}, "score": 2.0}
+    assert [row["document"]["id"] for row in seas] == ["d3", "d4"] and dogs[0]["document"]["id"] == "d2"
+    (alone,) = retrieve(app, ["warm seas"], topk=1).json()["result"]
+    assert alone == [seas[0]["document"]]
+    assert len(retrieve(app, ["warm seas"]).json()["result"][0]) == 4
+
+
+def test_retrieve_searches_once_for_many_and_lets_others_between(tmp_path):
+    toy = Toy()
+    words, sizes = toy.retrievers["words"], []
+    search = words.search
+    words.search = lambda queries, options: sizes.append(len(queries)) or search(queries, options)
+    app, _ = make(tmp_path, toy)
+    assert len(retrieve(app, ["cats"] * 40).json()["result"]) == 40
+    assert sizes == [40]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"queries": []},
+        {"queries": ["cats", " "]},
+        {"queries": ["x" * 2001]},
+        {"queries": ["cats"] * 513},
+        {"queries": "cats"},
+        {"topk": 0},
+        {"topk": 101},
+        {"return_scores": 1},
+        {"retriever": "twin"},
+    ],
+    ids=str,
+)
+def test_retrieve_refuses_with_the_reason(tmp_path, change):
+    app, _ = make(tmp_path)
+    answer = ask(app, "POST", "/retrieve", json={"queries": ["cats"], **change})
+    assert answer.status_code == 422 and answer.json()["error"]["code"] == "invalid_request"
+    (name,) = change
+    assert name in answer.text
+
+
+def test_retrieve_that_takes_too_long_is_stopped(tmp_path):
+    heartbeat = tmp_path / "steps"
+    app, _ = make(tmp_path, Toy(step_s=0.05, heartbeat=heartbeat), time_limit_s=0.2)
+    assert retrieve(app, ["cats"] * 512).status_code == 408
+    time.sleep(0.3)
+    steps = heartbeat.stat().st_size
+    time.sleep(0.3)
+    assert heartbeat.stat().st_size == steps
+
+
+def test_a_score_that_json_cannot_hold_is_null(tmp_path):
+    app, state = make(tmp_path)
+    words = state.corpus.searchable.retrievers["words"]
+    words.search = lambda queries, options: [SearchResult([Hit("d1", float("-inf"))])]
+    assert retrieve(app, ["cats"], return_scores=True).json()["result"][0][0]["score"] is None
 
 
 def test_no_budget_means_half_the_code_length(tmp_path):
@@ -120,6 +187,7 @@ def test_s1_key_is_asked_for_on_every_route_but_health(tmp_path, monkeypatch):
     app, _ = make(tmp_path, key_required=True)
     routes = [("GET", r.path) for r in app.routes if r.path != "/healthz"] + [("POST", "/search"), ("POST", "/trace")]
     routes += [
+        ("POST", "/retrieve"),
         ("POST", "/documents"),
         ("POST", "/documents/remove"),
         ("GET", "/console/"),

@@ -15,6 +15,24 @@ class Document:
     date: str | None = None
     source: str | None = None
 
+    @property
+    def contents(self) -> str:
+        """Title and text as search agents exchange them: the title in quotation marks, a line break, the text."""
+        return f'"{" ".join(self.title.split())}"\n{self.text}'
+
+    @classmethod
+    def of_contents(cls, id: str, contents: str) -> Document:
+        """A document from its contents: the first line is the title, with or without quotation marks.
+
+        Of a single line, all is text.
+        """
+        title, line_break, text = contents.partition("\n")
+        if not line_break:
+            return cls(id, "", contents)
+        title = title.strip()
+        quoted = len(title) > 1 and title[0] == title[-1] == '"'
+        return cls(id, title[1:-1] if quoted else title, text)
+
 
 @dataclass(frozen=True)
 class Query:

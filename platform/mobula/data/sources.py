@@ -94,21 +94,32 @@ def read_text(path: Path) -> str:
 
 
 def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(line number from 1, object) for every non-empty line.
+    """(line number from 1, object) for every non-empty line, one after another.
 
     Raises:
+        DataError: if the file is missing or is not UTF-8.
         BadRecord: for a line that is not a JSON object.
     """
-    for number, line in enumerate(read_text(path).split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            value = json.loads(line)
-        except ValueError as error:
-            raise BadRecord(f"{path}, line {number}: not JSON ({error}); expected one object per line") from error
-        if not isinstance(value, dict):
-            raise BadRecord(f"{path}, line {number}: expected a JSON object, found {type(value).__name__}")
-        yield number, value
+    number = 0
+    try:
+        with path.open(encoding="utf-8") as stream:
+            for number, line in enumerate(stream, 1):
+                if line.strip():
+                    yield number, _object(line, f"{path}, line {number}")
+    except OSError as error:
+        raise DataError(f"{path}: cannot read ({error.strerror}); is the data set complete?") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not UTF-8 text (behind line {number}); convert the file") from error
+
+
+def _object(line: str, where: str) -> dict[str, Any]:
+    try:
+        value = json.loads(line)
+    except ValueError as error:
+        raise BadRecord(f"{where}: not JSON ({error}); expected one object per line") from error
+    if not isinstance(value, dict):
+        raise BadRecord(f"{where}: expected a JSON object, found {type(value).__name__}")
+    return value
 
 
 def text_field(value: dict[str, Any], names: tuple[str, ...], where: str, *, optional: bool = False) -> str:

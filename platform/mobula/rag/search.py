@@ -1,7 +1,7 @@
 """The search environment: a corpus that can be asked, whatever answers.
 
-A :class:`Searcher` ranks documents for queries. It is built over documents (:func:`open_searcher`), or asks a served
-`retriever` application (:class:`ServedSearcher`). :class:`Retrying` makes its failures part of the answer.
+A :class:`Searcher` ranks documents for queries. It is built over documents (:func:`open_searcher`); one that asks a
+served retriever is in :mod:`mobula.rag.searchers`. :class:`Retrying` makes a searcher's failures part of the answer.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections import OrderedDict, defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
@@ -29,6 +29,7 @@ KINDS = ("bm25", "dense", "hybrid")
 FUSION = 60  # the constant of reciprocal rank fusion (Cormack et al., SIGIR 2009)
 DEPTH = 100  # documents of each list that are fused, so that a short list begins a longer one
 CACHED = 20_000  # lists that are kept
+BATCH_S = 300.0  # most seconds for a batch of queries
 TESTED, TEST_WORDS, TEST_DEPTH = 50, 8, 5
 TEST_HITS, TEST_DIFFERENT = 0.95, 0.9
 
@@ -51,12 +52,18 @@ class Hit:
 
 
 class Searcher(Protocol):
-    """What ranks the documents of a corpus. ``hash`` identifies documents and back end."""
+    """What ranks the documents of a corpus.
+
+    ``hash`` identifies documents and back end; ``size`` is the number of documents, None where a server alone knows it.
+    """
 
     hash: str
 
+    @property
+    def size(self) -> int | None: ...
+
     def search(self, queries: Sequence[str], k: int) -> list[list[Hit]]:
-        """The k best documents of each query, by (-score, id). A list does not depend on its batch.
+        """The k best documents of each query, equal scores in corpus order. A list does not depend on its batch.
 
         Raises:
             BadSearch: if k is not from 1 to the size of the corpus.
@@ -113,18 +120,16 @@ class Index:
     """A corpus with one retriever, or with several whose lists are fused by reciprocal rank."""
 
     def __init__(self, documents: Sequence[Document], retrievers: Sequence[Retriever], hash: str) -> None:
-        self.hash = hash
+        self.hash, self.size = hash, len(documents)
         self._documents = {document.id: document for document in documents}
         self._retrievers = retrievers
 
     def search(self, queries: Sequence[str], k: int) -> list[list[Hit]]:
         """As :class:`Searcher`."""
-        size = len(self._documents)
-        if not 1 <= k <= size:
-            raise BadSearch(f"k={k}: expected 1 to {size}, the documents of the corpus")
+        require_k(k, self.size)
         if not queries:
             return []
-        depth = k if len(self._retrievers) == 1 else min(size, max(k, DEPTH))
+        depth = k if len(self._retrievers) == 1 else min(self.size, max(k, DEPTH))
         options = [SearchOptions(k=depth)] * len(queries)
         lists = [
             [[(hit.doc_id, hit.score) for hit in result.hits] for result in retriever.search(list(queries), options)]
@@ -132,14 +137,26 @@ class Index:
         ]
         if len(lists) == 1:
             return [_ranked(scored, k) for scored in lists[0]]
-        return [_ranked(_fused(parts), k) for parts in zip(*lists, strict=True)]
+        return [_ranked(fused(parts), k) for parts in zip(*lists, strict=True)]
 
     def document(self, id: str) -> Document:
         """As :class:`Searcher`."""
-        return _known(self._documents, id)
+        if id not in self._documents:
+            raise DataError(f"document {id!r} is not in the corpus")
+        return self._documents[id]
 
 
-def _fused(lists: Sequence[Sequence[tuple[str, float]]]) -> list[tuple[str, float]]:
+def require_k(k: int, size: int) -> None:
+    """Check how many documents are asked for.
+
+    Raises:
+        BadSearch: if there are not as many.
+    """
+    if not 1 <= k <= size:
+        raise BadSearch(f"k={k}: expected 1 to {size}, the documents of the corpus")
+
+
+def fused(lists: Sequence[Sequence[tuple[str, float]]]) -> list[tuple[str, float]]:
     """The sum over lists of 1 / (60 + rank). A BM25 of 0 says nothing and gives no rank."""
     total: dict[str, float] = defaultdict(float)
     for scored in lists:
@@ -154,17 +171,11 @@ def _ranked(scored: Sequence[tuple[str, float]], k: int) -> list[Hit]:
     return [Hit(id, score, rank) for rank, (id, score) in enumerate(best, 1)]
 
 
-def _known(documents: dict[str, Document], id: str) -> Document:
-    if id not in documents:
-        raise DataError(f"document {id!r} is not in the corpus")
-    return documents[id]
-
-
 class Cached:
     """A searcher that remembers its last lists, by its hash, query and k. Threads may share it."""
 
     def __init__(self, searcher: Searcher, size: int = CACHED) -> None:
-        self._searcher, self._size, self.hash = searcher, size, searcher.hash
+        self._searcher, self._kept, self.hash, self.size = searcher, size, searcher.hash, searcher.size
         self._lists: OrderedDict[tuple[str, str, int], list[Hit]] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -180,7 +191,7 @@ class Cached:
             for key in keys:
                 self._lists[key] = known[key]
                 self._lists.move_to_end(key)
-            while len(self._lists) > self._size:
+            while len(self._lists) > self._kept:
                 self._lists.popitem(last=False)
         return [list(known[key]) for key in keys]
 
@@ -196,7 +207,7 @@ class Shuffled:
     searcher: Searcher
 
     def __post_init__(self) -> None:
-        self.hash = f"{self.searcher.hash}-shuffled"
+        self.hash, self.size = f"{self.searcher.hash}-shuffled", self.searcher.size
 
     def search(self, queries: Sequence[str], k: int) -> list[list[Hit]]:
         """As :class:`Searcher`; ranks and scores are those of the search."""
@@ -228,51 +239,6 @@ def self_test(searcher: Searcher, documents: Sequence[Document]) -> None:
         )
 
 
-class ServedSearcher:
-    """Asks a served `retriever` application; texts of documents come from the caller's own copy of the corpus."""
-
-    def __init__(self, url: str, documents: Sequence[Document], api_key: str = "", timeout_s: float = 30.0) -> None:
-        import httpx
-
-        headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-        self._http = httpx.Client(base_url=url.rstrip("/"), headers=headers, timeout=timeout_s)
-        self._documents = {document.id: document for document in documents}
-        facts, versions = self._ask("GET", "retrievers"), self._ask("GET", "versions")
-        self.hash = digest([facts["artifact"], facts["default"], versions["version"]])
-
-    def search(self, queries: Sequence[str], k: int) -> list[list[Hit]]:
-        """As :class:`Searcher`.
-
-        Raises:
-            BadSearch: if the application refuses the query or k.
-            SearchFailed: if it does not answer, or finds what the corpus does not have.
-        """
-        return [self._one(query, k) for query in queries]
-
-    def document(self, id: str) -> Document:
-        """As :class:`Searcher`."""
-        return _known(self._documents, id)
-
-    def _one(self, query: str, k: int) -> list[Hit]:
-        hits = self._ask("POST", "search", json={"query": query, "k": k})["hits"]
-        # A document that a model gives no probability has no score; it stands last.
-        scored = [(hit["doc_id"], -np.inf if hit["score"] is None else hit["score"]) for hit in hits]
-        if foreign := [id for id, _ in scored if id not in self._documents]:
-            raise SearchFailed(f"{self._http.base_url} found {foreign[0]!r}: it searches another corpus")
-        return _ranked(scored, k)
-
-    def _ask(self, method: str, path: str, **options: Any) -> Any:
-        import httpx
-
-        try:
-            answer = self._http.request(method, path, **options)
-            if answer.status_code == 422:
-                raise BadSearch(f"{self._http.base_url}{path}: {answer.json()['error']['message']}")
-            return answer.raise_for_status().json()
-        except (httpx.HTTPError, ValueError, KeyError) as error:
-            raise SearchFailed(f"{self._http.base_url}{path}: {type(error).__name__}: {error}") from error
-
-
 @dataclass(frozen=True)
 class Reply:
     """The hits of one query; none, and ``failed``, if the search did not answer."""
@@ -281,8 +247,13 @@ class Reply:
     failed: bool = False
 
 
+def batch_limit(timeout_s: float, queries: int) -> float:
+    """Seconds for a batch: ``timeout_s`` for each of its queries, in all at most five minutes or, if longer, one's."""
+    return min(timeout_s * max(1, queries), max(timeout_s, BATCH_S))
+
+
 class Retrying:
-    """Failed or timed-out searches are retried, then flagged instead of raised."""
+    """Failed or timed-out searches are retried, then flagged instead of raised. ``timeout_s`` is for each query."""
 
     def __init__(self, searcher: Searcher, timeout_s: float = 30.0, retries: int = 3, backoff_s: float = 0.5) -> None:
         self.searcher = searcher
@@ -315,9 +286,10 @@ class Retrying:
 
         thread = threading.Thread(target=search, name="search", daemon=True)
         thread.start()
-        thread.join(self.timeout_s)
+        limit_s = batch_limit(self.timeout_s, len(queries))
+        thread.join(limit_s)
         if not outcome:
-            raise SearchFailed(f"no answer within {self.timeout_s:g} s")
+            raise SearchFailed(f"no answer within {limit_s:g} s")
         if isinstance(outcome[0], Exception):
             raise outcome[0]
         return outcome[0]

@@ -12,13 +12,14 @@ from mobula.models.causal import CausalModel, Continuation, Sampling
 from mobula.models.finetune import TokenRow, finetune
 from mobula.rag.em import SampleWorker
 from mobula.rag.exsearch import artifact
-from mobula.rag.exsearch.agent import Agent, searcher_of
-from mobula.rag.exsearch.config import Config, Mode
+from mobula.rag.exsearch.agent import Agent
+from mobula.rag.exsearch.config import Config, Mode, RetrieveConfig
 from mobula.rag.exsearch.data import Problem, corpus_of, problems_of
 from mobula.rag.exsearch.exsearch import Trajectories
 from mobula.rag.exsearch.rollout import Rollouts
 from mobula.rag.exsearch.warm_up import fresh, oracle_of
 from mobula.rag.search import Retrying, Searcher
+from mobula.rag.searchers import open_corpus
 from mobula.rag.weighted_rows import QueryRows, RowsTask, write_rows
 from mobula.training import TrainingConfig
 
@@ -88,7 +89,7 @@ def rollouts(
 ) -> Rollouts:
     """Rollouts of a scripted agent over the passages of train questions."""
     made = config(rollout=limits) if limits else config()
-    index = searcher or searcher_of(corpus_of(made.data, "train"), "bm25", "")
+    index = searcher or open_corpus(corpus_of(made.data, "train"), RetrieveConfig())
     return Rollouts(scripted(say), Retrying(index, 5, retries, 0.0), made.rollout, mode or Mode(), greedy=True)
 
 

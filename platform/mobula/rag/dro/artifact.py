@@ -11,18 +11,19 @@ from typing import Any
 
 from mobula import artifacts
 from mobula.artifacts import Artifact, write_json
-from mobula.config import build
+from mobula.config import unchecked
 from mobula.data.questions import Question
 from mobula.data.records import Document
 from mobula.data.worlds.two_hop import FactQuestions
 from mobula.errors import ArtifactError
 from mobula.experiment import Run
-from mobula.rag.candidates import DOCUMENTS, VECTORS, Request, RetrieveConfig, as_shown, searcher_of
+from mobula.rag.candidates import VECTORS, Request, RetrieveConfig, as_shown
 from mobula.rag.dro.config import FACTS, KINDS, Config
 from mobula.rag.dro.data import FactWorld, Questions, RetrievedQuestions
 from mobula.rag.dro.networks import Networks
 from mobula.rag.em import Checkpoint
 from mobula.rag.search import Retrying
+from mobula.rag.searchers import DOCUMENTS, StoredCorpus, searcher_of
 
 RETRIEVED, TOY = "rag", "rag_toy"  # kinds of artifact
 EXAMPLE_FILE = "examples.json"
@@ -38,7 +39,7 @@ def write(run: Run, questions: Questions, checkpoint: Checkpoint) -> None:
         for kind in KINDS:
             shutil.copyfile(checkpoint[kind], folder / f"{kind}.safetensors")
         if isinstance(questions, RetrievedQuestions):
-            for name in (DOCUMENTS, VECTORS):
+            for name in () if questions.found else (DOCUMENTS, VECTORS):
                 shutil.copyfile(questions.directory / name, folder / name)
             write_json(folder / EXAMPLE_FILE, [one.text for one in questions.candidates.splits["dev"][:EXAMPLES]])
 
@@ -55,18 +56,20 @@ def load(artifact: Artifact) -> Predictor | ToyPredictor:
     Raises:
         ArtifactError: if the model or encoder under its networks is not the one that they were trained on.
     """
-    source = FACTS if artifact.kind == TOY else "nq"
     values = {name: artifact.meta[name] for name in SECTIONS}
-    config = build(Config, {"method": "dro", "data": {"source": source}, **values}, source=str(artifact.directory))
+    # Whatever it was trained on, it is asked questions of anyone.
+    config = unchecked(Config, {"method": "dro", **values}, source=str(artifact.directory))
     weights = {kind: artifact.path(f"{kind}.safetensors") for kind in KINDS}
     if artifact.kind == TOY:
         return ToyPredictor(Networks.of(FactWorld(config, artifact.directory), **weights))
-    questions = RetrievedQuestions(config, artifact.directory)
+    passages, retrieve = StoredCorpus(artifact.directory), config.retrieve
+    searcher = None if passages.given else searcher_of(retrieve, None)
+    questions = RetrievedQuestions(config, artifact.directory, searcher)
     if questions.base_hash != artifact.meta["hash"]:
         under = config.model.base or config.retrieve.encoder
         raise ArtifactError(f"{artifact.directory}: was trained on other files of {under!r} than those that are here")
-    searcher = searcher_of(questions.candidates.documents, config.retrieve, questions.candidates.vectors)
-    searching = Retrying(searcher, config.retrieve.timeout_s)
+    own = questions.candidates
+    searching = Retrying(searcher or searcher_of(retrieve, own.documents, own.vectors), retrieve.timeout_s)
     return Predictor(Networks.of(questions, **weights), searching, artifact.read_json(EXAMPLE_FILE))
 
 

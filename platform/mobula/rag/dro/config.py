@@ -9,6 +9,7 @@ from typing import ClassVar
 
 from mobula.alternation import AlternationConfig
 from mobula.config import key, section
+from mobula.data.jsonl import JSONL, size_problems
 from mobula.models.finetune import LoraConfig
 from mobula.rag import em
 from mobula.rag.candidates import SETS, RetrieveConfig
@@ -71,19 +72,27 @@ class DataConfig:
     """How many questions each split has."""
 
     source: str = key(
-        FACTS, "facts: a generated world; nq and hotpotqa: real questions with passages", choices=(FACTS, *SETS)
+        FACTS,
+        "facts: a generated world; nq and hotpotqa: real questions with passages; jsonl: the user's own",
+        choices=(FACTS, *SETS, JSONL),
     )
-    path: str = key("", "folder with the set's files, or its id on the Hugging Face hub; empty: MOBULA_DATA")
+    path: str = key(
+        "", "folder of the jsonl files, or of the set's, or its id on the Hugging Face hub; empty: MOBULA_DATA"
+    )
     labelled: int = key(1500, "questions with their gold facts, for the cold start alone", ge=1)
-    train: int = key(3000, "questions with answers alone, for EM", ge=1)
-    dev: int = key(500, "questions that choose the best iteration", ge=2)
-    test: int = key(1000, "questions that are looked at once, after all training", ge=2)
+    train: int | None = key(3000, "questions with answers alone, for EM; null, source=jsonl: all", ge=1)
+    dev: int | None = key(500, "questions that choose the best iteration; null: all", ge=2)
+    test: int | None = key(1000, "questions that are looked at once, after all training; null: all", ge=2)
     seed: int = key(0, "seed of the questions, apart from the experiment's: seeds share their tests", ge=0)
 
     @property
-    def sizes(self) -> dict[str, int]:
+    def sizes(self) -> dict[str, int | None]:
         """How many questions each split has."""
         return {"labelled": self.labelled, "train": self.train, "dev": self.dev, "test": self.test}
+
+    def problems(self) -> list[str]:
+        """Contradictions between keys."""
+        return list(size_problems(self.source, self.path, self.sizes))
 
 
 @dataclass
@@ -201,5 +210,7 @@ class Config(StudyConfig):
             named = {name: ARMS[name] for name in self.arms if name in ARMS}
             if others := [name for name, arm in named.items() if arm.select != "selector" or arm.sampler]:
                 yield f"arms: {', '.join(others)} need real questions, which have a retriever; set data.source"
+        elif self.data.source == JSONL and self.retrieve.pool == "own":
+            yield f"retrieve.pool=own: questions of data.source={JSONL} come with no passages; use pool=corpus"
         elif "closed_book" in self.arms and not self.model.base:
             yield "arms: closed_book needs model.base; a reader of spans answers nothing without passages"

@@ -12,6 +12,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from mobula.models.pretrained import Pretrained
 from mobula.rag import candidates
 from mobula.rag.candidates import Candidates, Request, open_candidates
 from mobula.rag.dro.config import FACTS, Config
-from mobula.rag.search import encoder_of
+from mobula.rag.search import Searcher, encoder_of
 from mobula.rag.selections import Permutation, labelled, measured, selected
 
 SPLITS = ("labelled", "train", "dev", "test")
@@ -115,7 +116,7 @@ class FactWorld(Questions):
     def split(self, name: str) -> FactQuestions:
         """All questions of a split; no two splits share a seed."""
         data = self.config.data
-        return two_hop.two_hop(data.sizes[name], seed_of(data.seed, "questions", name) % 2**31)
+        return two_hop.two_hop(data.sizes[name] or 0, seed_of(data.seed, "questions", name) % 2**31)
 
     def prepare(self) -> DataFacts:
         splits = [self.split(name) for name in SPLITS]
@@ -124,7 +125,7 @@ class FactWorld(Questions):
         return DataFacts(name, source, digest(parts), sum(map(len, splits)))
 
     def queries(self, split: str) -> list[int]:
-        return list(range(self.config.data.sizes[split]))
+        return list(range(self.config.data.sizes[split] or 0))
 
     def take(self, split: str, queries: Sequence[int]) -> FactQuestions:
         return self.split(split)[torch.tensor(queries, dtype=torch.long)]
@@ -147,13 +148,27 @@ class FactWorld(Questions):
         ]
 
 
+@dataclass(frozen=True)
 class RetrievedQuestions(Questions):
-    """Real questions with candidates found once and frozen; of an artifact's folder, the passages alone."""
+    """Real questions with candidates found once and frozen; of an artifact's folder, the passages alone.
+
+    ``searcher``: who has the passages of an artifact that holds none.
+    """
+
+    searcher: Searcher | None = None
 
     @property
     def identity(self) -> object:
-        facts = json.loads((self.directory / candidates.FACTS).read_text(encoding="utf-8"))
-        return [facts, asdict(self.config.retrieve), asdict(self.config.select), self.base_hash]
+        return [self._facts, asdict(self.config.retrieve), asdict(self.config.select), self.base_hash]
+
+    @property
+    def found(self) -> bool:
+        """Whether the passages are only those that were found: whoever answered has the corpus."""
+        return bool(self._facts.get("found"))
+
+    @property
+    def _facts(self) -> dict[str, Any]:
+        return json.loads((self.directory / candidates.FACTS).read_text(encoding="utf-8"))
 
     @property
     def base_hash(self) -> str:
@@ -164,7 +179,12 @@ class RetrievedQuestions(Questions):
     @property
     def candidates(self) -> Candidates:
         """Questions by split, with their candidates."""
-        return open_candidates(self.directory)
+        return self._asked if self.searcher else open_candidates(self.directory)
+
+    @cached_property
+    def _asked(self) -> Candidates:
+        assert self.searcher is not None
+        return Candidates.of(self.searcher)
 
     def prepare(self) -> DataFacts:
         data = self.config.data

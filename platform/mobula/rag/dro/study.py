@@ -16,6 +16,7 @@ from mobula.alternation import Outcome, Row
 from mobula.artifacts import read_jsonl
 from mobula.cluster.spec import ClusterSpec
 from mobula.config import digest
+from mobula.data.jsonl import JSONL
 from mobula.evaluation import tables
 from mobula.evaluation.claims import always, holm
 from mobula.experiment import Claim, Report, Run
@@ -204,7 +205,8 @@ def fill(report: Report, results: Results, distances: Sequence[Sequence[float]],
     note = FACT_NOTE if facts else PASSAGE_NOTE
     if config.model.base:
         note = f"selector and generator are {config.model.base} under adapters"
-    report.notes += [f"{note}; {NOT_REPRODUCED}", f"test questions: {config.data.test}", *warnings(results)]
+    report.notes += [f"{note}; {NOT_REPRODUCED}", f"test questions: {len(results.runs(results.first)[0])}"]
+    report.notes += warnings(results)
     labels = {f"dev_{'em' if name == 'exact' else name}": f"{title}, dev" for name, title in shown.items()}
     followed = {"train_log_p": "log p(y|x), train", "dev_log_p": "log p(y|x), dev"}
     plotted = {**labels, **followed, "dev_iwae_bound": "estimate of log p(y|x), dev (IWAE bound)"}
@@ -242,7 +244,7 @@ def metrics(config: Config) -> dict[str, str]:
         return {"exact": "exact match", "gold": "both gold facts chosen"}
     shown = {f"hit@{cut}": f"answer_hit@{cut}" for cut in cuts(config.retrieve.choose)}
     shown |= {"exact": "exact match", "f1": "F1", "acc": "accuracy", RANDOM_HIT: "answer_hit@1 of a random passage"}
-    if config.data.source == "hotpotqa":  # says which passages support an answer
+    if config.data.source in ("hotpotqa", JSONL):  # says, or may say, which passages support an answer
         shown |= {"recall": "supporting passages chosen", "all_gold": "all supporting passages chosen"}
     if config.select.decode == "free":
         shown["repaired"] = "lists that had to be filled"

@@ -5,12 +5,10 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 from pathlib import Path
-from typing import Protocol
 
 from mobula.cluster.pool import Row
-from mobula.data.records import Document
 from mobula.models.causal import CausalModel
 from mobula.models.text import hash_files
 from mobula.portable import Portable
@@ -19,24 +17,11 @@ from mobula.rag.exsearch.data import Problem
 from mobula.rag.exsearch.measures import measure
 from mobula.rag.exsearch.rollout import Rollouts
 from mobula.rag.exsearch.trajectory import Trajectory
-from mobula.rag.search import Retrying, Searcher, Shuffled, open_searcher
+from mobula.rag.search import Retrying, Searcher, Shuffled
+from mobula.rag.searchers import Corpus, open_corpus
 from mobula.threads import one_thread
 
 log = logging.getLogger(__name__)
-
-
-class Corpus(Protocol):
-    """Names documents; hashable, so that their index is made once a process."""
-
-    def documents(self) -> Sequence[Document]: ...
-
-    def __hash__(self) -> int: ...
-
-
-@lru_cache(maxsize=16)
-def searcher_of(corpus: Corpus, kind: str, encoder: str) -> Searcher:
-    """The index of a corpus, made once a process."""
-    return open_searcher(corpus.documents(), kind, encoder)
 
 
 @dataclass
@@ -67,7 +52,7 @@ class Agent(Portable):
     def searcher(self) -> Retrying:
         """The searcher, tried again where it fails."""
         retrieve = self.retrieve
-        searcher = searcher_of(self.corpus, retrieve.kind, retrieve.encoder)
+        searcher = open_corpus(self.corpus, retrieve)
         index: Searcher = Shuffled(searcher) if self.shuffled else searcher
         return Retrying(index, retrieve.timeout_s, retrieve.retries, retrieve.backoff_s)
 

@@ -7,31 +7,20 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 
 from mobula import artifacts
-from mobula.artifacts import Artifact, read_jsonl, write_json, write_jsonl
+from mobula.artifacts import Artifact, write_json
 from mobula.cluster.pool import Row
-from mobula.data.records import Document
 from mobula.rag.exsearch.agent import Agent
 from mobula.rag.exsearch.config import Mode, RetrieveConfig, RolloutConfig
 from mobula.rag.exsearch.rollout import Rollouts
+from mobula.rag.searchers import StoredCorpus, write_documents
 
 KIND = "searcher"
-MODEL, DOCUMENTS, EXAMPLES, ITERATIONS = "model", "documents.jsonl", "examples.json", "iterations.json"
-
-
-@dataclass(frozen=True)
-class StoredCorpus:
-    """The documents of an artifact's folder."""
-
-    folder: Path
-
-    def documents(self) -> Sequence[Document]:
-        """The documents."""
-        return [Document(**row) for row in read_jsonl(self.folder / DOCUMENTS)]
+MODEL, EXAMPLES, ITERATIONS = "model", "examples.json", "iterations.json"
 
 
 class Predictor:
@@ -55,7 +44,8 @@ def write(directory: Path, agent: Agent, rows: Sequence[Row], examples: Mapping[
 
     def fill(folder: Path) -> None:
         shutil.copytree(agent.model, folder / MODEL)
-        write_jsonl(folder / DOCUMENTS, (asdict(document) for document in agent.corpus.documents()))
+        if agent.corpus.given:
+            write_documents(folder, agent.corpus.documents())
         write_json(folder / EXAMPLES, examples)
         write_json(folder / ITERATIONS, list(rows))
 

@@ -8,10 +8,11 @@ from typing import ClassVar
 
 from mobula.alternation import AlternationConfig
 from mobula.config import key, section
-from mobula.models.encoders import MINILM
+from mobula.data.jsonl import JSONL, size_problems
 from mobula.models.finetune import LoraConfig
 from mobula.rag.em import EmConfig
 from mobula.rag.search import KINDS
+from mobula.rag.searchers import SearchConfig
 from mobula.study import StudyConfig
 from mobula.training import TrainingConfig
 
@@ -90,22 +91,35 @@ class DataConfig:
     """The questions of each split; none is in two."""
 
     source: str = key(
-        "world", "world: generated; hotpotqa: 500 questions and their paragraphs", choices=("world", "hotpotqa")
-    )
-    path: str = key("", "source=hotpotqa: folder with its file, and test_set's; empty: MOBULA_DATA")
+        "world", "world: generated; hotpotqa: 500 questions and their paragraphs; jsonl: the user's own",
+        choices=("world", "hotpotqa", JSONL),
+    )  # fmt: skip
+    path: str = key("", "folder of the jsonl files; source=hotpotqa: of its files, empty: MOBULA_DATA")
     test_set: str = key(
         "", "source=hotpotqa: hotpotqa_100 tests on 100 further questions among passages of their own; empty: the same",
         choices=("", "hotpotqa_100"),
     )  # fmt: skip
     warm_up: int = key(100, "questions with oracle trajectories, for the warm-up alone", ge=1)
-    train: int = key(300, "questions with answers alone, for EM", ge=1)
-    dev: int = key(200, "questions that choose the best iteration, and whose bound is followed", ge=2)
-    test: int = key(1000, "questions that are looked at once, after all training", ge=2)
+    train: int | None = key(300, "questions with answers alone, for EM; null, source=jsonl: all", ge=1)
+    dev: int | None = key(200, "questions that choose the best iteration, and whose bound is followed; null: all", ge=2)
+    test: int | None = key(1000, "questions that are looked at once, after all training; null: all", ge=2)
     people: int = key(300, "source=world: people of a world", ge=10, le=3600)
     towns: int = key(60, "towns", ge=5, le=60)
     firms: int = key(40, "firms", ge=5, le=240)
     books: int = key(60, "books", ge=5, le=100)
     seed: int = key(0, "seed of worlds and questions, apart from the experiment's: seeds share their tests", ge=0)
+
+    @property
+    def sizes(self) -> dict[str, int | None]:
+        """How many questions each split has."""
+        return {"warm_up": self.warm_up, "train": self.train, "dev": self.dev, "test": self.test}
+
+    def problems(self) -> list[str]:
+        """Contradictions between keys."""
+        problems = list(size_problems(self.source, self.path, self.sizes))
+        if self.source != "hotpotqa" and self.test_set:
+            problems.append(f"test_set={self.test_set} needs source=hotpotqa")
+        return problems
 
 
 @dataclass
@@ -123,12 +137,10 @@ class ModelConfig:
 
 
 @dataclass
-class RetrieveConfig:
-    """Who answers searches, and how long an agent waits for them."""
+class RetrieveConfig(SearchConfig):
+    """Who answers searches, and how often an agent tries again."""
 
-    kind: str = key("bm25", "how documents are ranked", choices=KINDS)
-    encoder: str = key(MINILM, "kind=dense or hybrid: encoder of texts")
-    timeout_s: float = key(30.0, "seconds after which a search counts as failed", gt=0)
+    kind: str = key("bm25", "how passages are found: by words, by vectors, or both fused by rank", choices=KINDS)
     retries: int = key(3, "further attempts", ge=0)
     backoff_s: float = key(0.5, "seconds before the first of them; doubled each time", ge=0)
 
@@ -231,9 +243,9 @@ class Config(StudyConfig):
             yield "em.weights.correction=exact needs rollout.top_p=1: it cannot correct for what is never drawn"
         if self.em.weights.correction == "exact" and self.rollout.on_malformed != "terminate":
             yield "em.weights.correction=exact needs rollout.on_malformed=terminate: a repaired turn is not drawn whole"
-        if self.data.source == "world" and self.data.test_set:
-            yield f"data.test_set={self.data.test_set} needs data.source=hotpotqa"
         if self.data.source == "world" and self.model.base:
             yield "model.base: the generated world has no sentences for a pretrained model; use data.source=hotpotqa"
+        if self.retrieve.url and (self.data.source == "world" or self.data.test_set):
+            yield "retrieve.url: a served retriever has one corpus; the splits of these data have one each"
         if self.data.source != "world" and not self.model.base:
             yield f"data.source={self.data.source} needs model.base: a small network knows the words of the world alone"

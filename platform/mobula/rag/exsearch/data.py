@@ -1,4 +1,4 @@
-"""Where questions and passages come from: the generated world, or HotpotQA."""
+"""Where questions and passages come from: the generated world, HotpotQA, or files of the user's own."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from functools import lru_cache
 from typing import Any
 
 from mobula.alternation import seed_of
+from mobula.data.jsonl import JSONL, corpus_file, divided, load_passages
 from mobula.data.multihop import hotpotqa_100
-from mobula.data.questions import hotpotqa
+from mobula.data.questions import Question, hotpotqa
 from mobula.data.records import Document
 from mobula.data.worlds.words import GeneratedQuestion, Size, world
 from mobula.errors import BadRecord, DataError
@@ -23,7 +24,10 @@ SKILL_WORLDS = 8
 
 @dataclass(frozen=True)
 class Lookup:
-    """One step of an oracle: what to look up, the words that settle it, and the passage that has them."""
+    """One step of an oracle: what to look up, the words that settle it, and the passage that has them.
+
+    Where a query or a fact is empty, it is the passage's title or text.
+    """
 
     query: str
     fact: str
@@ -60,9 +64,16 @@ class Corpus:
     seed: int = 0
     size: Size = Size()
 
+    @property
+    def given(self) -> bool:
+        """Whether the documents are at hand."""
+        return self.source != JSONL or corpus_file(self.path) is not None
+
     def documents(self) -> Sequence[Document]:
         """The documents."""
-        return world(self.seed, self.size).documents if self.source == "world" else _read(self.source, self.path)[1]
+        if self.source == "world":
+            return world(self.seed, self.size).documents
+        return _passages(self.path) if self.source == JSONL else _read(self.source, self.path)[1]
 
 
 def corpus_of(config: DataConfig, split: str) -> Corpus:
@@ -101,7 +112,7 @@ def skill_problems(config: DataConfig, count: int) -> list[tuple[Corpus, list[Pr
 
 def _world_problems(config: DataConfig, split: str) -> list[Problem]:
     corpus = corpus_of(config, split)
-    questions = world(corpus.seed, corpus.size).questions(getattr(config, split), split, held_out=split == "test")
+    questions = world(corpus.seed, corpus.size).questions(config.sizes[split] or 0, split, held_out=split == "test")
     return [_problem(question, split) for question in questions]
 
 
@@ -120,7 +131,7 @@ def _hotpotqa_problems(config: DataConfig, split: str) -> list[Problem]:
     problems = list(_read(name, config.path)[0])
     random.Random(config.seed).shuffle(problems)
     # Those that are drawn from the same set.
-    sizes = {other: getattr(config, other) for other in SPLITS if _set_of(config, other) == name}
+    sizes = {other: size or 0 for other, size in config.sizes.items() if _set_of(config, other) == name}
     if sum(sizes.values()) > len(problems):
         wanted = " + ".join(map(str, sizes.values()))
         raise DataError(f"data: {wanted} questions are asked for; {name} has {len(problems)}")
@@ -133,18 +144,32 @@ def _set_of(config: DataConfig, split: str) -> str:
     return config.test_set if split == "test" and config.test_set else config.source
 
 
+def _own_problems(config: DataConfig, split: str) -> list[Problem]:
+    """Those of a split's file; the warm-up's are of train.jsonl. The oracle takes a question's steps, or titles."""
+    questions = divided(config.path, config.sizes, config.seed, supported=True)[split]
+    return [_planned(q, q.steps or [("", "")] * len(q.support)) for q in questions]
+
+
+@lru_cache(maxsize=2)
+def _passages(path: str) -> list[Document]:
+    return load_passages(path)
+
+
 @lru_cache(maxsize=4)
 def _read(name: str, path: str) -> tuple[list[Problem], list[Document]]:
     questions, documents = SETS[name](path)
-    problems = [
-        Problem(q.id, q.text, q.answers, q.support, q.kind, tuple(map(Lookup, q.support, q.evidence, q.support)))
-        for q in questions
-    ]
-    return problems, documents
+    return [_planned(q, list(zip(q.support, q.evidence, strict=True))) for q in questions], documents
+
+
+def _planned(q: Question, steps: Sequence[tuple[str, str]]) -> Problem:
+    """A question whose oracle takes these steps, a query and a fact each, to the supporting passages."""
+    plan = tuple(Lookup(query, fact, passage) for (query, fact), passage in zip(steps, q.support, strict=True))
+    return Problem(q.id, q.text, q.answers, q.support, q.kind, plan)
 
 
 SETS = {"hotpotqa": hotpotqa, "hotpotqa_100": hotpotqa_100}
 MAKERS: dict[str, Callable[[DataConfig, str], list[Problem]]] = {
     "world": _world_problems,
     "hotpotqa": _hotpotqa_problems,
+    JSONL: _own_problems,
 }

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mobula.data.records import Document
+from mobula.errors import DataError
 from mobula.models.causal import CausalModel
 from mobula.rag.exsearch.chat import FACT, NONE, Chat
 from mobula.rag.exsearch.config import Mode
@@ -51,7 +52,7 @@ class Oracle:
         trajectory = Trajectory(turns=[Turn.given("user", problem.question, self.chat.begin(problem.question))])
         fact = ""
         for number, step in enumerate(problem.plan):
-            query = step.query if self.mode.think else problem.question
+            query = self._query(step) if self.mode.think else problem.question
             self._act(trajectory, Action("query", fact, query), first=number == 0)
             passages = self._passages(trajectory, query, step, rng)
             if passages is None:
@@ -59,7 +60,7 @@ class Oracle:
             trajectory.queries.append(query)
             trajectory.shown.append([passage.id for passage in passages])
             trajectory.turns.append(Turn.given("user", "", self.chat.results(passages)))
-            fact = step.fact if step.passage in trajectory.shown[-1] else ""
+            fact = self._fact(step) if step.passage in trajectory.shown[-1] else ""
             trajectory.facts.append(fact)
             if self.mode.record_from_evidence:
                 turn = self._turn(f"{FACT} {fact or NONE}")
@@ -67,6 +68,20 @@ class Oracle:
         self._act(trajectory, Action("final", fact), first=False)
         trajectory.turns.append(Turn.given("user", "", self.chat.close(problem.question)))
         return trajectory
+
+    def _query(self, step: Lookup) -> str:
+        """What an oracle looks up.
+
+        Raises:
+            DataError: for a passage without a title, where the question says no steps.
+        """
+        query = step.query or self.searcher.document(step.passage).title
+        if not query:
+            raise DataError(f"passage {step.passage!r} has no title to look up; give it one, or the question its steps")
+        return query
+
+    def _fact(self, step: Lookup) -> str:
+        return step.fact or " ".join(self.searcher.document(step.passage).text.split())
 
     def _act(self, trajectory: Trajectory, action: Action, *, first: bool) -> None:
         written = not first and self.mode.record
@@ -84,7 +99,7 @@ class Oracle:
         """What is shown for a step; None if its gold passage cannot be found."""
         if not self.mode.search:
             return []
-        ids = [hit.id for hit in self.searcher.search([query], DEPTH)[0]]
+        ids = [hit.id for hit in self.searcher.search([query], min(DEPTH, self.searcher.size or DEPTH))[0]]
         if not self.mode.think:
             return [self.searcher.document(id) for id in ids[: self.k_show]]
         if step.passage not in ids:

@@ -15,11 +15,11 @@ from mobula.data.worlds.words import words
 from mobula.locks import alone
 from mobula.models.causal import CausalModel, word_tokenizer
 from mobula.models.finetune import MODEL, finetune, save_whole
-from mobula.rag.exsearch.agent import searcher_of
 from mobula.rag.exsearch.chat import MARKERS, QUERY, TURN, chat_of
 from mobula.rag.exsearch.config import SKILL, WARM_UP, Config, Mode
-from mobula.rag.exsearch.data import Corpus, corpus_of, problems_of, skill_problems
+from mobula.rag.exsearch.data import corpus_of, problems_of, skill_problems
 from mobula.rag.exsearch.oracle import Oracle
+from mobula.rag.searchers import Corpus, open_corpus
 from mobula.rag.weighted_rows import DATA, QueryRows, RowsTask, write_rows
 from mobula.threads import one_thread
 
@@ -92,8 +92,7 @@ def warm_up_rows(config: Config, base: Path, seed: int, mode: Mode) -> list[Quer
 def oracle_of(config: Config, model: CausalModel, corpus: Corpus, mode: Mode, *, shuffle: bool = False) -> Oracle:
     """The oracle of a corpus, in a model's tokens."""
     rollout, retrieve = config.rollout, config.retrieve
-    searcher = searcher_of(corpus, retrieve.kind, retrieve.encoder)
-    chat = chat_of(model, rollout.max_passage_tokens)
+    searcher, chat = open_corpus(corpus, retrieve), chat_of(model, rollout.max_passage_tokens)
     return Oracle(model, chat, searcher, mode, rollout.k_show, rollout.k_candidates, shuffle)
 
 
@@ -110,4 +109,4 @@ def start_identity(config: Config) -> list[object]:
     shown = [config.rollout.k_show, config.rollout.k_candidates, config.rollout.max_passage_tokens]
     retrieve, trainings = config.retrieve, [config.skill.identity(), config.warm_up.identity()]
     shares = [config.skill_questions, config.skill_share, config.seed]
-    return [data, asdict(config.model), [retrieve.kind, retrieve.encoder], shown, *trainings, *shares]
+    return [data, asdict(config.model), [retrieve.kind, retrieve.encoder, retrieve.url], shown, *trainings, *shares]

@@ -28,7 +28,7 @@ from mobula.rag.selections import Permutation
 def passage_encoder(questions: Any) -> PassageEncoder:
     """That of a run's questions."""
     config = questions.config
-    return open_passages(questions.directory, config.retrieve.encoder, config.model.passage_tokens)
+    return open_passages(questions.candidates, config.retrieve.encoder, config.model.passage_tokens)
 
 
 class PassageSelector(Selector):
