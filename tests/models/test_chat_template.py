@@ -13,7 +13,8 @@ import torch
 from mobula.errors import ModelError
 from mobula.models import causal
 from mobula.models.causal import CausalModel, Sampling, SmallShape, word_tokenizer
-from mobula.models.chat_template import ChatTemplate, end_of_turn, render
+from mobula.models.chat_template import ChatTemplate
+from mobula.models.turns import end_of_turn, render
 
 ANSWER = "{% if add_generation_prompt %}assistant : {% endif %}"
 PLAIN = "{% for m in messages %}{{ m.role }} : {{ m.content }}{{ eos_token }}{% endfor %}" + ANSWER

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from mobula.artifacts import write_json
 from mobula.cluster.resources import process_device
 from mobula.errors import ModelError
-from mobula.models.chat_template import end_of_turn
 from mobula.models.encoders import read_json
 from mobula.models.pretrained import Pretrained, without_progress
+from mobula.models.turns import end_of_turn
 
 if TYPE_CHECKING:
     from mobula.models.pointer import PointerConfig

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from mobula.data.records import Document
 from mobula.errors import MobulaError
 from mobula.models.causal import CausalModel
-from mobula.models.chat_template import render
+from mobula.models.turns import render
 from mobula.rag.permutations import labels
 
 SELECT = (

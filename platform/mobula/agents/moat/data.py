@@ -17,8 +17,8 @@ from mobula.agents.moat.config import Config
 from mobula.agents.worlds import GROUNDER_STYLES, PLANNER_STYLES, Task, World
 from mobula.agents.worlds.world import STYLES
 from mobula.models.causal import CausalModel, word_tokenizer
-from mobula.models.chat_template import render
 from mobula.models.sft import Pair
+from mobula.models.turns import render
 from mobula.portable import Portable
 
 TESTS = ("test_in", "test_out")
