@@ -15,7 +15,7 @@ import re
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property, partial
@@ -103,6 +103,14 @@ class Usage:
 
 
 _NAMES = [each.name for each in fields(Usage)]
+
+
+def total_usage(rows: Iterable[Mapping[str, float]]) -> dict[str, float]:
+    """The sum of usages that were kept as rows; rows may be empty."""
+    total: dict[str, float] = {}
+    for name, count in (pair for row in rows for pair in row.items()):
+        total[name] = total.get(name, 0) + count
+    return total
 
 
 @dataclass(frozen=True)
@@ -213,7 +221,9 @@ class Endpoint(Portable):
         """
         base = {"model": self.config.model, "max_tokens": max_tokens, "temperature": temperature, "seed": seed}
         schema = dict(schema) if schema else None
-        return _run(self._chat([{**base, "schema": schema, "messages": [*map(dict, turns)]} for turns in conversations]))
+        return _run(
+            self._chat([{**base, "schema": schema, "messages": [*map(dict, turns)]} for turns in conversations])
+        )
 
     def probe(self) -> None:
         """Send one short request, so that an endpoint that cannot be used shows before anything is trained.
