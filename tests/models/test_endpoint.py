@@ -463,6 +463,9 @@ def test_the_probe_is_one_short_request() -> None:
         (refused(404, "no model judge"), "HTTP 404: no model judge; the models that it lists: judge, other$"),
         (refused(400, "max_tokens is not known"), "HTTP 400: max_tokens is not known$"),
         ((418, "a teapot"), "HTTP 418: a teapot$"),
+        ((422, {"detail": "no such field"}), "HTTP 422: no such field$"),
+        ((400, {"error": "wrong"}), "HTTP 400: wrong$"),
+        ((400, ""), "HTTP 400: $"),
         ((200, "<html>"), "malformed: no chat completion in it: '<html>'; url is not that"),
     ],
 )

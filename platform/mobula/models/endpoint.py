@@ -333,7 +333,7 @@ class Endpoint(Portable):
         elif isinstance(error, openai.APIStatusError):
             body = error.body
             kind = f"HTTP {error.status_code}"
-            told = str(body.get("message", body) if isinstance(body, dict) else body or "no reason given")
+            told = str((body.get("message") or body.get("detail") if isinstance(body, dict) else "") or body)
         return Failure(kind, _short(told.replace(self.key, "***") if self.key else told))
 
     def _client(self) -> AsyncOpenAI:
@@ -537,9 +537,8 @@ def _read(answer: Answer | Failure, request: Request) -> Reply:
     return replace(reply, text=text, value=value, failure=Failure(INVALID, problem) if problem else None)
 
 
-REASONING = re.compile(r"<(think|thinking|thought|reasoning)>.*?</\1>", re.DOTALL)
 # Chat templates may open the block in the prompt, so that an answer has only its end.
-REASONING_END = re.compile(r"\A.*</(?:think|thinking|thought|reasoning)>", re.DOTALL)
+REASONING = re.compile(r"\A.*</(?:think|thinking|thought|reasoning)>", re.DOTALL)
 FENCE = re.compile(r"\A```(?:[\w+-]*[ \t]*\n)?(.*)```\Z", re.DOTALL)
 
 
@@ -547,7 +546,7 @@ def bare(text: str) -> str:
     """A text without its blocks of reasoning, and without the code fence if one surrounds all the rest."""
     rest = text.strip()
     if not rest.startswith("{"):  # an answer may quote such a block
-        rest = REASONING_END.sub("", REASONING.sub("", rest)).strip()
+        rest = REASONING.sub("", rest).strip()
     fenced = FENCE.match(rest)
     return fenced[1].strip() if fenced and "```" not in fenced[1] else rest
 

@@ -155,10 +155,13 @@ def test_a_run_reports_what_its_critic_spent_and_asks_nothing_twice(tmp_path: Pa
         return json.loads((tmp_path / "run" / "report.json").read_text())["cost"]
 
     with serving(respond) as server:
-        run = (tmp_path / "run", server.url, f"moat.endpoint.record={tmp_path / 'verdicts.jsonl'}")
+        record = f"moat.endpoint.record={tmp_path / 'verdicts.jsonl'}"
+        run = (tmp_path / "run", server.url, record, "moat.max_verdict=500")
         done = command(*run)
         assert done.exit_code == 0, done.output
-        asked = len(server.requests) - 1  # the probe
+        probe, *verdicts = [body["max_tokens"] for body in server.requests]
+        asked = len(verdicts)
+        assert (probe, set(verdicts)) == (1, {500})
         first, spent = rows(tmp_path / "run"), cost()
         (tmp_path / "run" / "report.json").unlink()
         shutil.rmtree(tmp_path / "run" / "seed-0" / "moat")
