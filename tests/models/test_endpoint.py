@@ -466,7 +466,7 @@ def test_the_probe_is_one_short_request() -> None:
         ((422, {"detail": "no such field"}), "HTTP 422: no such field$"),
         ((400, {"error": "wrong"}), "HTTP 400: wrong$"),
         ((400, ""), "HTTP 400: $"),
-        ((200, "<html>"), "malformed: no chat completion in it: '<html>'; url is not that"),
+        ((200, "<html>"), "malformed: no chat completion in it: <html>; url is not that"),
     ],
 )
 def test_the_probe_says_what_is_wrong(response: Response, message: str) -> None:
@@ -500,6 +500,10 @@ def test_the_key_is_sent_and_never_told(monkeypatch: pytest.MonkeyPatch, caplog:
             endpoint.probe()
         (reply,) = ask(endpoint, "a")
         assert server.keys == ["Bearer s3cret-key"] * 2
+    with serving(lambda body: (200, "-" * 250 + "s3cret-key" * 9)) as server:
+        (echoed,) = ask(opened(server, key="JUDGE_KEY"), "a")
+    assert "***" in str(echoed)
+    assert "s3c" not in str(echoed)
     told = [caplog.text, str(raised.value), repr(raised.value), repr(endpoint), repr(reply), str(endpoint.failures)]
     assert "s3cret-key" not in "".join(told)
     assert "HTTP 401" in caplog.text + str(reply.failure)

@@ -318,10 +318,14 @@ class Endpoint(Portable):
             # The one place where a request that failed says how often it was sent.
             answer, retries = self._failure(error), int(error.request.headers.get("x-stainless-retry-count", 0))
         spent = Usage(requests=1, retries=retries, seconds=round(time.monotonic() - began, 3))
-        return answer, spent + (answer.tokens if isinstance(answer, Answer) else Usage())
+        if isinstance(answer, Answer):
+            return answer, spent + answer.tokens
+        # Endpoints repeat keys in what they answer; taken out before anything is cut short.
+        told = answer.message.replace(self.key, "***") if self.key else answer.message
+        return Failure(answer.kind, _short(told)), spent
 
     def _failure(self, error: APIError) -> Failure:
-        """An error of the client as a failure; endpoints repeat keys in their messages, so these are taken out."""
+        """An error of the client as a failure."""
         import openai
 
         kind, told = MALFORMED, str(error)
@@ -334,7 +338,7 @@ class Endpoint(Portable):
             body = error.body
             kind = f"HTTP {error.status_code}"
             told = str((body.get("message") or body.get("detail") if isinstance(body, dict) else "") or body)
-        return Failure(kind, _short(told.replace(self.key, "***") if self.key else told))
+        return Failure(kind, told)
 
     def _client(self) -> AsyncOpenAI:
         """A client for one event loop."""
@@ -520,7 +524,7 @@ def _answer(response: Any) -> Answer | Failure:
         counts = [usage.prompt_tokens or 0, usage.completion_tokens or 0] if usage else [0, 0]
         return Answer(text or "", str(choice.finish_reason or ""), *counts)
     except (ValueError, TypeError, AttributeError, IndexError):
-        return Failure(MALFORMED, f"no chat completion in it: {_short(response.http_response.text)!r}")
+        return Failure(MALFORMED, f"no chat completion in it: {response.http_response.text}")
 
 
 def _read(answer: Answer | Failure, request: Request) -> Reply:
