@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 
 from mobula.agents.language import execute
-from mobula.agents.moat.critic import CriticSettings, canary_rate, criticise, make_critic
+from mobula.agents.moat.case import Case
+from mobula.agents.moat.critic import CriticSettings, canary_facts, criticise
 from mobula.agents.moat.data import VERDICTS
-from mobula.agents.moat.verifier import Verifier, gold_cases, verifier_pairs
+from mobula.agents.moat.verifier import gold_cases, verifier_pairs
 from mobula.agents.worlds import Task, World, WorldSet
 from mobula.models.causal import CausalModel, SmallShape
 from mobula.models.finetune import finetune
@@ -61,23 +62,21 @@ def test_it_tells_right_from_wrong_without_any_gold(
     worlds: dict[str, World], tasks: list[Task], verifier: CriticSettings
 ) -> None:
     for case in gold_cases(worlds, tasks):
-        world = worlds[case.task.family]
         blind = replace(case.task, gold_plan=None, gold_actions=None, answer="")
-        found = criticise(verifier, world, blind, 0, case.plan, case.program)
+        (found,) = criticise(verifier, [Case(worlds[case.task.family], blind, 0, case.plan, case.program)])
         assert found.verdict == ("accept" if case.right else "drop"), found.reason
-    assert canary_rate(verifier, worlds, tasks) <= 0.1
+    assert canary_facts(verifier, worlds, tasks)["canary_rate"] <= 0.1
 
 
 def test_what_does_not_run_is_dropped_unread(worlds: dict[str, World], tasks: list[Task]) -> None:
     nowhere = CriticSettings("verifier", verifier=Path("nowhere"))
     world = worlds[tasks[0].family]
-    found = criticise(nowhere, world, tasks[0], 0, "S1: x", "R1 = Calc(")
+    programs = ("R1 = Calc(", str(tasks[0].gold_actions))
+    found, unopened = criticise(nowhere, [Case(world, tasks[0], 0, "S1: x", program) for program in programs])
     assert (found.verdict, found.reason) == ("drop", "does not run: parse_error")
     # And a verifier that cannot be opened never accepts.
-    found = criticise(nowhere, world, tasks[0], 0, "S1: x", str(tasks[0].gold_actions))
-    assert found.verdict == "drop"
-    assert "the critic failed" in found.reason
-    assert isinstance(make_critic(nowhere, world), Verifier)
+    assert unopened.verdict == "drop"
+    assert "the critic failed" in unopened.reason
 
 
 def test_a_run_trains_its_verifier_first_and_reports_how_well_it_judges(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from mobula.agents.language import Tool, calls_matched, execute
 from mobula.agents.moat.candidates import PlanSample, examine, leak
+from mobula.agents.moat.case import Case
 from mobula.agents.moat.critic import CriticSettings, criticise
 from mobula.agents.moat.data import Markers, View, template_of
 from mobula.agents.worlds import Task, World, WorldSet, read_plan
@@ -179,10 +180,11 @@ def ground(
     """a' ~ pi_g(. | x, I, s'), run and criticised: items ``{task, j, text}`` to rows of :class:`.Grounding`."""
     seeds = [seed_of(seed, task.id, item["j"]) for task, item in zip(tasks, items, strict=True)]
     programs = agents.programs(tasks, [item["text"] for item in items], sampling, seeds)
-    return [
-        asdict(criticise(critic, agents.worlds[task.family], task, item["j"], item["text"], program))
+    cases = [
+        Case(agents.worlds[task.family], task, item["j"], item["text"], program)
         for item, task, (program, _) in zip(items, tasks, programs, strict=True)
     ]
+    return [asdict(grounding) for grounding in criticise(critic, cases)]
 
 
 def solve(agents: Agents, tasks: Tasks, items: Rows, seed: int, *, most: Lengths) -> list[Row]:

@@ -10,6 +10,7 @@ from mobula.agents.gate import GateConfig
 from mobula.agents.worlds import SOURCES, WorldSet
 from mobula.alternation import AlternationConfig
 from mobula.config import key, section
+from mobula.models.endpoint import EndpointConfig
 from mobula.models.finetune import LoraConfig
 from mobula.study import StudyConfig, System
 from mobula.training import TrainingConfig
@@ -109,6 +110,8 @@ class ModelConfig:
 class MoatConfig:
     """Both stages of an iteration (paper, section 3)."""
 
+    RENAMED: ClassVar = {f"critic_{name}": f"endpoint.{name}" for name in ("url", "model", "key")}
+
     grounder_view: str = key("plan_only", "plan_only: grounders do not see the task", choices=("plan_only", "full"))
     samples: int = key(8, "plans proposed for a task (K)", ge=2, le=64)
     temperature: float = key(1.0, "temperature of proposed plans", gt=0)
@@ -126,14 +129,13 @@ class MoatConfig:
     max_leak: float = key(0.6, "share of the gold program beyond the task that a plan may repeat", ge=0, le=1)
     critic: str = key("executable", "who judges programs", choices=CRITICS)
     noise: float = key(0.0, "share of verdicts that critic=noisy flips", ge=0, le=1)
-    critic_url: str = key("", "critic=llm: OpenAI-compatible endpoint, such as http://127.0.0.1:8000/v1")
-    critic_model: str = key("", "critic=llm: name of the model there")
-    critic_key: str = key("", "critic=llm: environment variable that holds the endpoint's key; empty: none")
+    max_verdict: int = key(1024, "critic=llm: most tokens of a verdict, reasoning included; a longer one fails", ge=16)
+    endpoint: EndpointConfig = section(EndpointConfig)  # of critic=llm
 
     def problems(self) -> list[str]:
         """Contradictions between keys."""
-        if self.critic == "llm" and not (self.critic_url and self.critic_model):
-            return ["critic=llm needs critic_url and critic_model"]
+        if self.critic == "llm" and not self.endpoint.usable:
+            return ["critic=llm needs endpoint.url and endpoint.model"]
         return []
 
 

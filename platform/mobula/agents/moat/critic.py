@@ -9,16 +9,18 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Literal
 
-from mobula.agents.language import Execution, ProgramError, execute, parse, serialise
+from mobula.agents.language import ProgramError, parse, serialise
+from mobula.agents.moat.case import Case, Judgement, Verdict
 from mobula.agents.moat.llm_critic import LlmCritic
 from mobula.agents.moat.verifier import Verifier
 from mobula.agents.worlds import Task, World
+from mobula.alternation import Row
 from mobula.errors import MobulaError
+from mobula.models.endpoint import Endpoint, total_usage
 
-Verdict = Literal["accept", "correct", "drop"]
 # Critics that mean to judge; the others are there to be compared with.
 JUDGING = ("executable", "execution", "oracle", "verifier", "llm")
 MOST_CANARIES = 0.1
@@ -29,7 +31,7 @@ class Grounding:
     """A program that was written for a plan, how it ran, and what the critic made of it.
 
     ``used_actions`` is what the grounder is trained on: the program itself, the correction, or nothing. ``right``: the
-    program reaches the gold answer, whatever the critic says.
+    program reaches the gold answer, whatever the critic says. ``usage``: what an endpoint spent on it.
     """
 
     task_id: str
@@ -43,10 +45,11 @@ class Grounding:
     critic: str
     reason: str
     right: bool
+    usage: Mapping[str, float] = field(default_factory=dict)
 
 
-Judgement = tuple[Verdict, str | None, str]
-Critic = Callable[[Task, str, str, Execution], Judgement]
+Critic = Callable[[Sequence[Case]], list[Judgement]]
+Judge = Callable[[Case], Judgement]
 
 
 @dataclass(frozen=True)
@@ -56,9 +59,8 @@ class CriticSettings:
     kind: str
     noise: float = 0.0
     seed: int = 0
-    url: str = ""
-    model: str = ""
-    key: str = field(default="", repr=False)
+    endpoint: Endpoint | None = None
+    max_verdict: int = 1024
     verifier: Path | None = None
 
 
@@ -66,8 +68,8 @@ class CriticFailed(MobulaError):
     """A critic accepts programs that are known to be wrong."""
 
 
-def make_critic(settings: CriticSettings, world: World) -> Critic:
-    """A critic: a function of task, plan, program and its execution to verdict, correction and reason.
+def make_critic(settings: CriticSettings) -> Critic:
+    """A critic: a function of cases to their judgements.
 
     ``executable``: accepts what reaches the gold answer; corrects only to what the plan itself means, and only if that
     reaches the gold answer. ``execution``: the same without corrections. ``oracle``: corrects to the gold actions.
@@ -76,84 +78,95 @@ def make_critic(settings: CriticSettings, world: World) -> Critic:
 
     Raises:
         KeyError: for another name.
+        MobulaError: ``llm`` without an endpoint.
     """
-    executable = _Execution(world, _grounded_plan)
-    critics: dict[str, Critic] = {
-        "executable": executable,
-        "execution": _Execution(world, lambda world, task, plan: ("drop", None, "misses the gold answer")),
-        "oracle": _Execution(world, lambda world, task, plan: ("correct", task.gold_actions, "the gold actions")),
-        "always_accept": lambda task, plan, program, done: ("accept", None, "accepts everything"),
-        "always_reject": lambda task, plan, program, done: ("drop", None, "rejects everything"),
+    if settings.kind == "llm":
+        if settings.endpoint is None:
+            raise MobulaError("critic llm: no endpoint was opened")
+        return LlmCritic(settings.endpoint, settings.max_verdict, settings.seed)
+    judges: dict[str, Judge] = {
+        "executable": _executable,
+        "execution": partial(_execution, otherwise=lambda case: Judgement("drop", None, "misses the gold answer")),
+        "oracle": partial(
+            _execution, otherwise=lambda case: Judgement("correct", case.task.gold_actions, "the gold actions")
+        ),
+        "always_accept": lambda case: Judgement("accept", None, "accepts everything"),
+        "always_reject": lambda case: Judgement("drop", None, "rejects everything"),
         "verifier": Verifier(settings.verifier or Path()),
-        "noisy": _noisy(settings, executable),
-        "llm": LlmCritic(world, settings.url, settings.model, settings.key),
+        "noisy": partial(_noisy, settings),
     }
-    return critics[settings.kind]
+    return partial(_one_by_one, judges[settings.kind])
 
 
-def canary_rate(settings: CriticSettings, worlds: Mapping[str, World], tasks: Sequence[Task]) -> float:
-    """The share of known-bad programs, each another task's gold program that misses this one, that are accepted.
+def canary_facts(settings: CriticSettings, worlds: Mapping[str, World], tasks: Sequence[Task]) -> Row:
+    """``canary_rate``: the share of known-bad programs that a critic accepts; ``critic_usage``: what was spent on them.
+
+    Each program is another task's gold program that misses this one.
 
     Raises:
         CriticFailed: if a critic that means to judge accepts more than a tenth of them.
     """
-    accepted = bad = 0
-    for task, other in zip(tasks, [*tasks[1:], *tasks[:1]], strict=True):
-        world, program = worlds[task.family], str(other.gold_actions)
-        if world.reward(task, execute(program, world.tools())) == 1:
-            continue
-        grounding = criticise(settings, world, task, 0, "S1: do it", program)
-        bad += 1
-        accepted += grounding.verdict == "accept"
+    others = [str(task.gold_actions) for task in (*tasks[1:], *tasks[:1])]
+    cases = [Case(worlds[t.family], t, 0, "S1: do it", other) for t, other in zip(tasks, others, strict=True)]
+    groundings = criticise(settings, [case for case in cases if not case.right(case.program)])
+    accepted, bad = sum(grounding.verdict == "accept" for grounding in groundings), len(groundings)
     rate = accepted / max(1, bad)
     if settings.kind in JUDGING and rate > MOST_CANARIES:
         raise CriticFailed(f"critic {settings.kind} accepts {accepted} of {bad} programs that are known to be wrong")
-    return rate
+    return {"canary_rate": rate, "critic_usage": total_usage(grounding.usage for grounding in groundings)}
 
 
-def criticise(settings: CriticSettings, world: World, task: Task, j: int, plan: str, program: str) -> Grounding:
-    """Run a program and let the critic judge it; an exception of the critic drops it."""
-    done = execute(program, world.tools())
+def criticise(settings: CriticSettings, cases: Sequence[Case]) -> list[Grounding]:
+    """Run programs and let the critic judge them."""
+    judgements = make_critic(settings)(cases) if cases else []
+    return [_grounding(settings.kind, case, judged) for case, judged in zip(cases, judgements, strict=True)]
+
+
+def _grounding(critic: str, case: Case, judged: Judgement) -> Grounding:
+    used = {"accept": _canonical(case.program), "correct": judged.correction, "drop": None}[judged.verdict]
+    answer = "" if case.done.answer is None else str(case.done.answer)
+    right = case.world.reward(case.task, case.done) == 1
+    ran = (case.task.id, case.j, case.plan, case.program, case.done.status, answer)
+    return Grounding(*ran, judged.verdict, used, critic, judged.reason, right, judged.usage)
+
+
+def _one_by_one(judge: Judge, cases: Sequence[Case]) -> list[Judgement]:
+    return [_guarded(judge, case) for case in cases]
+
+
+def _guarded(judge: Judge, case: Case) -> Judgement:
+    """A judgement; an exception of the critic drops the program."""
     try:
-        verdict, correction, reason = make_critic(settings, world)(task, plan, program, done)
+        return judge(case)
     except Exception as error:
-        verdict, correction, reason = "drop", None, f"the critic failed: {type(error).__name__}: {error}"
-    used = {"accept": _canonical(program), "correct": correction, "drop": None}[verdict]
-    answer = "" if done.answer is None else str(done.answer)
-    right = world.reward(task, done) == 1
-    return Grounding(task.id, j, plan, program, done.status, answer, verdict, used, settings.kind, reason, right)
+        return Judgement("drop", None, f"the critic failed: {type(error).__name__}: {error}")
 
 
-@dataclass(frozen=True)
-class _Execution:
+def _execution(case: Case, otherwise: Judge) -> Judgement:
     """Accepts what reaches the gold answer; ``otherwise`` says what becomes of the rest."""
-
-    world: World
-    otherwise: Callable[[World, Task, str], Judgement]
-
-    def __call__(self, task: Task, plan: str, program: str, done: Execution) -> Judgement:
-        if self.world.reward(task, done) == 1:
-            return "accept", None, "reaches the gold answer"
-        return self.otherwise(self.world, task, plan)
+    if case.world.reward(case.task, case.done) == 1:
+        return Judgement("accept", None, "reaches the gold answer")
+    return otherwise(case)
 
 
-def _grounded_plan(world: World, task: Task, plan: str) -> Judgement:
-    grounded = world.ground_plan(plan)
+def _executable(case: Case) -> Judgement:
+    return _execution(case, _grounded_plan)
+
+
+def _grounded_plan(case: Case) -> Judgement:
+    grounded = case.world.ground_plan(case.plan)
     if grounded is None:
-        return "drop", None, "wrong, and the plan cannot be grounded"
-    if world.reward(task, execute(grounded, world.tools())) == 1:
-        return "correct", serialise(grounded), "the plan's own grounding reaches the gold answer"
-    return "drop", None, "wrong, as is what the plan means"
+        return Judgement("drop", None, "wrong, and the plan cannot be grounded")
+    if case.right(grounded):
+        return Judgement("correct", serialise(grounded), "the plan's own grounding reaches the gold answer")
+    return Judgement("drop", None, "wrong, as is what the plan means")
 
 
-def _noisy(settings: CriticSettings, inner: Critic) -> Critic:
-    def critic(task: Task, plan: str, program: str, done: Execution) -> Judgement:
-        judgement = inner(task, plan, program, done)
-        if random.Random(f"{settings.seed}\0{task.id}\0{plan}").random() >= settings.noise:
-            return judgement
-        return ("drop", None, "flipped") if judgement[0] == "accept" else ("accept", None, "flipped")
-
-    return critic
+def _noisy(settings: CriticSettings, case: Case) -> Judgement:
+    judged = _executable(case)
+    if random.Random(f"{settings.seed}\0{case.task.id}\0{case.plan}").random() >= settings.noise:
+        return judged
+    return Judgement("drop" if judged.verdict == "accept" else "accept", None, "flipped")
 
 
 def _canonical(program: str) -> str:

@@ -22,7 +22,7 @@ from mobula.models.turns import render
 from mobula.portable import Portable
 
 TESTS = ("test_in", "test_out")
-VERSIONS = {"plan": "plan.v1", "ground": "ground.v1", "critic": "critic.v1", "check": "check.v1"}
+VERSIONS = {"plan": "plan.v1", "ground": "ground.v1", "critic": "critic.v2", "check": "check.v1"}
 View = Literal["full", "plan_only"]
 PLAN_SYSTEM = (
     "You plan; another agent acts. Turn the task into numbered steps, one per line, S1:, S2:, ... Say what each step "

@@ -1,95 +1,94 @@
 """A critic behind an OpenAI-compatible endpoint.
 
-Its correction counts only if it reaches the gold answer when it is run. Whatever goes wrong raises, and a critic that
-raises drops the program.
+Its correction counts only if it reaches the gold answer when it is run. A reply that fails drops the program; too many
+of them stop the run (:class:`mobula.models.endpoint.FailureShare`).
 """
 
 from __future__ import annotations
 
-import json
-import urllib.request
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
-from mobula.agents.language import Execution, execute, show
-from mobula.agents.worlds import Task, World
-from mobula.errors import MobulaError
+from mobula.agents.language import show
+from mobula.agents.moat.case import Case, Judgement
+from mobula.agents.moat.config import MoatConfig
+from mobula.models.endpoint import Endpoint, Reply
 
-MAX_TOKENS = 1024  # a verdict with its reason; too few tokens cut every reply short, and nothing would say so
-REPAIRS = 2
+TEMPERATURE = 0.1
 SYSTEM = (
     "You check another agent's work. Given the task, the plan, the tool calls and what they returned, decide whether "
     "the calls carry out the plan and solve the task. Reply with JSON only: "
-    '{"verdict": "accept"|"correct"|"drop", "actions": "...", "reason": "..."}'
+    '{"verdict": "accept"|"correct"|"drop", "actions": "...", "reason": "..."}. '
+    "Actions are the corrected calls, and empty unless the verdict is correct."
 )
+VERDICT: dict[str, Any] = {
+    "type": "object",
+    "properties": {
+        "verdict": {"type": "string", "enum": ["accept", "correct", "drop"]},
+        "actions": {"type": "string"},
+        "reason": {"type": "string"},
+    },
+    "required": ["verdict", "actions", "reason"],
+    "additionalProperties": False,
+}
 
 
-class CriticError(MobulaError):
-    """The endpoint cannot be reached, or its reply is no verdict."""
+def critic_endpoint(config: MoatConfig) -> Endpoint | None:
+    """The endpoint of ``critic=llm``, probed; None for other critics.
+
+    Raises:
+        EndpointError: it cannot be used.
+    """
+    if config.critic != "llm":
+        return None
+    endpoint = Endpoint.open(config.endpoint)
+    endpoint.probe()
+    return endpoint
 
 
 @dataclass(frozen=True)
 class LlmCritic:
-    """Asks ``model`` at ``url`` (``.../v1``); ``key`` is the endpoint's, if it wants one."""
+    """Asks an endpoint about all cases concurrently. ``max_tokens``: of a verdict with its reason."""
 
-    world: World
-    url: str
-    model: str
-    key: str = field(default="", repr=False)
-    timeout: float = 120.0
+    endpoint: Endpoint
+    max_tokens: int
+    seed: int
 
-    def __call__(self, task: Task, plan: str, program: str, done: Execution) -> tuple[Any, str | None, str]:
-        """Verdict, correction and reason.
+    def __call__(self, cases: Sequence[Case]) -> list[Judgement]:
+        """A judgement of each case.
 
         Raises:
-            CriticError: whatever goes wrong.
+            EndpointError: the endpoint fails too often.
         """
-        turns = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": _case(task, plan, program, done)}]
-        reply = self._verdict(turns)
-        verdict, reason = reply["verdict"], str(reply.get("reason", ""))
-        if verdict != "correct":
-            return verdict, None, reason
-        actions = str(reply.get("actions", ""))
-        if self.world.reward(task, execute(actions, self.world.tools())) == 1:
-            return "correct", actions, reason
-        return "drop", None, f"its correction misses the gold answer; {reason}"
-
-    def _verdict(self, turns: list[dict[str, str]]) -> dict[str, Any]:
-        problem = ""
-        for _ in range(1 + REPAIRS):
-            reply = self._complete(turns)
-            try:
-                parsed = json.loads(reply)
-            except json.JSONDecodeError as error:
-                parsed, problem = None, f"no JSON: {error}"
-            else:
-                problem = "no verdict in it"
-            if isinstance(parsed, dict) and parsed.get("verdict") in ("accept", "correct", "drop"):
-                return parsed
-            repair = f"That was not the JSON asked for ({problem}). Reply with it alone."
-            turns = [*turns, {"role": "assistant", "content": reply}, {"role": "user", "content": repair}]
-        raise CriticError(f"{self.model}: {1 + REPAIRS} replies without a verdict ({problem})")
-
-    def _complete(self, turns: list[dict[str, str]]) -> str:
-        body = {"model": self.model, "messages": turns, "max_tokens": MAX_TOKENS, "temperature": 0.1}
-        headers = {"Content-Type": "application/json"}
-        if self.key:
-            headers["Authorization"] = f"Bearer {self.key}"
-        request = urllib.request.Request(f"{self.url}/chat/completions", json.dumps(body).encode(), headers)
-        try:
-            with urllib.request.urlopen(request, timeout=self.timeout) as response:
-                choice = json.load(response)["choices"][0]
-        except (OSError, ValueError, KeyError, IndexError) as error:
-            raise CriticError(f"{self.url}: {type(error).__name__}: {error}") from error
-        if choice.get("finish_reason") == "length":
-            raise CriticError(f"{self.model}: its reply was cut off at {MAX_TOKENS} tokens")
-        return str(choice["message"]["content"])
+        turns = [[_turn("system", SYSTEM), _turn("user", _question(case))] for case in cases]
+        replies = self.endpoint.chat(
+            turns, max_tokens=self.max_tokens, temperature=TEMPERATURE, seed=self.seed, schema=VERDICT
+        )
+        return [_judgement(case, reply) for case, reply in zip(cases, replies, strict=True)]
 
 
-def _case(task: Task, plan: str, program: str, done: Execution) -> str:
+def _judgement(case: Case, reply: Reply) -> Judgement:
+    usage = asdict(reply.usage)
+    if reply.failure is not None:
+        return Judgement("drop", None, f"the critic failed: {reply.failure}", usage)
+    verdict, actions, reason = (reply.value[name] for name in ("verdict", "actions", "reason"))
+    if verdict != "correct":
+        return Judgement(verdict, None, reason, usage)
+    if case.right(actions):
+        return Judgement("correct", actions, reason, usage)
+    return Judgement("drop", None, f"its correction misses the gold answer; {reason}", usage)
+
+
+def _turn(role: str, content: str) -> dict[str, str]:
+    return {"role": role, "content": content}
+
+
+def _question(case: Case) -> str:
+    done = case.done
     calls = "\n".join(f"{call.statement} -> {call.returned}" for call in done.calls)
     ended = f"status {done.status}" + (f": {done.reason}" if done.reason else f", answer {show(done.answer)}")
     return (
-        f"Task: {task.text}\nReference answer: {task.answer}\nPlan:\n{plan}\nCalls:\n{program}\n"
+        f"Task: {case.task.text}\nReference answer: {case.task.answer}\nPlan:\n{case.plan}\nCalls:\n{case.program}\n"
         f"Returned:\n{calls}\nEnded with {ended}"
     )

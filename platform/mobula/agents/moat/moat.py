@@ -30,7 +30,7 @@ from mobula.agents.moat import baselines
 from mobula.agents.moat.agents import Job, TaskWorker, ground, propose, score
 from mobula.agents.moat.candidates import PlanSample
 from mobula.agents.moat.config import Arm
-from mobula.agents.moat.critic import CriticSettings, canary_rate
+from mobula.agents.moat.critic import CriticSettings, canary_facts
 from mobula.agents.moat.data import VERDICTS
 from mobula.agents.moat.stage import (
     PREFERENCES,
@@ -53,6 +53,7 @@ from mobula.config import digest
 from mobula.experiment import identity
 from mobula.models.causal import CausalModel, Sampling
 from mobula.models.dpo import DpoTask, Preference
+from mobula.models.endpoint import total_usage
 from mobula.models.finetune import MODEL, finetune
 
 CANARIES = 20  # known-bad programs an iteration
@@ -220,7 +221,7 @@ def _canaries(arm: ArmContext, context: Context) -> Row:
     """Known-bad programs before the critic, other ones in every iteration."""
     align = list(arm.data.tasks["align"])
     tasks = random.Random(context.seed).sample(align, min(CANARIES, len(align)))
-    return {"canary_rate": canary_rate(_critic(arm, context.history), arm.data.worlds, tasks)}
+    return canary_facts(_critic(arm, context.history), arm.data.worlds, tasks)
 
 
 def _critic(arm: ArmContext, history: History) -> CriticSettings:
@@ -306,8 +307,10 @@ def _measure(arm: ArmContext, history: History, iteration: int) -> Row:
     if this.ran("pair"):
         row |= this.facts("pair")
     if this.ran("ground"):
+        groundings = this.rows("ground")
         row |= this.facts("canaries")
-        row |= _critic_rates(this.rows("ground"))
+        row |= _critic_rates(groundings)
+        row["critic_usage"] = total_usage([row["critic_usage"], *(grounding["usage"] for grounding in groundings)])
     return {**row, **stage_facts(arm, this)}
 
 

@@ -17,6 +17,7 @@ from mobula.evaluation import tables
 from mobula.evaluation.claims import holm_by_statement
 from mobula.evaluation.intervals import mean_interval
 from mobula.experiment import Claim, Report, Verdict
+from mobula.models.endpoint import total_usage
 from mobula.study import Results, System
 
 MOST_OFF = 0.02  # by how much the training of a budget-matched arm may differ from that of its counterpart
@@ -66,6 +67,8 @@ def build_report(report: Report, config: Config, results: Results, outcomes: Out
     report.claims.extend(holm_by_statement(_claims(config, results, first)))
     rows = [row for runs in outcomes.values() for outcome in runs for row in outcome.rows]
     report.cost["alternation_s"] = sum(row["seconds"] for row in rows)
+    spent = total_usage(row["critic_usage"] for row in rows if "critic_usage" in row)
+    report.cost |= {f"critic_{name}": count for name, count in spent.items()}
 
 
 def _budget(config: Config, outcomes: Outcomes, arm: str) -> tuple[float, float]:

@@ -24,9 +24,8 @@ from mobula.agents.moat.data import TaskData
 from mobula.agents.worlds import Task
 from mobula.alternation import Context, History, Phase, Row, Sharded, Step, best_iteration, seed_of
 from mobula.artifacts import write_json
-from mobula.environment import secret
-from mobula.errors import ConfigError
 from mobula.models.causal import Sampling
+from mobula.models.endpoint import Endpoint
 from mobula.models.finetune import MODEL, FinetuneTask, finetune
 from mobula.models.sft import Pair, SftTask, write_pairs
 from mobula.training import FitResult, TrainingConfig
@@ -38,6 +37,7 @@ CHECKPOINT, PREFERENCES = "checkpoint.json", "preferences.jsonl"
 class ArmContext:
     """What all phases of one arm and seed share: the tasks and the independent agents that they start from.
 
+    ``endpoint``: that of ``moat.critic=llm``, opened where the key is: no secret is forwarded to workers by itself.
     ``budget``: target tokens by agent and iteration that those of its agents learn from which are budget-matched.
     """
 
@@ -47,6 +47,7 @@ class ArmContext:
     planner: Path
     grounder: Path
     seed: int
+    endpoint: Endpoint | None = None
     budget: Mapping[str, Sequence[int]] | None = None
 
     def agents(self, planner: Path, grounder: Path) -> Agents:
@@ -72,18 +73,10 @@ class ArmContext:
 
     @property
     def critic(self) -> CriticSettings:
-        """Who judges in this arm.
-
-        Raises:
-            ConfigError: the endpoint's key is not set.
-        """
+        """Who judges in this arm."""
         moat = self.config.moat
         kind, noise = (self.arm.critic, self.arm.noise) if self.arm.critic else (moat.critic, moat.noise)
-        key = secret(moat.critic_key) if moat.critic_key else ""
-        if key is None:
-            problem = f"moat.critic_key: the environment variable {moat.critic_key} is not set"
-            raise ConfigError([problem], self.config.name)
-        return CriticSettings(kind, noise, self.seed, moat.critic_url, moat.critic_model, key)
+        return CriticSettings(kind, noise, self.seed, self.endpoint, moat.max_verdict)
 
     @property
     def proposing(self) -> Sampling:

@@ -14,6 +14,7 @@ from mobula.agents.moat import artifact
 from mobula.agents.moat.agents import Agents, Integrated, TaskWorker, solve
 from mobula.agents.moat.config import ARMS, INDEPENDENT, INTEGRATED, Config
 from mobula.agents.moat.data import TESTS, TaskData
+from mobula.agents.moat.llm_critic import critic_endpoint
 from mobula.agents.moat.moat import moat_loop, stages
 from mobula.agents.moat.report import GOLD_PLAN, METRICS, build_report
 from mobula.agents.moat.stage import ArmContext, Checkpoint, chosen_iteration, current_checkpoint, task_items
@@ -24,6 +25,7 @@ from mobula.cluster.spec import ClusterSpec
 from mobula.config import digest
 from mobula.experiment import DataFacts, Report, Run
 from mobula.models.causal import CausalModel
+from mobula.models.endpoint import Endpoint
 from mobula.models.finetune import MODEL
 from mobula.portable import Portable
 from mobula.study import Study, System, arm_directory
@@ -37,7 +39,7 @@ log = logging.getLogger(__name__)
 def run(run: Run) -> Report:
     """Train every seed's arms, then read the test tasks once; leaves the agents of the first arm as artifact."""
     config: Config = run.config  # type: ignore[assignment]
-    arms = Arms(config, run.directory, run.cluster)
+    arms = Arms(config, run.directory, run.cluster, critic_endpoint(config.moat))
     facts = _data_facts(arms.data)
     run.bind("tasks", facts.sha256)
     last = [name for name in config.arms if name == INTEGRATED or ARMS[name].budget_matched]
@@ -61,12 +63,13 @@ def train_trial(config: Config, directory: Path, report: Callable[[dict[str, Any
     Trials that differ in the alternation alone share their independent agents, in a folder beside theirs. Test tasks
     are never looked at.
     """
+    endpoint = critic_endpoint(config.moat)
     shared = directory.parent / "prepared" / digest(start_identity(config))[:16]
 
     def facts(row: Row) -> Row:
         return {name: row[name] for name in ("iteration", "dev_success", "J")}
 
-    loop = moat_loop(independent(TaskData(config), shared, config.seed, None))
+    loop = moat_loop(replace(independent(TaskData(config), shared, config.seed, None), endpoint=endpoint))
     alternation.report_iterations(loop, config.alternation, directory / "loop", config.seed, facts, report)
 
 
@@ -86,6 +89,7 @@ class Arms(Portable):
     config: Config
     directory: Path
     cluster: ClusterSpec | None
+    endpoint: Endpoint | None = None
 
     @cached_property
     def data(self) -> TaskData:
@@ -130,9 +134,8 @@ class Arms(Portable):
         arm, config = ARMS[name], self.config
         matched = replace(config.budget_matched, lr=config.rates.get(name, config.budget_matched.lr))
         budget = self._budget(arm.against or config.arms[0], seed) if arm.budget_matched else None
-        context = replace(
-            self.independent(seed), config=replace(config, budget_matched=matched), arm=arm, budget=budget
-        )
+        own = {"config": replace(config, budget_matched=matched), "arm": arm, "budget": budget}
+        context = replace(self.independent(seed), endpoint=self.endpoint, **own)  # type: ignore[arg-type]
 
         def progress(row: Row) -> None:
             facts = (row["iteration"], row["J"], row["dev_success"])

@@ -10,9 +10,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
 
-from mobula.agents.language import Execution, execute
+from mobula.agents.language import execute
+from mobula.agents.moat.case import Case, Judgement
 from mobula.agents.moat.data import VERDICTS, template_of
 from mobula.agents.worlds import Task, World
 from mobula.models.causal import CausalModel
@@ -35,15 +35,15 @@ class Verifier:
 
     folder: Path
 
-    def __call__(self, task: Task, plan: str, program: str, done: Execution) -> tuple[Any, str | None, str]:
+    def __call__(self, case: Case) -> Judgement:
         """Accept what is more likely right than wrong; what does not run is dropped unread."""
-        if done.status != "ok":
-            return "drop", None, f"does not run: {done.status}"
+        if case.done.status != "ok":
+            return Judgement("drop", None, f"does not run: {case.done.status}")
         model = _opened(self.folder)
-        prompt = template_of(model, "full").check(task, plan, program)
+        prompt = template_of(model, "full").check(case.task, case.plan, case.program)
         right, wrong = (float(s.sum()) for s in model.log_probs([prompt] * 2, [_target(model, v) for v in VERDICTS]))
-        verdict = "accept" if right > wrong else "drop"
-        return verdict, None, f"log-odds of right: {right - wrong:.2f}"
+        reason = f"log-odds of right: {right - wrong:.2f}"
+        return Judgement("accept" if right > wrong else "drop", None, reason)
 
 
 def verifier_pairs(model: CausalModel, programs: Sequence[LabelledProgram]) -> list[Pair]:
