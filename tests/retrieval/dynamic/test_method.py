@@ -169,6 +169,7 @@ def test_a_control_trains_by_its_own_setting(config: Config, trained: Trained, d
         (["ngram", "ngram embed"], "write the system, a space, and what it sets"),
         (["autoregressive/rq", "autoregressive/rq most_frequent=9"], "cannot set 'most_frequent', only embed"),
         (["bm25", "bm25 embed=random"], "bm25 cannot set 'embed', only nothing"),
+        (["ngram", "ngram most_frequent=null"], "sets what the config has already"),
     ],
 )
 def test_a_control_that_cannot_be_is_refused(systems: list[str], message: str) -> None:

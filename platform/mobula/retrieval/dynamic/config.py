@@ -235,6 +235,10 @@ class Config(ExperimentConfig):
                 yield f"systems: {name}: {system.arm} cannot set {setting!r}, only {valid}"
                 return
         try:
-            Expansion.parse(self.own(system).multi.expand, self.docid.levels)
+            own = self.own(system)
+            Expansion.parse(own.multi.expand, self.docid.levels)
         except MobulaError as error:
             yield f"systems: {name}: {error}"
+        else:
+            if own == self:
+                yield f"systems: {name}: sets what the config has already; give it another value"
