@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +104,7 @@ def test_cold_starts_learn_supporting_passages_first_and_skip_what_has_none() ->
 class Fixed:
     """Finds what it is told to, or fails."""
 
-    hash = "fixed"
+    hash, size = "fixed", 6
 
     def __init__(self, found: dict[str, int]) -> None:
         self.found = found
@@ -119,9 +120,10 @@ class Fixed:
 
 def retrieved(texts: dict[str, int], monkeypatch: pytest.MonkeyPatch, **keys: Any) -> list[Request]:
     monkeypatch.setattr("mobula.rag.candidates.BATCH", 1)
+    monkeypatch.setattr("mobula.rag.candidates.Retrying", partial(Retrying, retries=0))
     questions = [Question(str(i), text, ("a",), (), passages=("d1", "d3")) for i, text in enumerate([*texts, "lost"])]
     config = RetrieveConfig(candidates=5, choose=2, **keys)
-    return retrieve(questions, Retrying(Fixed(texts), retries=0), 6, config, 0)
+    return retrieve(questions, Fixed(texts), config, 0)
 
 
 def test_failures_of_the_retriever_are_kept_with_a_flag(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -364,21 +364,20 @@ def test_the_loss_is_the_weighted_sum_over_learned_tokens(task: RowsTask) -> Non
 
 
 def test_nothing_is_learned_at_tokens_that_the_agent_did_not_say(task: RowsTask) -> None:
-    """The logits' gradient is exactly 0 where the target is a question, a passage, a request or a repair."""
+    """Only what it said itself is scored and has a gradient: no question, passage, request or repair."""
     batch, network = task.batch(torch.arange(4), torch.Generator()), task.build()
-    logits: list[torch.Tensor] = []
+    scored: list[tuple[torch.Tensor, torch.Tensor]] = []
 
-    def keep(module: torch.nn.Module, inputs: Any, output: Any) -> None:
+    def keep(module: torch.nn.Module, inputs: Any, named: dict[str, Any], output: Any) -> None:
         output.logits.retain_grad()
-        logits.append(output.logits)
+        scored.append((named["learned"], output.logits))
 
-    network.register_forward_hook(keep)
+    network.register_forward_hook(keep, with_kwargs=True)
     task.loss(network, batch)[0].backward()
-    grad = logits[0].grad
-    assert grad is not None
-    touched = grad[:, :-1].abs().sum(-1) > 0
+    ((asked, log_probs),) = scored
     learned = batch["mask"][:, 1:] > 0
-    assert torch.equal(touched, learned)
+    assert torch.equal(asked, learned)
+    assert log_probs.grad is not None and (log_probs.grad != 0).all()
     assert 0.1 < float(learned.sum()) / float(batch["attention"].sum()) < 0.6
 
 
