@@ -112,7 +112,7 @@ def test_files_that_are_missing_are_named(tmp_path: Path) -> None:
         load_questions(str(tmp_path))
     (tmp_path / "corpus.jsonl").unlink()
     assert corpus_file(str(tmp_path)) is None
-    with pytest.raises(DataError, match=r"no corpus.jsonl there.*retrieve.index.*retrieve.url"):
+    with pytest.raises(DataError, match=r"no corpus.jsonl there.*retrieve.url"):
         load_passages(str(tmp_path))
 
 

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 
 from mobula.errors import ModelError
 from mobula.models import pretrained
@@ -16,6 +15,7 @@ from mobula.models.causal import ADAPTER, ADAPTER_WEIGHTS, CausalModel, Sampling
 from mobula.models.lora import add_lora, merge_lora
 from mobula.models.sft import SftTask, write_pairs
 from mobula.training import TrainingConfig, fit, load_weights
+from tests.models.tiny_llama import save_llama
 
 WORDS = ["say", "red", "blue", "one", "two"]
 
@@ -25,14 +25,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny Llama of random weights."""
     folder = tmp_path_factory.mktemp("base")
     tokenizer = word_tokenizer(WORDS)
-    config = transformers.LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=32, eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.eos_token_id, tie_word_embeddings=True,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    CausalModel(transformers.LlamaForCausalLM(config), tokenizer, "base").save(folder)
-    return folder
+    return save_llama(folder, tokenizer)
 
 
 def scores(model: CausalModel) -> torch.Tensor:

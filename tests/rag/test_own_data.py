@@ -7,8 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-import transformers
 
 from mobula import artifacts, methods
 from mobula.artifacts import read_jsonl
@@ -16,13 +14,14 @@ from mobula.config import build
 from mobula.data.jsonl import SPLITS
 from mobula.data.records import Document
 from mobula.errors import BadRecord, ConfigError, DataError
-from mobula.models.causal import CausalModel, word_tokenizer
+from mobula.models.causal import word_tokenizer
 from mobula.rag.dro.config import Config as DroConfig
 from mobula.rag.exsearch.chat import MARKERS
 from mobula.rag.exsearch.config import Config as SearchConfig
 from mobula.rag.exsearch.data import problems_of
 from mobula.rag.search import open_searcher
 from mobula.running import run_experiment
+from tests.models.tiny_llama import save_llama
 from tests.rag.server import Answer, serving
 
 ROOT = Path(__file__).parents[2]
@@ -59,14 +58,7 @@ def write_own(folder: Path, *, support: bool = True, steps: bool = False) -> Pat
 def write_base(folder: Path) -> Path:
     """A tiny Llama of random weights that knows the words of these questions and the markers of turns."""
     tokenizer = word_tokenizer([" ".join([*NAMES, *TOWNS, "where is from comes . none"])], MARKERS)
-    config = transformers.LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=512, eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.eos_token_id, tie_word_embeddings=True,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    CausalModel(transformers.LlamaForCausalLM(config), tokenizer, "base").save(folder)
-    return folder
+    return save_llama(folder, tokenizer)
 
 
 def run(method: str, data: Path, out: Path, *overrides: str) -> dict[str, Any]:

@@ -28,7 +28,7 @@ FEWEST = {"train": 1, "dev": 2, "test": 2}
 
 
 def corpus_file(path: str) -> Path | None:
-    """The corpus of a folder; None if it has none, so that an index or a served retriever must have the passages."""
+    """The corpus of a folder; None if it has none, so that a served retriever must have the passages."""
     file = Path(path).expanduser() / CORPUS
     return file if file.is_file() else None
 
@@ -54,8 +54,8 @@ def load_passages(path: str) -> list[Document]:
     file = corpus_file(path)
     if file is None:
         raise DataError(
-            f"data.path={path}: no {CORPUS} there; add it, or say where passages are found: retrieve.index names an "
-            "index that was built of them, retrieve.url a served retriever"
+            f"data.path={path}: no {CORPUS} there; add it, or name a served retriever that has the passages "
+            "(retrieve.url)"
         )
     lines: dict[str, int] = {}
     documents = []

@@ -205,10 +205,10 @@ class MaskedDiffusion(Paradigm):
             z = mask_unsure(codes, rates, torch.log_softmax(first.detach().float(), -1))
             rates, share = (z == MASK).float().mean(1), (codes.shape[1] + 1) / (2 * codes.shape[1])
             logits = ask(z)
-        elif config.ranking or config.agreeing:
+        elif config.ranking:
             first, logits = ask(torch.stack([hidden, z], 1)).unbind(1)
         else:
-            return {"masked": diffusion_loss(ask(z), codes, z, rates, config.weight)}
+            logits = ask(z)
         losses = {"masked": diffusion_loss(logits, codes, z, rates, config.weight, share)}
         if config.agreeing:
             # All docids that are left have the codes that z shows, so what the network says there cancels.
@@ -255,6 +255,10 @@ class Classifier(MaskedDiffusion):
 
     name = "classifier"
     decoders: ClassVar[tuple[str, ...]] = ("one_pass",)
+
+    def ranks(self, config: LossConfig) -> bool:
+        """With everything masked alone."""
+        return config.ranking > 0
 
     def layers(self, layers: int) -> int:
         """None: positions do not see each other."""

@@ -6,12 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch
-import transformers
 import yaml
 
-from mobula.models.causal import CausalModel, word_tokenizer
+from mobula.models.causal import word_tokenizer
 from mobula.running import run_experiment
+from tests.models.tiny_llama import save_llama
 
 CITIES = ["Paris", "Oslo", "Lima", "Cairo", "Quito", "Dakar", "Hanoi", "Sofia", "Minsk", "Accra", "Delhi", "Tunis"]
 NAMES = ["Arlo", "Bena", "Caro", "Dino", "Esma", "Finn", "Gita", "Hugo", "Ines", "Juno", "Kaia", "Levi", "Mira", "Nils",
@@ -63,14 +62,7 @@ def write_base(folder: Path) -> Path:
     marks = [f"[{i}]" for i in range(1, 13)]
     texts = [" ".join([*NAMES, *CITIES, *marks, "> was born in where and the baker Question passages answer the"])]
     tokenizer = word_tokenizer(texts)
-    config = transformers.LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=512, eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.eos_token_id, tie_word_embeddings=True,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    CausalModel(transformers.LlamaForCausalLM(config), tokenizer, "base").save(folder)
-    return folder
+    return save_llama(folder, tokenizer)
 
 
 def values(folder: Path, **changes: Any) -> dict[str, Any]:

@@ -73,7 +73,7 @@ def prepare_documents(config: Config, sessions: Sessions, directory: Path) -> Ma
 
 def prepare_chunks(config: Config, sessions: Sessions, directory: Path, per_document: int) -> Material:
     """The same for chunks, at most ``per_document`` of them a document."""
-    systems = [f"{paradigm}/{config.docid.family}" for paradigm in {system.paradigm: 0 for system in config.multis}]
+    systems = list(dict.fromkeys(f"{system.paradigm}/{config.docid.family}" for system in config.multis))
     of_chunks = replace(config, systems=systems, chunks=replace(config.chunks, per_document=per_document))
     encoder = load_encoder(config.docid.encoder)
     data = chunk_data(sessions.initial, load_static("wordllama"), encoder, of_chunks.chunks)
