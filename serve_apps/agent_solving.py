@@ -15,7 +15,7 @@ from mobula.agents.moat.artifact import KIND, Predictor
 from mobula.agents.sandbox import Limits, Workshop
 from mobula.agents.worlds import Task, read_plan
 from mobula.alternation import seed_of
-from mobula.models.causal import Sampling
+from mobula.models.language_model import Sampling
 from mobula.serving.application import Event
 from mobula.serving.batching import Batcher
 from mobula.serving.errors import RequestRefused

@@ -305,7 +305,7 @@ def artifact_verify(directory: Path) -> None:
 @click.argument("name")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON alone.")
 def benchmark(name: str, as_json: bool) -> None:
-    """Run a measurement of benchmarks/ (training, startup, decoding, serving, growth, rollouts, coverage)."""
+    """Run a measurement of benchmarks/ (training, startup, decoding, serving, growth, rollouts, engines, coverage)."""
     from mobula.running import run_benchmark
 
     result = run_benchmark(name)

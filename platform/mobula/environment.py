@@ -90,6 +90,20 @@ def worker_environment(gpu: bool, threads: int = 1) -> dict[str, str]:
     return settings
 
 
+def vllm_environment() -> None:
+    """Set what vLLM reads. Call it before vLLM is imported."""
+    settings = {
+        # The engine computes in its actor: a process of its own would outlive an actor that is killed.
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        # Actors share a machine, so that none may bind its threads to cores.
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "VLLM_LOGGING_LEVEL": "ERROR",
+        "VLLM_NO_USAGE_STATS": "1",
+    }
+    for name, value in settings.items():
+        os.environ.setdefault(name, value)
+
+
 def token_file() -> Path:
     """Where Ray keeps the token of this user's clusters."""
     return Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or "~/.ray/auth_token").expanduser()

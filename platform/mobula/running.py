@@ -15,7 +15,7 @@ from mobula.experiment import Report, Run
 if TYPE_CHECKING:
     from mobula.cluster.spec import ClusterSpec
 
-BENCHMARKS = ("training", "startup", "decoding", "serving", "growth", "rollouts", "coverage")
+BENCHMARKS = ("training", "startup", "decoding", "serving", "growth", "rollouts", "engines", "coverage")
 
 
 def run_experiment(

@@ -14,7 +14,8 @@ from mobula import artifacts, methods
 from mobula.agents.moat.artifact import KIND
 from mobula.environment import data_folder
 from mobula.models import pretrained
-from mobula.models.causal import CausalModel, Sampling
+from mobula.models.causal import CausalModel
+from mobula.models.language_model import Sampling
 
 pytestmark = [
     pytest.mark.end_to_end,

@@ -11,7 +11,8 @@ import torch
 
 from mobula.agents.language import parse, serialise
 from mobula.errors import ModelError
-from mobula.models.causal import SORTED, CausalModel, Sampling, SmallShape, _draw, word_tokenizer
+from mobula.models.causal import SORTED, CausalModel, SmallShape, _draw, word_tokenizer
+from mobula.models.language_model import Sampling
 
 PROGRAM = "R1 = Calc(3 * (4 - 2))\nR2 = Calc(R1 + 5)\nAnswer(R2)"
 TEXTS = [PROGRAM, "S1: look up e5 's mentor\nS2: find boss of R1", "how many coins are there now ?"]

@@ -12,8 +12,9 @@ import torch
 
 from mobula.errors import ModelError
 from mobula.models import causal
-from mobula.models.causal import CausalModel, Sampling, SmallShape, word_tokenizer
+from mobula.models.causal import CausalModel, SmallShape, word_tokenizer
 from mobula.models.chat_template import ChatTemplate
+from mobula.models.language_model import Sampling
 from mobula.models.turns import end_of_turn, render
 
 ANSWER = "{% if add_generation_prompt %}assistant : {% endif %}"

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from mobula.models.causal import CausalModel, Sampling, word_tokenizer
+from mobula.models.causal import CausalModel, word_tokenizer
+from mobula.models.language_model import Sampling
 from mobula.models.pointer import PointerConfig, PointerLM, occurring
 
 MARKERS = ("<QUERY>", "<turn>", "<SEARCH>", "<FACT>", "<FINAL>")

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from mobula.models.causal import CausalModel, Sampling, SmallShape, word_tokenizer
+from mobula.models.causal import CausalModel, SmallShape, word_tokenizer
 from mobula.models.finetune import TokenRow, collate, row_log_probs
+from mobula.models.language_model import Sampling
 from mobula.models.sft import SftTask, read_pairs, write_pairs
 from mobula.training import TrainingConfig, fit, load_weights
 

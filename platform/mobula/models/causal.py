@@ -1,7 +1,6 @@
 """Causal language models: building small ones, opening and adapting pretrained ones, scoring and sampling in batches.
 
-One class for all: a network of transformers with its tokenizer. Scores and samples of a text do not depend on what is
-beside it in the batch (up to the rounding of float sums), and a sample depends on its own seed alone.
+One class for all: a network of transformers with its tokenizer, which is trained, scores and samples.
 """
 
 from __future__ import annotations
@@ -20,8 +19,8 @@ from mobula.artifacts import write_json
 from mobula.cluster.resources import process_device
 from mobula.errors import ModelError
 from mobula.models.encoders import read_json
+from mobula.models.language_model import Continuation, LanguageModel, Sampling, require_prompts
 from mobula.models.pretrained import Pretrained, without_progress
-from mobula.models.turns import end_of_turn
 
 if TYPE_CHECKING:
     from mobula.models.pointer import PointerConfig
@@ -55,48 +54,16 @@ class Adapter:
     alpha: float
 
 
-@dataclass(frozen=True)
-class Sampling:
-    """How continuations are drawn. Temperature 0 is greedy; ``top_p`` cuts the unlikely tail (nucleus sampling)."""
+class CausalModel(LanguageModel):
+    """A network of transformers that continues token ids, with the tokenizer that makes them.
 
-    max_tokens: int
-    temperature: float = 1.0
-    top_p: float = 1.0
-
-
-@dataclass(frozen=True)
-class Continuation:
-    """Sampled token ids without EOS, and log p of each under the model as it is (temperature 1), EOS last if drawn.
-
-    ``log_q``: the same under the distribution that they were drawn from, by temperature and nucleus; zeros if greedy.
-    ``ended``: EOS was drawn; otherwise ``max_tokens`` were used up, or another token ended it, which is left out.
-    """
-
-    ids: tuple[int, ...]
-    log_probs: tuple[float, ...]
-    log_q: tuple[float, ...]
-    ended: bool
-
-
-class CausalModel:
-    """A network that continues token ids, with the tokenizer that makes them.
-
-    ``eos`` ends a turn by the tokenizer's chat template, or a text where there is none; sampling stops at it and at
-    ``stops``, what ends a text otherwise. With an ``adapter``, the network's trained weights are low-rank parts alone,
-    and only they are saved.
+    With an ``adapter``, the network's trained weights are low-rank parts alone, and only they are saved.
     """
 
     def __init__(self, network: nn.Module, tokenizer: Any, name: str, adapter: Adapter | None = None) -> None:
+        super().__init__(tokenizer, name, generation_ends(network))
         self.network = network.eval()
-        self.tokenizer = tokenizer
-        self.name = name
         self.adapter = adapter
-        if tokenizer.eos_token_id is None:
-            raise ModelError(f"model {name!r}: its tokenizer has no end-of-sequence token")
-        end = end_of_turn(tokenizer)
-        self.eos: int = tokenizer.eos_token_id if end is None else end
-        self.stops = frozenset({self.eos, tokenizer.eos_token_id, *_generation_ends(network)})
-        self.pad: int = self.eos if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
     @classmethod
     def small(cls, tokenizer: Any, shape: SmallShape, seed: int) -> CausalModel:
@@ -189,14 +156,6 @@ class CausalModel:
         self.network.to(process_device())
         return self
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids, no special tokens added."""
-        return self.tokenizer.encode(text, add_special_tokens=False)
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text of token ids, special tokens left out."""
-        return self.tokenizer.decode(list(ids), skip_special_tokens=True)
-
     @property
     def device(self) -> torch.device:
         """Where the network is."""
@@ -206,16 +165,8 @@ class CausalModel:
     def log_probs(
         self, prompts: Sequence[Sequence[int]], targets: Sequence[Sequence[int]], batch_tokens: int = 8192
     ) -> list[Tensor]:
-        """log p f32[n] of every target token after its prompt and the target tokens before it.
-
-        Prompt and target are token ids that are put together as they are, so the boundary cannot move. ``batch_tokens``
-        bounds the padded size of a batch.
-
-        Raises:
-            ValueError: for an empty prompt, after which there is nothing to predict from.
-        """
-        if not all(prompts):
-            raise ValueError("a prompt has no token")
+        """As :class:`LanguageModel`."""
+        require_prompts(prompts)
         whole = [(*prompt, *target) for prompt, target in zip(prompts, targets, strict=True)]
         log_probs: list[Tensor] = [torch.empty(0)] * len(whole)
         for rows in _batches([len(ids) for ids in whole], batch_tokens):
@@ -237,11 +188,7 @@ class CausalModel:
         batch: int = 64,
         memory: list[Any] | None = None,
     ) -> list[Continuation]:
-        """One continuation of every prompt, drawn with its own seed.
-
-        ``memory``: by prompt, what an earlier call left there for the tokens that its prompt began with, or None; this
-        call leaves what it has computed of its own prompts. Networks that cannot remember ignore it.
-        """
+        """As :class:`LanguageModel`. Networks with a cache of their own that can be kept have a memory."""
         order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
         continuations: dict[int, Continuation] = {}
         for start in range(0, len(order), batch):
@@ -285,14 +232,7 @@ class CausalModel:
             alive, ids = alive[going], tokens[going].unsqueeze(1)
             mask = torch.cat([mask[going], torch.ones(len(going), 1, dtype=mask.dtype)], 1)
             positions = positions[going, -1:] + 1
-        return [self._continuation(tokens, row) for tokens, row in zip(sampled, scores, strict=True)]
-
-    def _continuation(self, tokens: list[int], scores: list[tuple[float, float]]) -> Continuation:
-        ended = tokens[-1] == self.eos
-        if not ended and tokens[-1] in self.stops:
-            del tokens[-1], scores[-1]
-        log_probs, log_q = zip(*scores, strict=True) if scores else ((), ())
-        return Continuation(tuple(tokens[:-1] if ended else tokens), log_probs, log_q, ended)
+        return [self.continuation(tokens, row) for tokens, row in zip(sampled, scores, strict=True)]
 
     def _begin(self, prompts: Sequence[Sequence[int]], memory: list[Any] | None) -> tuple[Any, list[int]]:
         """A cache, and how many tokens of each prompt it holds already."""
@@ -412,7 +352,7 @@ def _likeliest(likely: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
     return likely.sort(stable=True, dim=-1, descending=True)
 
 
-def _generation_ends(network: Any) -> list[int]:
+def generation_ends(network: Any) -> list[int]:
     """The end tokens of a pretrained model's generation config."""
     ends = getattr(getattr(network, "generation_config", None), "eos_token_id", None)
     return ends if isinstance(ends, list) else [] if ends is None else [ends]

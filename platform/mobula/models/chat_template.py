@@ -6,7 +6,7 @@ import re
 from functools import cached_property
 
 from mobula.errors import ModelError
-from mobula.models.causal import CausalModel
+from mobula.models.language_model import LanguageModel
 from mobula.models.turns import AGENT, LATER, USER, render
 
 
@@ -17,7 +17,7 @@ class ChatTemplate:
         ModelError: if the template does not give an assistant's turn back as it is, ended by the model's end token.
     """
 
-    def __init__(self, model: CausalModel) -> None:
+    def __init__(self, model: LanguageModel) -> None:
         self.model = model
 
     def first(self, text: str) -> list[int]:

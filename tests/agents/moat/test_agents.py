@@ -15,7 +15,8 @@ from mobula.agents.moat.critic import CriticSettings
 from mobula.agents.moat.data import ground_text, plan_text
 from mobula.agents.worlds import Task, WorldSet
 from mobula.agents.worlds.tool_world import generate
-from mobula.models.causal import CausalModel, Sampling, SmallShape, word_tokenizer
+from mobula.models.causal import CausalModel, SmallShape, word_tokenizer
+from mobula.models.language_model import Sampling
 from mobula.models.sft import SftTask, write_pairs
 from mobula.training import TrainingConfig, fit, load_weights
 

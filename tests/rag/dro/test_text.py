@@ -17,8 +17,9 @@ from mobula.artifacts import read_jsonl, sha256, write_jsonl
 from mobula.config import build
 from mobula.data.records import Document
 from mobula.errors import ConfigError
-from mobula.models.causal import CausalModel, Sampling
+from mobula.models.causal import CausalModel
 from mobula.models.constrained import Target, collate_targets, target_log_probs
+from mobula.models.language_model import Sampling
 from mobula.rag.candidates import RETRIEVER_ERROR, Request
 from mobula.rag.dro.config import COLD, Config
 from mobula.rag.dro.data import RetrievedQuestions

@@ -8,8 +8,9 @@ from typing import Any
 
 from mobula.artifacts import read_jsonl
 from mobula.config import build
-from mobula.models.causal import CausalModel, Continuation, Sampling
+from mobula.models.causal import CausalModel
 from mobula.models.finetune import TokenRow, finetune
+from mobula.models.language_model import Continuation, Sampling
 from mobula.rag.em import SampleWorker
 from mobula.rag.exsearch import artifact
 from mobula.rag.exsearch.agent import Agent

@@ -15,8 +15,9 @@ import torch
 
 from mobula.alternation import Row
 from mobula.errors import ConfigError, DataError
-from mobula.models.causal import CausalModel, Continuation
+from mobula.models.causal import CausalModel
 from mobula.models.finetune import TokenRow
+from mobula.models.language_model import Continuation
 from mobula.rag.em import ScoreWorker, SnapshotMismatch
 from mobula.rag.exsearch import rollout as rollout_module
 from mobula.rag.exsearch.agent import Agent, SolveWorker

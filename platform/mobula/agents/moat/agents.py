@@ -18,7 +18,8 @@ from mobula.agents.moat.critic import CriticSettings, criticise
 from mobula.agents.moat.data import Markers, View, template_of
 from mobula.agents.worlds import Task, World, WorldSet, read_plan
 from mobula.alternation import Row, seed_of
-from mobula.models.causal import CausalModel, Continuation, Sampling
+from mobula.models.engines import EngineConfig, open_model
+from mobula.models.language_model import Continuation, LanguageModel, Sampling
 from mobula.portable import Portable
 from mobula.threads import one_thread
 
@@ -39,20 +40,24 @@ class Lengths:
 
 @dataclass
 class Agents(Portable):
-    """Where a planner and a grounder are saved, and the worlds they act in; opened on first use."""
+    """Where a planner and a grounder are saved, and the worlds they act in; opened on first use.
+
+    ``engine``: who samples and scores; None: PyTorch.
+    """
 
     planner: Path
     grounder: Path
     world_set: WorldSet
     view: View
+    engine: EngineConfig | None = None
 
     @cached_property
-    def planning(self) -> tuple[CausalModel, Markers]:
+    def planning(self) -> tuple[LanguageModel, Markers]:
         """The planner and its prompts."""
         return self._open(self.planner)
 
     @cached_property
-    def grounding(self) -> tuple[CausalModel, Markers]:
+    def grounding(self) -> tuple[LanguageModel, Markers]:
         """The grounder and its prompts."""
         return self._open(self.grounder)
 
@@ -100,8 +105,8 @@ class Agents(Portable):
         programs = self.programs(tasks, texts, Sampling(most.program, GREEDY), [0] * len(tasks))
         return [(plan, program) for plan, (program, _) in zip(texts, programs, strict=True)]
 
-    def _open(self, folder: Path) -> tuple[CausalModel, Markers]:
-        model = CausalModel.open(str(folder)).placed()
+    def _open(self, folder: Path) -> tuple[LanguageModel, Markers]:
+        model = open_model(str(folder), self.engine)
         return model, template_of(model, self.view)
 
     def _prompts(self, tasks: Tasks, plans: Sequence[str]) -> list[list[int]]:
@@ -121,7 +126,7 @@ class Integrated(Agents):
         return [self.planning[1].split(text) for text, _ in written]
 
 
-def _texts(model: CausalModel, continuations: Sequence[Continuation]) -> list[tuple[str, Continuation]]:
+def _texts(model: LanguageModel, continuations: Sequence[Continuation]) -> list[tuple[str, Continuation]]:
     return [(model.decode(continuation.ids), continuation) for continuation in continuations]
 
 

@@ -16,7 +16,8 @@ from mobula.agents.language import MOST_STATEMENTS, Tool
 from mobula.agents.moat.config import Config
 from mobula.agents.worlds import GROUNDER_STYLES, PLANNER_STYLES, Task, World
 from mobula.agents.worlds.world import STYLES
-from mobula.models.causal import CausalModel, word_tokenizer
+from mobula.models.causal import word_tokenizer
+from mobula.models.language_model import LanguageModel
 from mobula.models.sft import Pair
 from mobula.models.turns import render
 from mobula.portable import Portable
@@ -47,7 +48,7 @@ class Markers:
     ``mark`` stands between plan and program where one text holds both, ``space`` around it.
     """
 
-    model: CausalModel
+    model: LanguageModel
     view: View = "plan_only"
     mark: ClassVar[str] = ACT
     space: ClassVar[str] = " "
@@ -99,7 +100,7 @@ class Chat(Markers):
         return self.model.encode(render(self.model.tokenizer, [("system", system), ("user", user)]))
 
 
-def template_of(model: CausalModel, view: View) -> Markers:
+def template_of(model: LanguageModel, view: View) -> Markers:
     """The chat template where the model's tokenizer has one, else marker words."""
     return Chat(model, view) if getattr(model.tokenizer, "chat_template", None) else Markers(model, view)
 
@@ -141,12 +142,12 @@ class TaskData(Portable):
         """The tasks of a split by their id."""
         return {task.id: task for task in self.tasks[split]}
 
-    def planning(self, model: CausalModel, rows: Sequence[tuple[Task, str]]) -> list[Pair]:
+    def planning(self, model: LanguageModel, rows: Sequence[tuple[Task, str]]) -> list[Pair]:
         """(task, plan) as a planner is trained on them; the target ends with EOS."""
         template = template_of(model, self.view)
         return [(template.plan(task), [*model.encode(plan), model.eos]) for task, plan in rows]
 
-    def grounding(self, model: CausalModel, rows: Sequence[tuple[Task, str, str]]) -> list[Pair]:
+    def grounding(self, model: LanguageModel, rows: Sequence[tuple[Task, str, str]]) -> list[Pair]:
         """(task, plan, actions) as a grounder is trained on them; the target ends with EOS."""
         template = template_of(model, self.view)
         return [
@@ -157,11 +158,11 @@ class TaskData(Portable):
             for task, plan, actions in rows
         ]
 
-    def gold_plans(self, model: CausalModel) -> list[Pair]:
+    def gold_plans(self, model: LanguageModel) -> list[Pair]:
         """Task to gold plan, of the train split."""
         return self.planning(model, [(task, str(task.gold_plan)) for task in self.tasks["train"]])
 
-    def gold_programs(self, model: CausalModel) -> list[Pair]:
+    def gold_programs(self, model: LanguageModel) -> list[Pair]:
         """Gold plan to gold actions, of the train split, the plans in the words of the grounder's annotators."""
         styles = GROUNDER_STYLES if self.config.tasks.style_mismatch else PLANNER_STYLES
         rows = []
@@ -170,13 +171,13 @@ class TaskData(Portable):
             rows.append((task, plan, str(task.gold_actions)))
         return self.grounding(model, rows)
 
-    def gold_in_one(self, model: CausalModel) -> list[Pair]:
+    def gold_in_one(self, model: LanguageModel) -> list[Pair]:
         """Task to gold plan and gold actions in one text, of the train split: what an integrated agent learns."""
         template = template_of(model, self.view)
         rows = [(task, template.join(str(task.gold_plan), str(task.gold_actions))) for task in self.tasks["train"]]
         return self.planning(model, rows)
 
-    def unwritable(self, model: CausalModel, split: str) -> int:
+    def unwritable(self, model: LanguageModel, split: str) -> int:
         """How many gold programs of a split have words that the model does not know, so that it cannot write them."""
         programs = [task.gold_actions for task in self.tasks[split] if task.gold_actions]
         unknown = model.tokenizer.unk_token_id

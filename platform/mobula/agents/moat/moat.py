@@ -51,10 +51,11 @@ from mobula.alternation import Context, History, Loop, Phase, Row, Sharded, Step
 from mobula.artifacts import write_json, write_jsonl
 from mobula.config import digest
 from mobula.experiment import identity
-from mobula.models.causal import CausalModel, Sampling
+from mobula.models.causal import CausalModel
 from mobula.models.dpo import DpoTask, Preference
 from mobula.models.endpoint import total_usage
 from mobula.models.finetune import MODEL, finetune
+from mobula.models.language_model import Sampling
 
 CANARIES = 20  # known-bad programs an iteration
 

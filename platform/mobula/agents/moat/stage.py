@@ -24,9 +24,9 @@ from mobula.agents.moat.data import TaskData
 from mobula.agents.worlds import Task
 from mobula.alternation import Context, History, Phase, Row, Sharded, Step, best_iteration, seed_of
 from mobula.artifacts import write_json
-from mobula.models.causal import Sampling
 from mobula.models.endpoint import Endpoint
 from mobula.models.finetune import MODEL, FinetuneTask, finetune
+from mobula.models.language_model import Sampling
 from mobula.models.sft import Pair, SftTask, write_pairs
 from mobula.training import FitResult, TrainingConfig
 
@@ -52,7 +52,8 @@ class ArmContext:
 
     def agents(self, planner: Path, grounder: Path) -> Agents:
         """A planner and a grounder in these worlds."""
-        return Agents(planner, grounder, self.config.tasks.worlds, self.data.view)
+        config = self.config
+        return Agents(planner, grounder, config.tasks.worlds, self.data.view, config.model.sampler)
 
     def current_agents(self, history: History) -> Agents:
         """The planner and the grounder of the current checkpoint."""

@@ -163,7 +163,8 @@ class Arms(Portable):
             return start.agents(start.planner, start.grounder)
         if system.arm == INTEGRATED:
             model = arm_directory(self.directory, INTEGRATED, seed) / MODEL
-            return Integrated(model, model, self.config.tasks.worlds, self.data.view)
+            config = self.config
+            return Integrated(model, model, config.tasks.worlds, self.data.view, config.model.sampler)
         checkpoint = self.checkpoint(system, seed)
         return start.agents(checkpoint.planner, checkpoint.grounder)
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from mobula.cluster.pool import Row
 from mobula.models.causal import CausalModel
+from mobula.models.engines import EngineConfig, open_model
 from mobula.models.text import hash_files
 from mobula.portable import Portable
 from mobula.rag.exsearch.config import Mode, RetrieveConfig, RolloutConfig
@@ -28,7 +29,7 @@ log = logging.getLogger(__name__)
 class Agent(Portable):
     """Where a model is saved, and what it searches. Nothing of it knows an answer.
 
-    ``shuffled``: the passages of a search are permuted.
+    ``shuffled``: the passages of a search are permuted. ``engine``: who samples; None: PyTorch.
     """
 
     model: Path
@@ -37,10 +38,11 @@ class Agent(Portable):
     rollout: RolloutConfig
     mode: Mode
     shuffled: bool = False
+    engine: EngineConfig | None = None
 
     @cached_property
     def opened(self) -> CausalModel:
-        """The model."""
+        """The model as it is trained, which scores."""
         return CausalModel.open(str(self.model)).placed()
 
     @cached_property
@@ -58,7 +60,8 @@ class Agent(Portable):
 
     def rollouts(self, *, greedy: bool) -> Rollouts:
         """The agent in action."""
-        return Rollouts(self.opened, self.searcher, self.rollout, self.mode, greedy)
+        sampler = self.opened if self.engine is None else open_model(str(self.model), self.engine)
+        return Rollouts(sampler, self.searcher, self.rollout, self.mode, greedy)
 
     def gold(self, answers: Sequence[str]) -> list[int]:
         """The tokens of the answer that is scored and learned, the first one, with the end of the turn."""

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 
 from mobula.data.records import Document
 from mobula.errors import ModelError
-from mobula.models.causal import EOS, PAD, UNKNOWN, CausalModel
+from mobula.models.causal import EOS, PAD, UNKNOWN
 from mobula.models.chat_template import ChatTemplate
+from mobula.models.language_model import LanguageModel
 
 QUERY, SEARCH, FACT, FINAL = "<QUERY>", "<SEARCH>", "<FACT>", "<FINAL>"
 NONE = "none"  # what an agent records if the passages settle nothing
@@ -72,7 +73,7 @@ class Chat(ABC):
     _first: Callable[[str], list[int]]  # tokens of a first turn, and of a later one behind an agent's end
     _next: Callable[[str], list[int]]
 
-    def __init__(self, model: CausalModel) -> None:
+    def __init__(self, model: LanguageModel) -> None:
         self.model = model
 
     def begin(self, question: str) -> list[int]:
@@ -122,7 +123,7 @@ class MarkedChat(Chat):
 
     separator, phrases, _reserved = " ", MARKED, RESERVED
 
-    def __init__(self, model: CausalModel) -> None:
+    def __init__(self, model: LanguageModel) -> None:
         super().__init__(model)
         self._first = self._next = lambda text: model.encode(f"{text} {TURN}")
 
@@ -140,7 +141,7 @@ class TemplatedChat(Chat):
 
     separator, phrases = "\n", SENTENCES
 
-    def __init__(self, model: CausalModel, passage_tokens: int) -> None:
+    def __init__(self, model: LanguageModel, passage_tokens: int) -> None:
         super().__init__(model)
         self.passage_tokens, template = passage_tokens, ChatTemplate(model)
         self._first, self._next, self._reserved = template.first, template.next, model.tokenizer.all_special_tokens
@@ -152,7 +153,7 @@ class TemplatedChat(Chat):
         return f"{self._plain(passage.title)}: {kept}"
 
 
-def chat_of(model: CausalModel, passage_tokens: int) -> Chat:
+def chat_of(model: LanguageModel, passage_tokens: int) -> Chat:
     """The chat that a model understands.
 
     Raises:

@@ -92,16 +92,16 @@ class Trajectories:
                     "log_prior": [sum(z for z, _ in s) for s in sums],
                     "answer_tokens": len(gold),
                     "distinct": len({tuple(z.queries) for z in group}),
+                    "log_ratio": [sum(z for z, _ in s) - k.log_q for s, k in zip(sums, group, strict=True)],
                     **self._columns(group, sample["answers"]),
                 }
             )
         return scores
 
     def _columns(self, group: Sequence[Trajectory], answers: Sequence[str]) -> Row:
-        """Of each sample: the sampler's ratio, its own answer, and its evidence."""
+        """Of each sample: its own answer, and its evidence."""
         score = SCORES[self.reward]
         return {
-            "log_ratio": [z.log_ratio for z in group],
             "em": [SCORES["em"](z.prediction, answers) for z in group],
             "reward": [score(z.prediction, answers) for z in group],
             "in_facts": [float(holds(" ".join(z.facts), answers)) for z in group],
@@ -138,7 +138,8 @@ class ExSearch(EM):
     def agent(self, model: Path, split: str) -> Agent:
         """A model in the corpus of a split."""
         config = self.config
-        return Agent(model, corpus_of(config.data, split), config.retrieve, config.rollout, self.arm.mode)
+        corpus, sampler = corpus_of(config.data, split), config.model.sampler
+        return Agent(model, corpus, config.retrieve, config.rollout, self.arm.mode, engine=sampler)
 
     def problems(self, split: str) -> list[Problem]:
         """The questions of a split, with answers."""

@@ -12,7 +12,7 @@ from typing import Any
 
 from mobula.alternation import seed_of
 from mobula.data.records import Document
-from mobula.models.causal import CausalModel, Continuation, Sampling
+from mobula.models.language_model import Continuation, LanguageModel, Sampling
 from mobula.rag.exsearch.chat import FACT, NONE, QUERY, SEARCH, Chat, chat_of
 from mobula.rag.exsearch.config import Mode, RolloutConfig
 from mobula.rag.exsearch.trajectory import GIVEN, Action, Aside, Selection, Trajectory, Turn, parse, parse_fact
@@ -55,7 +55,7 @@ class Rollouts:
 
     def __init__(
         self,
-        model: CausalModel,
+        model: LanguageModel,
         searcher: Retrying,
         config: RolloutConfig,
         mode: Mode | None = None,

@@ -175,7 +175,8 @@ class Arms(Portable):
         off = {step: False for step in STEPS if options.get(step) == "off"}
         mode = replace(self._arm(system.arm).mode, **off)
         corpus, shuffled = corpus_of(config.data, split), options.get("passages") == "shuffled"
-        return Agent(self.model(system.arm, seed), corpus, config.retrieve, config.rollout, mode, shuffled)
+        model, sampler = self.model(system.arm, seed), config.model.sampler
+        return Agent(model, corpus, config.retrieve, config.rollout, mode, shuffled, sampler)
 
     def harness(self, system: System) -> str:
         """Names what all systems must share: backbone, retriever, limits of rollouts, questions, passages."""

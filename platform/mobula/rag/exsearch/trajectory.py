@@ -97,9 +97,9 @@ class Trajectory:
         return sum(len(turn.ids) for turn in self.turns)
 
     @property
-    def log_ratio(self) -> float:
-        """log p(z|x) at temperature 1 minus the log-probability that the trajectory was drawn with."""
-        return sum(sum(turn.log_probs) - sum(turn.log_q) for turn in self._agent_turns)
+    def log_q(self) -> float:
+        """The log-probability that the trajectory was drawn with, by who sampled it."""
+        return sum(sum(turn.log_q) for turn in self._agent_turns)
 
     @property
     def sampled(self) -> list[float]:

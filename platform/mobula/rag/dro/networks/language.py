@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from mobula.alternation import Row
 from mobula.data.records import Document
 from mobula.evaluation.answers import exact_match, f1
-from mobula.models.causal import CausalModel, Sampling
+from mobula.models.causal import CausalModel
 from mobula.models.constrained import Target, collate_targets, target_log_probs
+from mobula.models.language_model import Sampling
 from mobula.models.pretrained import Pretrained
 from mobula.rag.candidates import Request
 from mobula.rag.dro.networks.base import Generator, Network, Scores, Selection, Selector
