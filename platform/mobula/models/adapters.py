@@ -118,9 +118,10 @@ def load_adapter(network: nn.Module, folder: Path) -> None:
     Raises:
         ModelError: if it does not fit.
     """
-    from peft import LoraConfig, set_peft_model_state_dict
+    from peft import LoraConfig as PeftConfig
+    from peft import set_peft_model_state_dict
 
-    config = LoraConfig.from_pretrained(str(folder))
+    config = PeftConfig.from_pretrained(str(folder))
     config.inference_mode = False
     network.requires_grad_(False)
     try:
