@@ -301,6 +301,16 @@ def artifact_verify(directory: Path) -> None:
     click.echo(f"{directory}: {len(opened.files)} files match the manifest")
 
 
+@artifact.command("convert")
+@click.argument("directory", type=click.Path(path_type=Path, exists=True, file_okay=False))
+@click.argument("out", type=click.Path(path_type=Path))
+def artifact_convert(directory: Path, out: Path) -> None:
+    """Copy an artifact, or a model's folder, to OUT with LoRA weights of the form before PEFT's rewritten as PEFT's."""
+    from mobula.models.convert_adapters import convert
+
+    click.echo(f"{out}: {convert(directory, out)} files of LoRA weights converted")
+
+
 @main.command()
 @click.argument("name")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON alone.")

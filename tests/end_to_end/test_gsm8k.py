@@ -67,7 +67,7 @@ def test_every_phase_ran_and_only_adapters_were_written(run: Path) -> None:
     (row,) = [json.loads(line) for line in (run / "seed-0/moat/iterations.jsonl").read_text().splitlines()][1:]
     assert row["n_pairs"] >= 1
     assert row["J_stages"].keys() >= {"dpo"}
-    assert list(run.rglob("adapter.safetensors"))
+    assert list(run.rglob("adapter_model.safetensors"))
     # The model under the adapters takes 500 MB.
     assert max(path.stat().st_size for path in run.rglob("*.safetensors")) < 50_000_000
 

@@ -62,7 +62,7 @@ def test_a_pretrained_agent_searches_real_passages(run: Path) -> None:
 def test_every_phase_ran_and_only_adapters_were_written(run: Path) -> None:
     row = read_jsonl(run / "seed-0/exsearch/iterations.jsonl")[1]
     assert row["steps"] == 2 and row["queries"] >= 1
-    assert list(run.rglob("adapter.safetensors"))
+    assert list(run.rglob("adapter_model.safetensors"))
     # The model under the adapter takes 500 MB.
     assert max(path.stat().st_size for path in run.rglob("*.safetensors")) < 50_000_000
 

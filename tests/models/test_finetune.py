@@ -90,6 +90,26 @@ def test_gradients_are_those_of_all_logits(model: CausalModel) -> None:
     torch.testing.assert_close(torch.autograd.grad(-row_log_probs(model.network, batch).sum(), weights), plain)
 
 
+def test_logits_of_many_tokens_never_stand_in_memory_at_once(
+    model: CausalModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In parts, values and gradients are those of the whole."""
+    network: Any = model.network
+    batch, weights = collate([*ROWS, TokenRow([4, 5, 3, 1, 2], [0, 1, 1, 1, 1])]), list(network.parameters())
+
+    def found() -> tuple[Tensor, tuple[Tensor, ...]]:
+        log_probs = token_log_probs(network, batch)
+        return log_probs.detach(), torch.autograd.grad((log_probs**2).sum(), weights)
+
+    whole, sizes = found(), []
+    monkeypatch.setattr(finetuning, "LOGITS", 3 * network.config.vocab_size)
+    hook = network.lm_head.register_forward_hook(lambda module, inputs, logits: sizes.append(len(logits)))
+    parts = found()
+    hook.remove()
+    assert sizes == [3, 3, 2, 2, 3, 3]  # forward, and again from the last part for the gradients
+    torch.testing.assert_close(parts, whole)
+
+
 def test_every_field_enters_the_identity(task: MarginTask) -> None:
     other = MarginTask(task.start, task.data, 2.0)
     assert other.identity() != task.identity()

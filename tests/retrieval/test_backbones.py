@@ -18,8 +18,7 @@ from torch import nn
 from mobula.config import build, load
 from mobula.data.records import Document, Query, RetrievalData
 from mobula.errors import ArtifactError, ConfigError, ModelError
-from mobula.models.finetune import LoraConfig
-from mobula.models.lora import LoraLinear, add_lora
+from mobula.models.adapters import LoraConfig
 from mobula.models.pretrained import REVISIONS, Pretrained
 from mobula.models.text import load_static
 from mobula.retrieval.arms import parse
@@ -116,7 +115,8 @@ def table() -> DocidTable:
 
 def config_of(bases: dict[str, str], name: str, **changes) -> ModelConfig:
     backbone = "t5" if name in ENCODER_DECODERS else "causal_lm" if name in DECODERS_ONLY else "masked_lm"
-    return ModelConfig(backbone=backbone, base=bases[name], query_len=6, lora=LoraConfig(4, 128.0), **changes)
+    lora = LoraConfig(4, 128.0, changes.pop("targets", "all-linear"))
+    return ModelConfig(backbone=backbone, base=bases[name], query_len=6, lora=lora, **changes)
 
 
 def built(bases, table, name, **changes):
@@ -388,24 +388,15 @@ def test_prompts_cut_the_query_and_keep_the_rest(bases) -> None:
 # What is trained and what is saved
 
 
-def test_lora_starts_as_the_frozen_layer_and_learns_apart_from_it() -> None:
-    torch.manual_seed(0)
-    network = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3, bias=False))
-    x, before = torch.randn(4, 6), [p.detach().clone() for p in network.parameters()]
-    plain = network(x)
-    add_lora(network, rank=2, alpha=4.0)
-    assert network(x).equal(plain)
-    assert sorted({n.split(".")[-1] for n, p in network.named_parameters() if p.requires_grad}) == ["lora_a", "lora_b"]
-    layer = network[2]
-    assert isinstance(layer, LoraLinear)
-    with torch.no_grad():
-        layer.lora_b.normal_()
-    hidden = network[:2](x)
-    merged = layer.weight + 4.0 / 2 * layer.lora_b @ layer.lora_a
-    assert torch.allclose(layer(hidden), hidden @ merged.T, atol=1e-6)
-    network(x).sum().backward()
-    frozen = [p for p in network.parameters() if not p.requires_grad]
-    assert all(a.equal(b) for a, b in zip(frozen, before, strict=True))
+@pytest.mark.parametrize("name", ["bert", "t5", "qwen2"])
+def test_lora_is_put_on_what_targets_name(bases, table, name) -> None:
+    target = {"bert": "query", "t5": "q", "qwen2": "q_proj"}[name]
+    model, _, _ = built(bases, table, name, targets=[target])
+    layers = {n.split(".lora_")[0] for n, p in model.named_parameters() if ".lora_" in n and p.requires_grad}
+    assert layers
+    assert {layer.rsplit(".", 1)[-1] for layer in layers} == {target}
+    with pytest.raises(ModelError, match=r"model\.lora\.targets: .* has no linear layer qkv; it has .*" + target):
+        built(bases, table, name, targets=[target, "qkv"])
 
 
 @pytest.mark.parametrize("name", ["bert", "modernbert", "t5", "qwen2", "llama"])
@@ -583,6 +574,20 @@ def test_training_lowers_the_loss_and_the_artifact_decodes(bases, corpus, tmp_pa
     kind, names = (ArDecoder, AR_DECODERS) if arm.paradigm == "autoregressive" else (Decoder, DECODERS)
     for name in names:
         assert len(kind(again, task.table).search(query, [SearchOptions(k=5, decoder=name)] * 3)[0].hits) == 5
+
+
+@pytest.mark.parametrize("case", ["masked_lm LoRA", "twin", "decoder twin LoRA"])
+def test_lora_learns_on_a_base_in_bf16(bases, corpus, tmp_path, case) -> None:
+    arm, model = parse(CASES[case][0]), CASES[case][1](bases)
+    arms = [str(arm)] if arm.paradigm == "diffusion" else ["diffusion/rq", str(arm)]
+    config = experiment(model, arms, bases["encoder"])
+    task = docid_task(config, prepare(config, corpus, tmp_path / "prepared").prepared, arm)
+    result = fit(task, replace(TRAINING, precision="bf16"), tmp_path / "fit", seed=0, name="bf16")
+    losses = [json.loads(line).get("loss") for line in result.history.read_text().splitlines()]
+    losses = [loss for loss in losses if loss is not None]
+    assert losses[-1] < 0.8 * losses[0]
+    with safe_open(result.weights, "pt") as stream:
+        assert {stream.get_tensor(name).dtype for name in stream.keys()} == {torch.float32}  # noqa: SIM118
 
 
 def test_lora_training_resumes_where_it_stopped(bases, corpus, tmp_path) -> None:

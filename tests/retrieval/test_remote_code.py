@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from mobula.config import build
 from mobula.data.records import Document, Query, RetrievalData
 from mobula.errors import ModelError
-from mobula.models.finetune import LoraConfig
+from mobula.models.adapters import LoraConfig
 from mobula.models.pretrained import Pretrained
 from mobula.retrieval.arms import parse
 from mobula.retrieval.build import ModelConfig, build_model, load_model, save_model

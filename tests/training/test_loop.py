@@ -276,6 +276,11 @@ def test_a_parameter_without_dimensions_is_an_error_that_names_it(tmp_path: Path
         train(tmp_path, Scalar(), zero=zero)
 
 
+def test_a_network_that_cannot_run_its_layers_again_is_named(tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match="gradient_checkpointing=true: Network cannot run its layers again"):
+        train(tmp_path, gradient_checkpointing=True)
+
+
 class Exploding(ByteTask):
     """The loss becomes infinite with the ninth batch."""
 

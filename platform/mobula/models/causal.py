@@ -6,19 +6,17 @@ One class for all: a network of transformers with its tokenizer, which is traine
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
 
-from mobula.artifacts import write_json
 from mobula.cluster.resources import process_device
-from mobula.errors import ModelError
-from mobula.models.encoders import read_json
+from mobula.models.adapters import Base, LoraConfig, add_lora, load_adapter, read_base, save_adapter
+from mobula.models.frozen import leave_out_frozen
 from mobula.models.language_model import Continuation, LanguageModel, Sampling, require_prompts
 from mobula.models.pretrained import Pretrained, without_progress
 
@@ -26,7 +24,6 @@ if TYPE_CHECKING:
     from mobula.models.pointer import PointerConfig
 
 PAD, EOS, UNKNOWN = "<pad>", "<eos>", "<unk>"
-ADAPTER, ADAPTER_WEIGHTS = "adapter.json", "adapter.safetensors"
 # What stands alone in a text of words: line ends, and the marks of programs and numbered steps.
 _MARKS = Regex(r"\n|[()=,:]")
 # A vocabulary up to the first size is sorted whole for a draw; of a larger one so many of the likeliest tokens.
@@ -44,26 +41,16 @@ class SmallShape:
     dropout: float = 0.0
 
 
-@dataclass(frozen=True)
-class Adapter:
-    """LoRA on a frozen pretrained model: which one, the hash of its files, and the low-rank parts' shape."""
-
-    base: str
-    base_hash: str
-    rank: int
-    alpha: float
-
-
 class CausalModel(LanguageModel):
     """A network of transformers that continues token ids, with the tokenizer that makes them.
 
-    With an ``adapter``, the network's trained weights are low-rank parts alone, and only they are saved.
+    With a ``base``, the network is that one under an adapter, whose low-rank parts alone are trained and saved.
     """
 
-    def __init__(self, network: nn.Module, tokenizer: Any, name: str, adapter: Adapter | None = None) -> None:
+    def __init__(self, network: nn.Module, tokenizer: Any, name: str, base: Base | None = None) -> None:
         super().__init__(tokenizer, name, generation_ends(network))
         self.network = network.eval()
-        self.adapter = adapter
+        self.base = base
 
     @classmethod
     def small(cls, tokenizer: Any, shape: SmallShape, seed: int) -> CausalModel:
@@ -98,13 +85,19 @@ class CausalModel(LanguageModel):
             return cls(PointerLM(config), tokenizer, "pointer")
 
     @classmethod
-    def adapted(cls, base: str, rank: int, alpha: float, seed: int) -> CausalModel:
-        """A pretrained one, frozen, with fresh low-rank parts on every linear layer below its output layer.
+    def adapted(cls, base: str, lora: LoraConfig, seed: int) -> CausalModel:
+        """A pretrained one, frozen, with fresh low-rank parts on linear layers.
 
         Raises:
-            ModelError: as :meth:`open`, or if there is no such layer.
+            ModelError: as :meth:`open`, or if it has no such layers.
         """
-        return cls._with_adapter(Adapter(base, Pretrained.find(base).hash, rank, alpha), seed)
+        pretrained = Pretrained.find(base)
+        network = pretrained.load("AutoModelForCausalLM")
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            add_lora(network, lora=lora)
+        leave_out_frozen(network)
+        return cls(network, pretrained.tokenizer(), base, Base(base, pretrained.hash))
 
     @classmethod
     def open(cls, name: str) -> CausalModel:
@@ -115,41 +108,26 @@ class CausalModel(LanguageModel):
                 one that it was trained on.
         """
         folder = Path(name).expanduser()
-        if not (folder / ADAPTER).is_file():
-            pretrained = Pretrained.find(name)
-            return cls(pretrained.load("AutoModelForCausalLM"), pretrained.tokenizer(), name)
-        adapter = Adapter(**read_json(folder / ADAPTER))
-        if Pretrained.find(adapter.base).hash != adapter.base_hash:
-            raise ModelError(f"{folder}: was trained on other files of {adapter.base!r} than those that are here")
-        model = cls._with_adapter(adapter, seed=0)
-        model.network.load_state_dict(load_file(folder / ADAPTER_WEIGHTS))
-        return model
-
-    @classmethod
-    def _with_adapter(cls, adapter: Adapter, seed: int) -> CausalModel:
-        from mobula.models.lora import add_lora, leave_out_frozen
-
-        pretrained = Pretrained.find(adapter.base)
-        network: Any = pretrained.load("AutoModelForCausalLM").requires_grad_(False)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            add_lora(network.base_model, rank=adapter.rank, alpha=adapter.alpha)
-        leave_out_frozen(network)
-        return cls(network, pretrained.tokenizer(), adapter.base, adapter)
+        base = read_base(folder)
+        pretrained = Pretrained.find(name if base is None else base.name)
+        network = pretrained.load("AutoModelForCausalLM")
+        if base is not None:
+            load_adapter(network, folder)
+            leave_out_frozen(network)
+        return cls(network, pretrained.tokenizer(), pretrained.name, base)
 
     def save(self, folder: Path) -> None:
         """Write weights (safetensors), configuration and tokenizer as transformers reads them.
 
-        With an adapter, only that is written, with the name and hash of the model under it.
+        Of a model under an adapter, the adapter is written as PEFT reads it, with the name and hash of its base.
         """
-        if self.adapter is None:
+        if self.base is None:
             with without_progress():
                 self.network.save_pretrained(folder)  # type: ignore[operator]
-            self.tokenizer.save_pretrained(folder)
+            # A chat template is kept in the tokenizer's configuration: an artifact holds no programs.
+            self.tokenizer.save_pretrained(folder, save_jinja_files=False)
             return
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file(self.network.state_dict(), folder / ADAPTER_WEIGHTS)
-        write_json(folder / ADAPTER, asdict(self.adapter))
+        save_adapter(self.network, folder, self.base)
 
     def placed(self) -> CausalModel:
         """Itself, on the device of this process."""

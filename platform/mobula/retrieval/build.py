@@ -15,8 +15,8 @@ from torch import Tensor
 from mobula.artifacts import write_json
 from mobula.config import digest, key, section
 from mobula.errors import ArtifactError
+from mobula.models.adapters import LoraConfig
 from mobula.models.encoders import TransformerEncoder, encoder_dim, load_encoder
-from mobula.models.finetune import LoraConfig
 from mobula.models.pretrained import Pretrained
 from mobula.models.text import StaticEmbedding, load_static
 from mobula.retrieval.arms import Arm
@@ -160,6 +160,7 @@ def _language_model(config: ModelConfig, arm: Arm, table: DocidTable) -> DocidMo
         finetune=config.finetune,
         lora_rank=config.lora.rank,
         lora_alpha=config.lora.alpha,
+        lora_targets=config.lora.targets,
     )
     model = LANGUAGE_MODELS[config.backbone](shape, base, code_words(table))  # type: ignore[call-arg]
     scale_rate(model.pretrained(), config.base_lr)

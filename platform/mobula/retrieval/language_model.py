@@ -10,14 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mobula.errors import ModelError
-from mobula.models.lora import add_lora, leave_out_frozen
+from mobula.models.adapters import ALL_LINEAR, LoraConfig, add_lora
+from mobula.models.frozen import leave_out_frozen
 from mobula.models.pretrained import Pretrained
 from mobula.retrieval.network import DocidModel, NetworkKind
 
@@ -37,6 +37,12 @@ class PretrainedShape:
     finetune: bool
     lora_rank: int
     lora_alpha: float
+    lora_targets: Any = ALL_LINEAR  # as of LoraConfig
+
+    @property
+    def lora(self) -> LoraConfig:
+        """The low-rank parts."""
+        return LoraConfig(self.lora_rank, self.lora_alpha, self.lora_targets)
 
 
 class DocidRows(nn.Module):
@@ -77,7 +83,7 @@ class DocidHead(nn.Module):
 class LanguageModel(DocidModel):
     """A docid model whose network is a pretrained language model.
 
-    Trained are the docid tokens' rows and either all pretrained weights (``finetune``) or LoRA on every linear layer.
+    Trained are the docid tokens' rows and either all pretrained weights (``finetune``) or LoRA on linear layers.
     Weights that stay frozen are no part of ``state_dict``: they are read from the base model again.
     """
 
@@ -100,16 +106,18 @@ class LanguageModel(DocidModel):
         self.head = DocidHead(weight, self.levels, shift)
 
     def adapt(self, *parts: nn.Module) -> None:
-        """Choose what is trained of the pretrained ``parts``, and leave the rest out of ``state_dict``."""
+        """Choose what is trained of the pretrained ``parts``, and leave the rest out of ``state_dict``.
+
+        Raises:
+            ModelError: as :func:`add_lora`.
+        """
         if not self.shape.finetune:
-            add_lora(*parts, rank=self.shape.lora_rank, alpha=self.shape.lora_alpha)
+            add_lora(*parts, lora=self.shape.lora)
         else:
             for part in parts:
                 part.requires_grad_(True)
         for row in self._docid_rows():
             row.requires_grad_(True)
-        if next(self.pretrained(), None) is None:
-            raise ModelError(f"model {self.shape.base!r} has no linear layer for LoRA; set model.finetune=true")
         leave_out_frozen(self)
 
     def pretrained(self) -> Iterator[nn.Parameter]:

@@ -27,6 +27,7 @@ from mobula.errors import ArtifactError, TrainingError
 FOLDER = "checkpoints"
 MANIFEST = "checkpoint.json"
 PARTIAL = ".partial"
+FORMER_LORA = (".lora_a", ".lora_b")  # ends of names before LoRA was PEFT's
 
 
 @contextlib.contextmanager
@@ -79,7 +80,7 @@ def load_weights(model: nn.Module, path: Path) -> None:
     """Load what :func:`export_weights` wrote into a model of the same shape.
 
     Raises:
-        ArtifactError: the file is damaged, or names or shapes differ from the model's.
+        ArtifactError: the file is damaged or of a former form, or names or shapes differ from the model's.
     """
     try:
         with safetensors.safe_open(path, framework="pt") as stream:
@@ -87,6 +88,11 @@ def load_weights(model: nn.Module, path: Path) -> None:
             tied = json.loads((stream.metadata() or {}).get("tied", "{}"))
     except (OSError, ValueError, safetensors.SafetensorError) as error:
         raise ArtifactError(f"{path}: cannot read the weights ({' '.join(str(error).split())[:200]})") from error
+    if any(name.endswith(FORMER_LORA) for name in tensors):
+        raise ArtifactError(
+            f"{path}: LoRA weights of the form before PEFT's; convert the artifact that they are in: "
+            "`mobula artifact convert DIRECTORY OUT`"
+        )
     tensors.update({name: tensors[source] for name, source in tied.items()})
     try:
         model.load_state_dict(tensors)

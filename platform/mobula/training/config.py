@@ -10,7 +10,7 @@ from typing import Any
 from mobula.config import key
 
 # Keys that decide how a run is carried out but not what comes out of it: they may change between attempts.
-OPERATIONAL = ("checkpoint_every", "keep", "max_failures")
+OPERATIONAL = ("checkpoint_every", "keep", "max_failures", "gradient_checkpointing")
 
 
 @dataclass
@@ -30,6 +30,9 @@ class TrainingConfig:
     schedule: str = key("linear", "form of the falling part", choices=("linear", "cosine"))
     combine: str = key("sum", "what becomes of the gradients of a task's named losses", choices=("sum", "pcgrad"))
     precision: str = key("fp32", "fp32, or bf16 for mixed precision")
+    gradient_checkpointing: bool = key(
+        False, "run a pretrained model's layers again for their gradients instead of keeping what they computed"
+    )
     zero: int = key(0, "ZeRO stage: what the workers share out (0 nothing ... 3 all states and weights)", ge=0, le=3)
     workers: int | None = key(
         None, "Ray Train workers; 0: train in this process, without Ray; not set: as cluster.yaml says", ge=0

@@ -35,7 +35,7 @@ class Engine:
     """One rank's share of a model in training. Every method is called on all ranks together.
 
     Raises:
-        TrainingError: the task's model has a parameter that DeepSpeed cannot handle.
+        TrainingError: the task's model has a parameter that DeepSpeed cannot handle, or cannot run its layers again.
     """
 
     def __init__(self, task: Task, config: TrainingConfig, device: torch.device) -> None:
@@ -43,7 +43,7 @@ class Engine:
         self.task = task
         self.config = config
         self.device = device
-        self.model = task.build().to(device)
+        self.model = self._prepared(task.build()).to(device)
         _require_dimensions(self.model)
         trained = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(
@@ -59,6 +59,13 @@ class Engine:
         if config.zero == 0 and config.world == 1:
             # Alone, a rank has nothing to average; DeepSpeed would still copy all gradients into a bucket and back.
             self._engine.enable_backward_allreduce = False
+
+    def _prepared(self, model: nn.Module) -> nn.Module:
+        if self.config.precision == "bf16":
+            _hold_base_in_bf16(model)
+        if self.config.gradient_checkpointing:
+            _run_layers_again(model)
+        return model
 
     def backward(self, batch: dict[str, Tensor], scale: Scale) -> tuple[Tensor, Extras]:
         """Forward and backward pass of a micro-batch, its losses multiplied by ``scale``.
@@ -236,6 +243,22 @@ def _import(device: torch.device) -> Any:
         # tests fail when an upgrade moves this one.
         deepspeed.ops.__compatible_ops__ = dict.fromkeys(ALL_OPS, False)
     return deepspeed
+
+
+def _hold_base_in_bf16(model: nn.Module) -> None:
+    """Matrices of a frozen base, which compute in bf16 in any case; a network may want its few vectors in fp32."""
+    for parameter in model.parameters():
+        if getattr(parameter, "is_base", False) and not parameter.requires_grad and parameter.ndim > 1:
+            parameter.data = parameter.data.to(torch.bfloat16)
+
+
+def _run_layers_again(model: Any) -> None:
+    """Switch transformers' gradient checkpointing on."""
+    if not getattr(model, "supports_gradient_checkpointing", False):
+        raise TrainingError(
+            f"gradient_checkpointing=true: {type(model).__name__} cannot run its layers again; set it to false"
+        )
+    model.activation_checkpointing_enable({"use_reentrant": False})
 
 
 def _require_dimensions(model: nn.Module) -> None:

@@ -6,20 +6,28 @@ import pickle
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from mobula.agents.moat.agents import Agents, Lengths, TaskWorker, ground, propose, score, solve
+from mobula.agents.moat.config import Config
 from mobula.agents.moat.critic import CriticSettings
 from mobula.agents.moat.data import ground_text, plan_text
+from mobula.agents.moat.start import fresh
 from mobula.agents.worlds import Task, WorldSet
 from mobula.agents.worlds.tool_world import generate
+from mobula.config import build
 from mobula.models.causal import CausalModel, SmallShape, word_tokenizer
+from mobula.models.finetune import MODEL
+from mobula.models.finetune import finetune as run_finetune
 from mobula.models.language_model import Sampling
 from mobula.models.sft import SftTask, write_pairs
 from mobula.training import TrainingConfig, fit, load_weights
+from tests.models.tiny_llama import save_llama
 
+RUN: dict[str, Any] = {"seed": 0, "name": "planner", "cluster": None}
 SHAPE = SmallShape(layers=2, width=64, positions=192)
 
 
@@ -52,6 +60,22 @@ def agents(tasks: list[Task], tmp_path_factory: pytest.TempPathFactory) -> Agent
     load_weights(model.network, result.weights)
     model.save(folder / "grounder")
     return Agents(folder / "planner", folder / "grounder", WorldSet("tools", 0), "plan_only")
+
+
+@pytest.mark.parametrize("finetune", [False, True])
+def test_agents_on_a_pretrained_model_start_as_it_is(tmp_path: Path, finetune: bool) -> None:
+    """Under an adapter, or whole; then the model that is saved is one of its own."""
+    base = save_llama(tmp_path / "base", word_tokenizer(["a", "b"]))
+    config = build(Config, {"method": "moat", "model": {"base": str(base), "finetune": finetune}})
+    task = fresh(config, lambda model: [([3, 4], [3, model.eos])], None, tmp_path / "planner", seed=0)
+    finetuned = run_finetune(task, TrainingConfig(steps=2, batch=1, workers=0), tmp_path / "planner", **RUN)
+    assert finetuned.weights.is_file()
+    opened = CausalModel.open(str(tmp_path / "planner" / MODEL))
+    assert (opened.base is None) == finetune
+    assert (tmp_path / "planner" / MODEL / "model.safetensors").is_file() == finetune
+    plain = dict(CausalModel.open(str(base)).network.named_parameters())
+    changed = {n for n, p in opened.network.named_parameters() if n in plain and not torch.equal(p, plain[n])}
+    assert bool(changed) == finetune
 
 
 def items(tasks: list[Task], texts: list[str] | None = None) -> list[dict]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -25,11 +26,12 @@ from mobula.rag.dro.config import COLD, Config
 from mobula.rag.dro.data import RetrievedQuestions
 from mobula.rag.dro.dro import objective
 from mobula.rag.dro.networks import MStep, Networks, network_of
-from mobula.rag.dro.networks.language import tokenizer_of
+from mobula.rag.dro.networks.language import LanguageSelector, tokenizer_of
 from mobula.rag.dro.study import Arms
 from mobula.rag.em import SampleWorker, ScoreWorker, SnapshotMismatch
 from mobula.rag.objective import ANSWER, LATENT, em_loss
 from mobula.rag.prompts import Prompts, RowTooLong, line
+from mobula.training.checkpoints import export_weights
 from tests.rag.dro import small
 
 KINDS = ["passages", "language", "free"]
@@ -453,6 +455,8 @@ def test_the_same_run_again_has_the_same_weights(data: Path, runs: dict[str, Pat
         ({"select": {"decode": "free", "labels": "letters"}}, "labels=letters needs decode=constrained"),
         ({"arms": ["closed_book"]}, "closed_book needs model.base"),
         ({"model": {"lora_rank": 4}}, "model.lora_rank was renamed: use model.lora.rank"),
+        ({"model": {"finetune": True}}, "model.finetune=true needs base"),
+        ({"model": {"lora": {"targets": "q_proj"}}}, "model.lora.targets='q_proj': expected all-linear or a list"),
         ({"data": {"source": "facts"}}, "rag_sft need real questions"),
         ({"data": {"source": "facts"}, "arms": ["dro"], "model": {"base": "x"}}, "model.base is for real questions"),
     ],
@@ -477,6 +481,23 @@ def test_language_models_read_a_context_once(
     assert len(prompts) == 2
     assert scores.log_lik[0] == scores.log_lik[2] != scores.log_lik[1]
     assert scores.answer_tokens == 2  # the city and the end of turn
+
+
+@pytest.mark.parametrize("finetune", [False, True])
+def test_the_weights_of_a_language_model_open_again(data: Path, tmp_path: Path, finetune: bool) -> None:
+    """Those of its adapter, or all of them."""
+    values = {**config_of(data, "language")["model"], "finetune": finetune}
+    questions = SimpleNamespace(config=build(Config, small.values(data, model=values)))
+    network = LanguageSelector(questions).build(0)
+    plain = CausalModel.open(str(data / "base")).network
+    trained = {name for name, p in network.named_parameters() if p.requires_grad}
+    assert (trained == {name for name, _ in plain.named_parameters()}) == finetune
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter += 0.1 * parameter.requires_grad
+    export_weights(tmp_path / "weights.safetensors", network.state_dict())
+    again = LanguageSelector(questions, tmp_path / "weights.safetensors").build(1)
+    assert all(torch.equal(p, again.get_parameter(name)) for name, p in network.named_parameters())
 
 
 def test_a_generators_arm_is_reported_with_the_metric_that_judges_it(data: Path, tmp_path: Path) -> None:

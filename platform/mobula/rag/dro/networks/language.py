@@ -29,12 +29,11 @@ BATCH_TOKENS = 4096  # padded tokens that are scored together
 
 
 class LanguageNetwork(Network):
-    """A pretrained model under LoRA: one prompt and one target a permutation."""
+    """A pretrained model: one prompt and one target a permutation."""
 
     def fresh(self) -> nn.Module:
-        """Adapters of the seed that is set."""
-        model, seed = self.questions.config.model, torch.initial_seed()
-        return CausalModel.adapted(model.base, model.lora.rank, model.lora.alpha, seed).network.train()
+        """As it is, its adapter of the seed that is set."""
+        return self.questions.config.model.start(torch.initial_seed()).network.train()
 
     @cached_property
     def model(self) -> CausalModel:
