@@ -18,8 +18,9 @@ from mobula.config import build
 from mobula.errors import ConfigError, ModelError
 from mobula.models import finetune, pretrained
 from mobula.models.adapters import BASE, CONFIG, FORMER, WEIGHTS, LoraConfig, add_lora
-from mobula.models.causal import CausalModel, Sampling, SmallShape, word_tokenizer
+from mobula.models.causal import CausalModel, SmallShape, word_tokenizer
 from mobula.models.finetune import BaseModelConfig
+from mobula.models.language_model import Sampling
 from mobula.models.sft import SftTask, write_pairs
 from mobula.training import TrainingConfig, fit, load_weights
 from tests.models.tiny_llama import save_llama

@@ -11,6 +11,7 @@ import itertools
 import logging
 from collections import OrderedDict
 from collections.abc import Sequence
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,33 @@ KEPT = 2
 RANKS = (8, 16, 32, 64, 128, 256, 512)  # of adapters that an engine makes room for
 ADAPTERS = 4  # adapters that take part in a batch
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Room:
+    """What an engine has room for: adapters up to a rank, on layers of these names."""
+
+    rank: int = 0
+    layers: frozenset[str] = frozenset()
+
+    @classmethod
+    def of(cls, adapter: dict[str, Any]) -> Room:
+        """For an adapter, by PEFT's config of it.
+
+        Raises:
+            ModelError: if vLLM has no room for it.
+        """
+        layers = frozenset(name.rsplit(".", 1)[-1] for name in adapter["target_modules"])
+        if adapter["r"] > RANKS[-1]:
+            raise ModelError(f"lora.rank={adapter['r']}: vLLM takes {RANKS[-1]} at most; or take engine.kind=torch")
+        # Under an adapter there, vLLM cannot score prompts of several requests.
+        if "lm_head" in layers:
+            raise ModelError("lora.targets: vLLM takes none of the output layer, lm_head; or take engine.kind=torch")
+        return cls(min(rank for rank in RANKS if rank >= adapter["r"]), layers)
+
+    def takes(self, other: Room) -> bool:
+        """Whether an adapter that needs ``other`` has room here."""
+        return other.rank <= self.rank and other.layers <= self.layers
 
 
 class VllmModel(LanguageModel):
@@ -58,9 +86,9 @@ class VllmModel(LanguageModel):
         base = read_base(path)
         pretrained = Pretrained.find(folder if base is None else base.name)
         if base is None:
-            return cls(_engine(pretrained, engine, 0), pretrained.tokenizer(), folder)
-        rank = int(read_json(path / CONFIG)["r"])
-        return cls(_engine(pretrained, engine, rank), pretrained.tokenizer(), base.name, _request(path))
+            return cls(_engine(pretrained, engine, Room()), pretrained.tokenizer(), folder)
+        room = Room.of(read_json(path / CONFIG))
+        return cls(_engine(pretrained, engine, room), pretrained.tokenizer(), base.name, _request(path))
 
     @property
     def context(self) -> int:
@@ -77,7 +105,9 @@ class VllmModel(LanguageModel):
         whole = [[*prompt, *target] for prompt, target in zip(prompts, targets, strict=True)]
         # A request draws at least one token.
         self._require_room(whole, 1)
-        outputs = self._ask(whole, [SamplingParams(max_tokens=1, prompt_logprobs=0, detokenize=False)] * len(whole))
+        outputs = self._ask(
+            whole, [SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0, detokenize=False)] * len(whole)
+        )
         columns = zip(prompts, targets, outputs, strict=True)
         return [_chosen(target, output.prompt_logprobs[len(prompt) :]) for prompt, target, output in columns]
 
@@ -140,38 +170,38 @@ def _chosen(tokens: Sequence[int], steps: Sequence[Any]) -> Tensor:
     return torch.tensor([step[token].logprob for token, step in zip(tokens, steps, strict=True)])
 
 
-_engines: OrderedDict[tuple[Any, ...], Any] = OrderedDict()
+_engines: OrderedDict[tuple[tuple[Any, ...], Room], Any] = OrderedDict()
 _requests: dict[str, Any] = {}
 _numbers = itertools.count(1)
 
 
-def _engine(base: Pretrained, config: EngineConfig, rank: int) -> Any:
-    """The engine of a base model in this process, with room for adapters of a rank.
+def _engine(base: Pretrained, config: EngineConfig, room: Room) -> Any:
+    """The engine of a base model in this process, with room for an adapter.
 
     Raises:
         ModelError: if vLLM refuses the model or its settings.
     """
-    if rank > RANKS[-1]:
-        raise ModelError(f"lora.rank={rank}: vLLM takes {RANKS[-1]} at most; lower it, or take engine.kind=torch")
-    room = min((size for size in RANKS if size >= rank), default=0) if rank else 0
-    wanted = (base.hash, config.dtype, config.context, config.cache_gb, config.tensor_parallel)
-    for known, engine in _engines.items():
-        if known[:-1] == wanted and known[-1] >= room:
-            _engines.move_to_end(known)
+    wanted = (base.hash, *astuple(config))
+    for (settings, has), engine in _engines.items():
+        if settings == wanted and has.takes(room):
+            _engines.move_to_end((settings, has))
             return engine
     while len(_engines) >= KEPT:
         _, old = _engines.popitem(last=False)
         old.llm_engine.engine_core.shutdown()
     log.info("starting vLLM on %s (%s)", base.name, config.dtype)
-    _engines[(*wanted, room)] = _start(base, config, room)
-    return _engines[(*wanted, room)]
+    _engines[wanted, room] = _start(base, config, room)
+    return _engines[wanted, room]
 
 
-def _start(base: Pretrained, config: EngineConfig, room: int) -> Any:
+def _start(base: Pretrained, config: EngineConfig, room: Room) -> Any:
     vllm_environment()
     import vllm
 
-    adapters = {"enable_lora": True, "max_lora_rank": room, "max_loras": ADAPTERS} if room else {}
+    adapters: dict[str, Any] = {}
+    if room.rank:
+        adapters = {"enable_lora": True, "max_lora_rank": room.rank, "max_loras": ADAPTERS}
+        adapters["lora_target_modules"] = sorted(room.layers)
     # On CPUs vLLM takes this function away from all of the process, and seeds every generator of it.
     set_threads, state = torch.set_num_threads, torch.random.get_rng_state()
     try:
