@@ -62,19 +62,19 @@ def add_lora(*networks: nn.Module, lora: LoraConfig) -> None:
     _require_targets(lora.targets, [name for names in layers for name in names], networks)
     for network, names in zip(networks, layers, strict=True):
         network.requires_grad_(False)
-        if lora.targets == ALL_LINEAR and names:
-            _inject(network, lora, ALL_LINEAR)
-        elif own := [target for target in lora.targets if any(_ends(name, target) for name in names)]:
-            _inject(network, lora, own)
+        every = lora.targets == ALL_LINEAR
+        own = names if every else [target for target in lora.targets if any(_ends(name, target) for name in names)]
+        if own:
+            _inject(network, lora, ALL_LINEAR if every else own)
 
 
 def save_adapter(network: nn.Module, folder: Path, base: Base) -> None:
     """Write the adapter that is in a network."""
     from peft import get_peft_model_state_dict
 
+    adapted: Any = network
     weights = get_peft_model_state_dict(network, save_embedding_layers=False)
-    files: Any = network
-    write_adapter(folder, files.peft_config[NAME], weights, base)
+    write_adapter(folder, adapted.peft_config[NAME], weights, base)
 
 
 def write_adapter(folder: Path, config: Any, weights: dict[str, Any], base: Base) -> None:
