@@ -159,7 +159,7 @@ def _parts(ends: Sequence[tuple[int, int]], shard: int | None) -> list[Part]:
 
 
 def _finished(out: Path, expected: str) -> Manifest:
-    """The index that is there already."""
+    """The index of a folder, if it is the expected one."""
     manifest = read_manifest(out) if (out / MANIFEST).is_file() else None
     if manifest is None or manifest.hash != expected:
         what = "something that is no index" if manifest is None else "an index of another corpus or of another kind"
@@ -296,8 +296,7 @@ def _order(corpus: Path, work: Path, parts: Sequence[Part]) -> Order:
 
 
 def _numbered(folder: Path, part: int) -> Iterator[tuple[bytes, int, int, int]]:
-    lines = np.load(folder / LINES).tolist()
-    ids = TextTable(folder, IDS).all_raw()
+    lines, ids = map(int, np.load(folder / LINES)), TextTable(folder, IDS).all_raw()
     return ((id, line, part, row) for row, (id, line) in enumerate(zip(ids, lines, strict=True)))
 
 

@@ -52,11 +52,11 @@ def count_terms(documents: Sequence[Document], folder: Path) -> None:
         counts.extend(words.values())
         sizes.append(len(words))
         lengths.append(words.total())
+    position = np.empty(len(number), np.int32)
     with TableWriter(folder, TERMS) as table:
         for term in sorted(number):
+            position[number[term]] = len(table)
             table.add(term.encode())
-    position = np.empty(len(number), np.int32)
-    position[[number[term] for term in sorted(number)]] = np.arange(len(number), dtype=np.int32)
     of = position[np.asarray(found)]
     order = np.argsort(of, kind="stable")
     np.save(folder / "frequencies.npy", np.bincount(of, minlength=len(number)))
