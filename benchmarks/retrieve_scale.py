@@ -18,14 +18,12 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from mobula import environment
-from mobula.portable import Portable
 
 PASSAGES = 1_000_000
 ACTORS, BUILDERS = 4, 2
@@ -49,14 +47,16 @@ def measure(passages: int) -> dict[str, Any]:
     """Seconds of each stage and batch, bytes of the index, and memory of the actors."""
     from mobula.cluster.connect import connect
 
-    with tempfile.TemporaryDirectory(prefix="scale") as name, connect(cpus=ACTORS):
+    with tempfile.TemporaryDirectory(prefix="scale") as name:
         folder, stages = Path(name), Stages()
         write_corpus(folder / "corpus.jsonl", passages)
         stages.done("write")
-        manifest = _build(folder)
-        stages.done("build")
-        rows = _search(folder)
-        stages.done("open and search")
+        with connect(cpus=ACTORS):
+            stages.done("start Ray")
+            manifest = _build(folder)
+            stages.done("build")
+            rows = _search(folder)
+            stages.done("open and search")
     seconds = sorted(second for row in rows for second in row["seconds"])
     memory = {when: _total([row[when] for row in rows]) for when in ("before", "after")}
     return {
@@ -137,29 +137,24 @@ def _search(folder: Path) -> list[dict[str, Any]]:
 
 
 @dataclass
-class SearchWorker(Portable):
+class SearchWorker:
     """Searches batches of queries in the index of a folder; memory before it is opened and after, as all others."""
 
     folder: Path
 
-    @cached_property
-    def searcher(self) -> Any:
-        """The index."""
-        from mobula.rag.stored_search import open_index
-
-        return open_index(self.folder / "index", "hybrid", ENCODER)
-
     def process(self, items: Sequence[dict[str, Any]], seed: int) -> Sequence[dict[str, Any]]:
         """As :class:`mobula.cluster.pool.Worker`, of one actor."""
         from mobula.rag.search import encoder_of
+        from mobula.rag.stored_search import open_index
 
         number, seconds = items[0]["number"], []
         encoder_of(ENCODER).embed(["a text"])
         before = self._together("before", number)
+        searcher = open_index(self.folder / "index", "hybrid", ENCODER)
         queries = list(texts(f"queries {number}", BATCH * BATCHES, (4, 13)))
         for start in range(0, len(queries), BATCH):
             began = time.perf_counter()
-            self.searcher.search(queries[start : start + BATCH], K)
+            searcher.search(queries[start : start + BATCH], K)
             seconds.append(time.perf_counter() - began)
         return [{"seconds": seconds, "before": before, "after": self._together("after", number)}]
 
