@@ -116,12 +116,12 @@ def _merge_vocabularies(parts: Sequence[Path], folder: Path) -> tuple[list[np.nd
     merged = heapq.merge(*(_numbered(table, part) for part, table in enumerate(tables)))
     with TableWriter(folder, TERMS) as writer:
         for term, places in itertools.groupby(merged, key=itemgetter(0)):
-            for _, number, row in places:
-                numbers[number][row] = len(writer)
+            for _, part, row in places:
+                numbers[part][row] = len(writer)
             writer.add(term)
         frequencies = np.zeros(len(writer), np.int64)
-    for part, number in zip(parts, numbers, strict=True):
-        frequencies[number] += np.load(part / "frequencies.npy")
+    for own, counted in zip(numbers, parts, strict=True):
+        frequencies[own] += np.load(counted / "frequencies.npy")
     return numbers, frequencies
 
 
