@@ -117,6 +117,7 @@ def test_an_artifact_finds_its_index_by_hash(index: Path, tmp_path: Path, monkey
     (tmp_path / "indexes").mkdir()
     (tmp_path / "indexes" / facts["hash"]).symlink_to(index)
     assert find_index(facts, tmp_path) == str(tmp_path / "indexes" / facts["hash"])
+    (tmp_path / "indexes" / "0000").symlink_to(index)  # another index than its name says
     with pytest.raises(
         ArtifactError, match=r"not in .*gone or .*indexes/0000; build it there with `mobula index build`"
     ):
