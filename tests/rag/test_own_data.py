@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
 from mobula import artifacts, methods
 from mobula.artifacts import read_jsonl
+from mobula.cli import main
+from mobula.cluster.pool import Pool
 from mobula.config import build
 from mobula.data.jsonl import SPLITS
 from mobula.data.records import Document
-from mobula.errors import BadRecord, ConfigError, DataError
+from mobula.errors import ArtifactError, BadRecord, ConfigError, DataError
 from mobula.models.causal import word_tokenizer
+from mobula.rag import stored_search
 from mobula.rag.dro.config import Config as DroConfig
 from mobula.rag.exsearch.chat import MARKERS
 from mobula.rag.exsearch.config import Config as SearchConfig
 from mobula.rag.exsearch.data import problems_of
 from mobula.rag.search import open_searcher
+from mobula.retrieval.build_index import BuildOptions
 from mobula.running import run_experiment
 from tests.models.tiny_llama import save_llama
 from tests.rag.server import Answer, serving
@@ -172,6 +178,97 @@ def test_exsearch_asks_a_served_retriever(tmp_path: Path, corpus: bool) -> None:
         assert len(methods.get("exsearch").load(artifact).answer(["where is Bena from"])) == 1
 
 
+def built(data: Path, out: Path, options: BuildOptions) -> Path:
+    stored_search.build(data / "corpus.jsonl", out, options, Pool())
+    return out
+
+
+@pytest.mark.parametrize("corpus", [True, False], ids=["own_copy", "index_alone"])
+def test_dro_searches_a_built_index_as_the_corpus_itself(
+    tmp_path: Path, corpus: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = write_own(tmp_path / "data")
+    memory = run("dro", data, tmp_path / "memory")
+    index = built(data, tmp_path / "index", BuildOptions("hybrid", "wordllama"))
+    if not corpus:
+        (data / "corpus.jsonl").unlink()
+    indexed = run("dro", data, tmp_path / "run", f"retrieve.index={index}")
+    for split in SPLITS:
+        rows = [read_jsonl(tmp_path / name / f"questions/{split}.jsonl") for name in ("memory", "run")]
+        assert rows[0] == rows[1] and rows[0]
+    assert {k: v["value"] for k, v in indexed["measures"].items()} == {
+        k: v["value"] for k, v in memory["measures"].items()
+    }
+    artifact = artifacts.open_artifact(tmp_path / "run/artifact")
+    assert "documents.jsonl" not in artifact.files and artifact.meta["index"]["path"] == str(index)
+    predictors = [
+        methods.get("dro").load(artifacts.open_artifact(tmp_path / n / "artifact")) for n in ("memory", "run")
+    ]
+    answers = []
+    for predictor in predictors:
+        request, failed = predictor.find("where is Bena from")
+        picks = predictor.select(request)
+        answers.append((failed, [(p.document, p.rank) for p in picks], predictor.answer(request, picks)))
+    assert answers[0] == answers[1]
+    moved_away(index, tmp_path, artifact, monkeypatch)
+
+
+def moved_away(index: Path, folder: Path, artifact: artifacts.Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without its index an artifact says which one it needs; in its place below MOBULA_DATA it finds it."""
+    hash = artifact.meta["index"]["hash"]
+    (folder / "elsewhere/indexes").mkdir(parents=True)
+    index.rename(folder / "elsewhere/indexes" / hash)
+    monkeypatch.delenv("MOBULA_DATA", raising=False)
+    with pytest.raises(ArtifactError, match=f"searches the index {hash} .*MOBULA_DATA"):
+        methods.get(artifact.method).load(artifact)
+    monkeypatch.setenv("MOBULA_DATA", str(folder / "elsewhere"))
+    methods.get(artifact.method).load(artifact)
+
+
+@pytest.mark.parametrize("corpus", [True, False], ids=["own_copy", "index_alone"])
+def test_exsearch_searches_a_built_index(tmp_path: Path, corpus: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = write_own(tmp_path / "data")
+    quick = ["warm_up.steps=60", "warm_up.lr=0.01", "warm_up.batch=4", "model.lora.rank=16"]
+    quick.append(f"model.base={write_base(tmp_path / 'base')}")
+    index = built(data, tmp_path / "index", BuildOptions())
+    if not corpus:
+        (data / "corpus.jsonl").unlink()
+    report = run("exsearch", data, tmp_path / "run", f"retrieve.index={index}", *quick)
+    assert {"exsearch/em", "exsearch/gold_hit"} <= set(report["measures"])
+    rows = read_jsonl(tmp_path / "run/results/seed-0/exsearch.jsonl")
+    assert any(shown for row in rows for shown in row["trajectory"]["shown"])
+    assert all(row["retriever_errors"] == 0 and row["error"] == "" for row in rows)
+    artifact = artifacts.open_artifact(tmp_path / "run/artifact")
+    assert "documents.jsonl" not in artifact.files
+    assert len(methods.get("exsearch").load(artifact).answer(["where is Bena from"])) == 1
+    moved_away(index, tmp_path, artifact, monkeypatch)
+
+
+@pytest.mark.parametrize("method", ["dro", "exsearch"])
+def test_an_index_of_another_corpus_is_refused_before_training(method: str, tmp_path: Path) -> None:
+    data = write_own(tmp_path / "data")
+    index = built(data, tmp_path / "index", BuildOptions())
+    with (data / "corpus.jsonl").open("a") as stream:
+        stream.write('{"id": "more", "text": "Zora comes from Oslo ."}\n')
+    with pytest.raises(DataError, match=r"corpus.jsonl: is not the corpus of retrieve.index="):
+        run(method, data, tmp_path / "run", f"retrieve.index={index}", "retrieve.kind=bm25")
+    assert not list((tmp_path / "run").rglob("*.safetensors"))
+
+
+def test_the_commands_of_the_page_build_an_index_and_run_on_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (ROOT / "docs" / "own_data.md").read_text().split("## A built index")[1].split("\n## ")[0]
+    commands = [line for line in page.splitlines() if line.startswith("mobula ") and "CORPUS" not in line]
+    (tmp_path / "jobs").symlink_to(ROOT / "jobs")
+    monkeypatch.chdir(tmp_path)
+    output = ""
+    for command in commands:
+        done = CliRunner().invoke(main, shlex.split(command)[1:])
+        assert done.exit_code == 0, f"{command}: {done.output}"
+        output += done.output
+    assert len(commands) == 3 and "hybrid index" in output and "of 36 passages" in output
+    assert "files match the manifest" in output and (tmp_path / "runs/own_indexed/report.json").is_file()
+
+
 @pytest.mark.end_to_end
 @pytest.mark.language
 @pytest.mark.timeout(2400)
@@ -213,6 +310,18 @@ def test_an_oracle_takes_the_steps_that_a_question_says_and_titles_otherwise(tmp
         ("exsearch", ["model.base=''"], "data.source=jsonl needs model.base"),
         ("exsearch", ["data.test_set=hotpotqa_100"], "test_set=hotpotqa_100 needs source=hotpotqa"),
         ("exsearch", ["data.source=world", "retrieve.url=http://x"], "retrieve.url: a served retriever has one corpus"),
+        (
+            "exsearch",
+            ["data.source=world", "retrieve.index=x"],
+            "retrieve.index is for passages of one's own.*source=jsonl",
+        ),
+        (
+            "dro",
+            ["data.source=hotpotqa", "data.train=4", "retrieve.index=x"],
+            "retrieve.index is for passages of one's own",
+        ),
+        ("dro", ["retrieve.index=x", "retrieve.url=http://x"], "retrieve.index and url exclude each other"),
+        ("dro", ["retrieve.index=x", "retrieve.pool=own"], "retrieve.index ranks the whole corpus; use pool=corpus"),
     ],
 )
 def test_contradictions_are_named(method: str, overrides: list[str], reason: str) -> None:

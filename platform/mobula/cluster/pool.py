@@ -11,7 +11,7 @@ from typing import Any, Protocol
 from mobula.cluster.connect import check_resources, connect
 from mobula.cluster.resources import WorkerResources, holding, make_room
 from mobula.cluster.spec import ClusterSpec, Train
-from mobula.errors import ClusterError
+from mobula.errors import ClusterError, MobulaError
 
 Row = dict[str, Any]
 Shard = tuple[int, Sequence[Row], int]  # number, items, seed
@@ -94,7 +94,7 @@ class ActorPool(Pool):
 
     def _process(self, shared: list[Any], waiting: list[Shard]) -> Iterator[tuple[int, Sequence[Row]]]:
         import ray
-        from ray.exceptions import RayActorError
+        from ray.exceptions import RayActorError, RayTaskError
 
         running: dict[Any, tuple[Shard, Any]] = {}
         idle, lost = list(self.actors), 0
@@ -106,6 +106,10 @@ class ActorPool(Pool):
             shard, actor = running.pop(ready)
             try:
                 rows = ray.get(ready)
+            except RayTaskError as error:
+                if isinstance(error.cause, MobulaError):
+                    raise error.cause from None  # its message is for a person; Ray's is the actor's traceback
+                raise
             except RayActorError as error:
                 lost += 1
                 if lost > self.max_failures:

@@ -99,7 +99,7 @@ class WordSets:
         return np.bincount(twice // self.vocabulary, minlength=len(a))
 
     def _places(self, sets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        return _ranges(self.start[sets], self.sizes[sets])
+        return ranges(self.start[sets], self.sizes[sets])
 
 
 def _candidates(sets: WordSets, needed: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -109,7 +109,7 @@ def _candidates(sets: WordSets, needed: np.ndarray) -> Iterator[tuple[np.ndarray
     """
     shared = np.minimum(SHARED, needed)
     count = max(1, len(sets.sizes))
-    owner, place = _ranges(sets.start[:-1], sets.sizes - needed + shared)
+    owner, place = ranges(sets.start[:-1], sets.sizes - needed + shared)
     # The inverted lists, one after the other: sets in order of size under each word of their prefixes.
     lists = np.sort(sets.words[place] * count + owner)
     word, owner = np.divmod(lists, count)
@@ -120,14 +120,14 @@ def _candidates(sets: WordSets, needed: np.ndarray) -> Iterator[tuple[np.ndarray
     owner, begin, length = owner[by_owner], begin[by_owner], length[by_owner]
     for part in _blocks(np.bincount(owner, length, len(sets.sizes)).astype(np.int64)):
         entries = slice(*np.searchsorted(owner, [part.start, part.stop]))
-        entry, place = _ranges(begin[entries], length[entries])
+        entry, place = ranges(begin[entries], length[entries])
         pairs, counts = np.unique(owner[entries][entry] * count + lists[place] % count, return_counts=True)
         larger, smaller = np.divmod(pairs, count)
         enough = counts >= shared[larger]
         yield larger[enough], smaller[enough]
 
 
-def _ranges(start: np.ndarray, length: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def ranges(start: np.ndarray, length: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The integers of each range [start, start + length), i64[m], behind the number of their range."""
     owner = np.repeat(np.arange(len(start)), length)
     return owner, np.arange(len(owner)) + np.repeat(start - (np.cumsum(length) - length), length)

@@ -33,14 +33,16 @@ def corpus_file(path: str) -> Path | None:
     return file if file.is_file() else None
 
 
-def read_passages(file: Path) -> Iterator[tuple[int, Document]]:
+def read_passages(file: Path, start: int = 0, end: int | None = None, first: int = 1) -> Iterator[tuple[int, Document]]:
     """(line number, passage) one after another. Whether ids are given twice is for the caller to see.
+
+    ``start``, ``end``, ``first``: of a part of the file, as :func:`mobula.data.sources.read_jsonl`.
 
     Raises:
         DataError: if the file is missing.
         BadRecord: naming file, line and field.
     """
-    for number, row in read_jsonl(file):
+    for number, row in read_jsonl(file, start, end, first):
         yield number, _passage(row, f"{file}, line {number}")
 
 
@@ -54,8 +56,8 @@ def load_passages(path: str) -> list[Document]:
     file = corpus_file(path)
     if file is None:
         raise DataError(
-            f"data.path={path}: no {CORPUS} there; add it, or name a served retriever that has the passages "
-            "(retrieve.url)"
+            f"data.path={path}: no {CORPUS} there; add it, or name who has the passages: an index "
+            "(retrieve.index) or a served retriever (retrieve.url)"
         )
     lines: dict[str, int] = {}
     documents = []

@@ -93,23 +93,31 @@ def read_text(path: Path) -> str:
         raise DataError(f"{path}: not UTF-8 text (byte {error.start}); convert the file") from error
 
 
-def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(line number from 1, object) for every non-empty line, one after another.
+def read_jsonl(
+    path: Path, start: int = 0, end: int | None = None, first: int = 1
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(line number, object) for every non-empty line, one after another.
+
+    ``start`` and ``end``: bytes between which lines are read, the first of which has number ``first``; default: all.
 
     Raises:
         DataError: if the file is missing or is not UTF-8.
         BadRecord: for a line that is not a JSON object.
     """
-    number = 0
+    number = first
     try:
-        with path.open(encoding="utf-8") as stream:
-            for number, line in enumerate(stream, 1):
+        with path.open("rb") as stream:
+            stream.seek(start)
+            for number, line in enumerate(stream, first):
                 if line.strip():
-                    yield number, _object(line, f"{path}, line {number}")
+                    yield number, _object(line.decode(), f"{path}, line {number}")
+                start += len(line)
+                if start == end:
+                    return
     except OSError as error:
         raise DataError(f"{path}: cannot read ({error.strerror}); is the data set complete?") from error
     except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8 text (behind line {number}); convert the file") from error
+        raise DataError(f"{path}, line {number}: not UTF-8 text; convert the file") from error
 
 
 def _object(line: str, where: str) -> dict[str, Any]:

@@ -22,7 +22,14 @@ from mobula.data.records import Document
 from mobula.errors import DataError
 from mobula.evaluation.answers import holds
 from mobula.rag.search import Retrying, Searcher, encoder_of
-from mobula.rag.searchers import DOCUMENTS, SearchConfig, StoredCorpus, searcher_of, write_documents
+from mobula.rag.searchers import (
+    DOCUMENTS,
+    SearchConfig,
+    StoredCorpus,
+    require_passages,
+    searcher_of,
+    write_documents,
+)
 
 log = logging.getLogger(__name__)
 SETS = {"nq": natural_questions, "hotpotqa": hotpotqa}
@@ -47,8 +54,8 @@ class RetrieveConfig(SearchConfig):
         problems = super().problems()
         if self.choose > self.candidates:
             problems.append(f"choose={self.choose} passages of candidates={self.candidates} is not possible")
-        if self.url and self.pool == "own":
-            problems.append("url ranks the whole corpus; use pool=corpus with it")
+        if (self.url or self.index) and self.pool == "own":
+            problems.append(f"{'url' if self.url else 'index'} ranks the whole corpus; use pool=corpus with it")
         return problems
 
 
@@ -167,13 +174,11 @@ def _read(
     """Questions by split, and all passages; None if whoever answers has them."""
     if source == jsonl.JSONL:
         splits = jsonl.divided(path, sizes, seed)
-        if jsonl.corpus_file(path) is None:
-            return splits, None
-        documents = jsonl.load_passages(path)
-        known = {document.id for document in documents}
+        given = jsonl.corpus_file(path) is not None and not config.index
+        own = jsonl.load_passages(path) if given else None
         support = {question.id: question.support for question in itertools.chain(*splits.values())}
-        jsonl.require_support(support, known, f"{path}/{jsonl.CORPUS}")
-        return splits, documents
+        require_passages(support, path, config, own)
+        return splits, own
     questions, documents = SETS[source](path)
     return divided(_fitting(questions, config), {name: size or 0 for name, size in sizes.items()}, seed), documents
 

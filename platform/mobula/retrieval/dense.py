@@ -17,6 +17,17 @@ from mobula.retrieval.lexical import extended, remaining
 from mobula.retrieval.search import Hit, SearchOptions, SearchResult
 
 
+def nearest(vectors: faiss.Index, doc_ids: Sequence[str], vector: np.ndarray, k: int) -> list[Hit]:
+    """The at most k documents whose vectors an index finds to have the largest inner product with ``vector`` f32[D].
+
+    Equal ones are in corpus order. An index that does not look at all vectors may find fewer than k.
+    """
+    # One query at a time: faiss computes batches of 20 and more by another routine, with other rounding.
+    scores, rows = (part[0] for part in vectors.search(vector[None], min(k, len(doc_ids))))
+    order = np.lexsort((rows, -scores))
+    return [Hit(doc_ids[rows[i]], float(scores[i])) for i in order if rows[i] >= 0]
+
+
 @dataclass(frozen=True)
 class FlatIndex:
     """Vectors of documents, searched exhaustively. Adding or removing documents gives another index."""
@@ -33,12 +44,7 @@ class FlatIndex:
 
     def search(self, vector: np.ndarray, k: int) -> list[Hit]:
         """The min(k, N) documents of largest inner product with ``vector`` f32[D], equal ones in corpus order."""
-        if not self.doc_ids:
-            return []
-        # One query at a time: faiss computes batches of 20 and more by another routine, with other rounding.
-        scores, rows = self.vectors.search(vector[None], min(k, len(self.doc_ids)))
-        order = np.lexsort((rows[0], -scores[0]))
-        return [Hit(self.doc_ids[rows[0][i]], float(scores[0][i])) for i in order]
+        return nearest(self.vectors, self.doc_ids, vector, k) if self.doc_ids else []
 
     def insert(self, documents: Sequence[Document], vectors: np.ndarray) -> FlatIndex:
         """With documents and their ``vectors`` f32[M, D] behind the others.

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Protocol
 
 import bm25s
 import numpy as np
@@ -34,6 +35,16 @@ def terms(text: str) -> list[str]:
     return Stemmer.Stemmer("english").stemWords([word for word in split_words(text) if word not in _STOP])
 
 
+class Scored(Protocol):
+    """What scores every document for a query."""
+
+    @property
+    def doc_ids(self) -> Sequence[str]: ...
+
+    def scores(self, query: str) -> np.ndarray:
+        """BM25 of every document f32[N]; zeros if no term of the query occurs in the corpus."""
+
+
 @dataclass(frozen=True, eq=False)
 class _Index:
     """The words of a corpus; what scores them is built when it is first needed."""
@@ -53,7 +64,7 @@ class _Index:
         return scorer
 
     def scores(self, query: str) -> np.ndarray:
-        """BM25 of every document f32[N]; zeros if no term of the query occurs in the corpus."""
+        """As :class:`Scored`."""
         scorer = self.scorer
         known = [] if scorer is None else scorer.get_tokens_ids(terms(query))
         return scorer.get_scores_from_ids(known) if scorer and known else np.zeros(len(self.doc_ids), dtype=np.float32)
@@ -82,9 +93,7 @@ class Bm25:
 
     def search(self, queries: Sequence[str], options: Sequence[SearchOptions]) -> list[SearchResult]:
         """As :class:`mobula.retrieval.search.Retriever`."""
-        index = self._index
-        queried = zip(queries, options, strict=True)
-        return [SearchResult(_top(index, query, option.k), scored_by="BM25") for query, option in queried]
+        return ranked(self._index, queries, options)
 
     def insert(self, documents: Sequence[Document]) -> int:
         """Add documents; the next search builds the index anew, since their words change all document frequencies.
@@ -161,11 +170,17 @@ def remaining(doc_ids: list[str], removed: Sequence[str]) -> list[int]:
     return [row for row, doc_id in enumerate(doc_ids) if doc_id not in gone]
 
 
-def _top(index: _Index, query: str, k: int) -> list[Hit]:
+def ranked(index: Scored, queries: Sequence[str], options: Sequence[SearchOptions]) -> list[SearchResult]:
+    """The documents of largest score for each query; equal scores in corpus order."""
+    queried = zip(queries, options, strict=True)
+    return [SearchResult(_top(index, query, option.k), scored_by="BM25") for query, option in queried]
+
+
+def _top(index: Scored, query: str, k: int) -> list[Hit]:
     scores = index.scores(query)
     rows = np.arange(len(scores))
     if k < len(scores):
         # All that reach the k-th score, so that which of equals stays does not depend on the partition.
         rows = np.flatnonzero(scores >= np.partition(scores, len(scores) - k)[len(scores) - k])
     rows = rows[np.argsort(-scores[rows], kind="stable")][:k]
-    return [Hit(index.doc_ids[row], float(scores[row])) for row in rows]
+    return [Hit(index.doc_ids[row], float(scores[row])) for row in rows.tolist()]

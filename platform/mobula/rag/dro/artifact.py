@@ -24,6 +24,7 @@ from mobula.rag.dro.networks import Networks
 from mobula.rag.em import Checkpoint
 from mobula.rag.search import Retrying
 from mobula.rag.searchers import DOCUMENTS, StoredCorpus, searcher_of
+from mobula.rag.stored_search import find_index, index_facts
 
 RETRIEVED, TOY = "rag", "rag_toy"  # kinds of artifact
 EXAMPLE_FILE = "examples.json"
@@ -45,7 +46,7 @@ def write(run: Run, questions: Questions, checkpoint: Checkpoint) -> None:
 
     meta: dict[str, Any] = {name: asdict(getattr(config, name)) for name in SECTIONS}
     if isinstance(questions, RetrievedQuestions):
-        meta["hash"] = questions.base_hash
+        meta |= {"hash": questions.base_hash, "index": index_facts(config.retrieve.index)}
     kind = TOY if config.data.source == FACTS else RETRIEVED
     artifacts.write(run.artifact_directory, kind=kind, method="dro", meta=meta, fill=fill)
 
@@ -54,7 +55,8 @@ def load(artifact: Artifact) -> Predictor | ToyPredictor:
     """Open the networks of an artifact.
 
     Raises:
-        ArtifactError: if the model or encoder under its networks is not the one that they were trained on.
+        ArtifactError: if the model or encoder under its networks is not the one that they were trained on, or the index
+            that it searches is not there.
     """
     values = {name: artifact.meta[name] for name in SECTIONS}
     # Whatever it was trained on, it is asked questions of anyone.
@@ -63,6 +65,7 @@ def load(artifact: Artifact) -> Predictor | ToyPredictor:
     if artifact.kind == TOY:
         return ToyPredictor(Networks.of(FactWorld(config, artifact.directory), **weights))
     passages, retrieve = StoredCorpus(artifact.directory), config.retrieve
+    retrieve.index = find_index(artifact.meta.get("index"), artifact.directory)
     searcher = None if passages.given else searcher_of(retrieve, None)
     questions = RetrievedQuestions(config, artifact.directory, searcher)
     if questions.base_hash != artifact.meta["hash"]:

@@ -187,6 +187,7 @@ class Config(StudyConfig):
 
     def problems(self) -> Iterator[str]:
         """Contradictions across sections."""
+        yield from self.retrieve.misfits(self.data.source)
         workers = {"alternation.actors": self.alternation.actors, "fit.workers": self.fit.workers}
         yield from self.study_problems(list(ARMS), workers, RENAMED_ARMS)
         if self.em.weights.correction != "none":

@@ -17,7 +17,8 @@ from mobula.cluster.pool import Row
 from mobula.rag.exsearch.agent import Agent
 from mobula.rag.exsearch.config import Mode, RetrieveConfig, RolloutConfig
 from mobula.rag.exsearch.rollout import Rollouts
-from mobula.rag.searchers import StoredCorpus, write_documents
+from mobula.rag.searchers import StoredCorpus, documents_of, write_documents
+from mobula.rag.stored_search import find_index, index_facts
 
 KIND = "searcher"
 MODEL, EXAMPLES, ITERATIONS = "model", "examples.json", "iterations.json"
@@ -44,18 +45,20 @@ def write(directory: Path, agent: Agent, rows: Sequence[Row], examples: Mapping[
 
     def fill(folder: Path) -> None:
         shutil.copytree(agent.model, folder / MODEL)
-        if agent.corpus.given:
-            write_documents(folder, agent.corpus.documents())
+        if (documents := documents_of(agent.corpus, agent.retrieve)) is not None:
+            write_documents(folder, documents)
         write_json(folder / EXAMPLES, examples)
         write_json(folder / ITERATIONS, list(rows))
 
-    meta = {name: asdict(getattr(agent, name)) for name in ("retrieve", "rollout", "mode")}
+    sections = {name: asdict(getattr(agent, name)) for name in ("retrieve", "rollout", "mode")}
+    meta = {**sections, "index": index_facts(agent.retrieve.index)}
     return artifacts.write(directory, kind=KIND, method="exsearch", meta=meta, fill=fill)
 
 
 def load(artifact: Artifact) -> Predictor:
-    """Open the agent of an artifact."""
+    """Open the agent of an artifact; an ArtifactError if the index that it searches is not there."""
     meta, folder = artifact.meta, artifact.directory
     retrieve, rollout, mode = RetrieveConfig(**meta["retrieve"]), RolloutConfig(**meta["rollout"]), Mode(**meta["mode"])
+    retrieve.index = find_index(meta.get("index"), folder)
     agent = Agent(folder / MODEL, StoredCorpus(folder), retrieve, rollout, mode)
     return Predictor(agent, artifact.read_json(EXAMPLES))

@@ -239,7 +239,6 @@ class Config(StudyConfig):
             yield "em.weights.correction=exact needs rollout.on_malformed=terminate: a repaired turn is not drawn whole"
         if self.data.source == "world" and self.model.base:
             yield "model.base: the generated world has no sentences for a pretrained model; use data.source=hotpotqa"
-        if self.retrieve.url and (self.data.source == "world" or self.data.test_set):
-            yield "retrieve.url: a served retriever has one corpus; the splits of these data have one each"
+        yield from self.retrieve.misfits(self.data.source, self.data.source == "world" or bool(self.data.test_set))
         if self.data.source != "world" and not self.model.base:
             yield f"data.source={self.data.source} needs model.base: a small network knows the words of the world alone"

@@ -15,7 +15,7 @@ from mobula import alternation
 from mobula.alternation import Outcome, Row, seed_of
 from mobula.cluster.spec import ClusterSpec
 from mobula.config import digest
-from mobula.data.jsonl import JSONL, require_support
+from mobula.data.jsonl import JSONL
 from mobula.errors import DataError
 from mobula.experiment import DataFacts, Report, Run
 from mobula.models.finetune import MODEL, finetune
@@ -28,7 +28,7 @@ from mobula.rag.exsearch.exsearch import DEV_SCORE, ExSearch, steps_of
 from mobula.rag.exsearch.report import build_report, require_search
 from mobula.rag.exsearch.trajectory import rows
 from mobula.rag.exsearch.warm_up import start_identity, start_model, warm_up_model
-from mobula.rag.searchers import open_corpus
+from mobula.rag.searchers import documents_of, open_corpus, require_passages
 from mobula.rag.weighted_rows import DATA, QueryRows, RowsTask, write_rows
 from mobula.study import Study, System, seed_directory
 from mobula.threads import one_thread
@@ -239,9 +239,9 @@ def _examples(problems: Sequence[Problem]) -> dict[str, list[str]]:
 def _facts(config: Config) -> DataFacts:
     problems = [problem for split in SPLITS for problem in problems_of(config.data, split)]
     corpora = dict.fromkeys(corpus_of(config.data, split) for split in SPLITS)
-    documents = [document for corpus in corpora if corpus.given for document in corpus.documents()]
-    if config.data.source == JSONL and documents:
-        require_support({p.id: p.support for p in problems}, {d.id for d in documents}, config.data.path)
+    documents = [document for corpus in corpora for document in documents_of(corpus, config.retrieve) or ()]
+    if config.data.source == JSONL:
+        require_passages({p.id: p.support for p in problems}, config.data.path, config.retrieve, documents)
     title, source = TITLES[config.data.source]
     theirs = [] if documents else [open_corpus(corpus, config.retrieve).hash for corpus in corpora]
     hashed = digest([list(map(asdict, problems)), list(map(asdict, documents)), *theirs])

@@ -108,5 +108,6 @@ def start_identity(config: Config) -> list[object]:
     data = {name: value for name, value in asdict(config.data).items() if name not in ("train", "dev", "test")}
     shown = [config.rollout.k_show, config.rollout.k_candidates, config.rollout.max_passage_tokens]
     retrieve, trainings = config.retrieve, [config.skill.identity(), config.warm_up.identity()]
+    answers = [retrieve.kind, retrieve.encoder, retrieve.url, *filter(None, [retrieve.index])]
     shares = [config.skill_questions, config.skill_share, config.seed]
-    return [data, asdict(config.model), [retrieve.kind, retrieve.encoder, retrieve.url], shown, *trainings, *shares]
+    return [data, asdict(config.model), answers, shown, *trainings, *shares]
