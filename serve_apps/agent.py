@@ -10,6 +10,7 @@ from mobula.serving.metrics import Metrics
 from serve_apps import CONSOLE
 from serve_apps.agent_schema import AgentArgs, Solved, SolveRequest
 from serve_apps.agent_solving import Solving, State
+from serve_apps.agent_tools import served_tools
 
 SPEC = Spec(
     title="Mobula agent",
@@ -30,7 +31,8 @@ SPEC = Spec(
 def create_app(state: State, args: AgentArgs, metrics: Metrics | None = None) -> FastAPI:
     """The HTTP application; see :func:`mobula.serving.application.application`."""
     metrics = metrics or Metrics()
-    return application(SPEC, Solving(state, args, metrics), args, metrics)
+    tools = served_tools(state.predictor.agents.worlds, state.workshops)
+    return application(SPEC, Solving(state, args, metrics), args, metrics, tools)
 
 
 build = deployment("Agent", AgentArgs, State, create_app)

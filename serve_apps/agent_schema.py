@@ -48,11 +48,15 @@ class Conversation(BaseModel):
 
 
 class Solved(BaseModel):
-    """The answer, every conversation, and what it took. ``version`` names planner and grounder as one."""
+    """The answer, every conversation, and what it took: tokens that were written, and those of the prompts.
+
+    ``version`` names planner and grounder as one.
+    """
 
     answer: str | None
     status: str
     conversations: list[Conversation]
     tokens: int
+    prompt_tokens: int
     ms: float
     version: str
