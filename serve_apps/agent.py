@@ -31,8 +31,8 @@ SPEC = Spec(
 def create_app(state: State, args: AgentArgs, metrics: Metrics | None = None) -> FastAPI:
     """The HTTP application; see :func:`mobula.serving.application.application`."""
     metrics = metrics or Metrics()
-    tools = served_tools(state.predictor.agents.worlds, state.workshops)
-    return application(SPEC, Solving(state, args, metrics), args, metrics, tools)
+    engine = Solving(state, args, metrics)
+    return application(SPEC, engine, args, metrics, engine.chat(), served_tools(state.tools, state.workshops))
 
 
 build = deployment("Agent", AgentArgs, State, create_app)

@@ -12,6 +12,7 @@ from typing import Any
 
 from mobula import artifacts, methods
 from mobula.agents.language import ProgramError, parse, serialise
+from mobula.agents.mcp_tools import McpServer
 from mobula.agents.moat.artifact import KIND, Predictor
 from mobula.agents.sandbox import Limits, Workshop
 from mobula.agents.worlds import Task, read_plan
@@ -24,8 +25,9 @@ from mobula.serving.errors import RequestRefused
 from mobula.serving.metrics import Metrics
 from mobula.threads import one_thread
 from serve_apps.agent_schema import MOST_STEPS, AgentArgs, SolveRequest
-from serve_apps.agent_tools import as_call
+from serve_apps.agent_tools import Elsewhere, as_call, with_tools
 
+MCP = "mcp"  # the family of an MCP server's tools
 MODEL = "agent/"
 TOOLS = "mobula.agents.worlds:tools"
 Written = tuple[str, dict[str, int]]  # a text, and the numbers of tokens read and written
@@ -33,7 +35,10 @@ TOP_P = 0.95
 
 
 class State:
-    """Planner and grounder of an artifact, and a workshop of tools for every family."""
+    """Planner and grounder of an artifact, and tools by family with what opens them for a conversation.
+
+    ``workshops`` are of the families that they were trained with; ``mcp`` has an MCP server's tools.
+    """
 
     def __init__(self, args: AgentArgs) -> None:
         artifact = artifacts.open_artifact(args.artifact, kind=KIND)
@@ -42,7 +47,15 @@ class State:
         limits = Limits(seconds=args.tool_seconds, memory_mb=args.tool_memory_mb)
         worlds = asdict(self.predictor.agents.world_set)
         families = self.predictor.agents.worlds
+        self.tools = {name: world.tools() for name, world in families.items()}
+        self.openers: dict[str, Workshop | Elsewhere] = {}
+        if args.mcp_url:
+            server = McpServer(args.mcp_url, args.mcp_key, args.tool_seconds)
+            self.tools[MCP] = server.tools(args.mcp_tools)
+            self.openers[MCP] = Elsewhere(self.tools[MCP])
+            self.predictor.agents = with_tools(self.predictor.agents, self.tools)
         self.workshops = {name: Workshop(TOOLS, {**worlds, "family": name}, limits) for name in families}
+        self.openers |= self.workshops
 
     def close(self) -> None:
         """End the tools' processes."""
@@ -74,17 +87,17 @@ class Solving:
         predictor = self.state.predictor
         families = {
             name: {
-                "tools": [{"signature": tool.signature, "purpose": tool.purpose} for tool in world.tools().values()],
+                "tools": [{"signature": tool.signature, "purpose": tool.purpose} for tool in tools.values()],
                 "examples": predictor.examples.get(name, []),
             }
-            for name, world in predictor.agents.worlds.items()
+            for name, tools in self.state.tools.items()
         }
         limits = {"max_steps": MOST_STEPS, "max_tokens": max(predictor.most.plan, predictor.most.program)}
         return {"version": self.state.version, "families": families, "limits": limits}
 
     def chat(self) -> Chat:
         """A model for every family of tools; the plan is its reasoning."""
-        return Chat([f"{MODEL}{family}" for family in self.state.workshops], self.state.version, self._steps)
+        return Chat([f"{MODEL}{family}" for family in self.state.tools], self.state.version, self._steps)
 
     def _steps(self, asked: ChatRequest) -> AsyncGenerator[Step, None]:
         drawn = {"temperature": asked.temperature or 0.0, "seed": asked.seed or 0}
@@ -113,8 +126,8 @@ class Solving:
         Raises:
             RequestRefused: 422 for a family without tools here.
         """
-        if request.family not in self.state.workshops:
-            known = ", ".join(self.state.workshops)
+        if request.family not in self.state.tools:
+            known = ", ".join(self.state.tools)
             raise RequestRefused(422, "unknown_family", f"no tools for {request.family!r}; there are {known}")
 
     async def events(self, request: SolveRequest) -> AsyncGenerator[Event, None]:
@@ -136,7 +149,7 @@ class Solving:
         yield "done", {"answer": answer, "status": status, "conversations": conversations, **facts}
 
     async def _conversation(self, request: SolveRequest, number: int, talk: Conversation) -> AsyncIterator[Event]:
-        tools = tuple(self.state.predictor.agents.worlds[request.family].tools())
+        tools = tuple(self.state.tools[request.family])
         task = Task("", request.family, "served", request.task, None, tools, None, None, "")
         plan, spent = await self._ask("plan", request, number, task, "")
         talk.plan = read_plan(plan) or [line for line in plan.splitlines() if line.strip()]
@@ -157,7 +170,7 @@ class Solving:
         except ProgramError as error:
             talk.status, talk.reason = error.status, f"{error}, in {program!r}"
             return
-        sandbox = await asyncio.to_thread(self.state.workshops[request.family].open)
+        sandbox = await asyncio.to_thread(self.state.openers[request.family].open)
         try:
             for statement in statements[: request.max_steps]:
                 talk.actions.append(statement)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import partial
 from typing import Annotated, Any
@@ -16,6 +17,7 @@ from pydantic import BaseModel, Field, StringConstraints, create_model
 from mobula.agents.language import (
     ANSWER,
     Argument,
+    Interpreter,
     ProgramError,
     Quoted,
     Statement,
@@ -24,8 +26,9 @@ from mobula.agents.language import (
     serialise,
     show_argument,
 )
-from mobula.agents.sandbox import Workshop
-from mobula.agents.worlds import World
+from mobula.agents.moat.agents import Agents
+from mobula.agents.sandbox import Step, Workshop, carry_out
+from mobula.agents.worlds import Task
 from mobula.serving.app import Strict, Text
 from mobula.serving.chat_completions import Call
 from mobula.serving.mcp_server import ServedTool, ToolFailed
@@ -54,11 +57,11 @@ def as_call(statement: str) -> Call | None:
     return Call(parsed.name, {_named(i): show_argument(argument) for i, argument in enumerate(parsed.arguments, 1)})
 
 
-def served_tools(worlds: Mapping[str, World], workshops: Mapping[str, Workshop]) -> list[ServedTool]:
+def served_tools(families: Mapping[str, Mapping[str, Tool]], workshops: Mapping[str, Workshop]) -> list[ServedTool]:
     """Every tool of every family, and ``run`` for calls that take results of others; each call in a sandbox."""
     served = []
     for family, workshop in workshops.items():
-        tools = worlds[family].tools()
+        tools = families[family]
         for tool in tools.values():
             call = partial(_call, workshop, tool)
             served.append(ServedTool(f"{family}_{tool.name}", tool.purpose, _arguments(tool), call))
@@ -66,6 +69,47 @@ def served_tools(worlds: Mapping[str, World], workshops: Mapping[str, Workshop])
         description = RUN.format(names=", ".join(tools), example=first.signature)
         served.append(ServedTool(f"{family}_run", description, Program, partial(_run, workshop)))
     return served
+
+
+@dataclass
+class Elsewhere:
+    """Opens conversations whose tools run elsewhere. Nothing of theirs runs here, so there is no sandbox."""
+
+    tools: Mapping[str, Tool]
+
+    def open(self) -> _Opened:
+        """One conversation."""
+        return _Opened(Interpreter(self.tools))
+
+
+@dataclass
+class _Opened:
+    """The results of a conversation so far."""
+
+    interpreter: Interpreter
+
+    def step(self, statement: str) -> Step:
+        """Carry out one statement."""
+        return carry_out(self.interpreter, statement)
+
+    def close(self) -> None:
+        """There is nothing to end."""
+
+
+@dataclass
+class _WithTools(Agents):
+    """Agents that are offered the tools of ``families``."""
+
+    families: Mapping[str, Mapping[str, Tool]] = field(default_factory=dict)
+
+    def offered(self, task: Task) -> list[Tool]:
+        """The tools of a task."""
+        return [self.families[task.family][name] for name in task.tools]
+
+
+def with_tools(agents: Agents, families: Mapping[str, Mapping[str, Tool]]) -> Agents:
+    """The same agents, offered the tools of these families."""
+    return _WithTools(agents.planner, agents.grounder, agents.world_set, agents.view, families)
 
 
 def _named(number: int) -> str:

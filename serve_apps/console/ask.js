@@ -41,9 +41,10 @@ function main(page) {
 }
 
 // `ask`: path of the route; `about`: path of the models' facts, given to `known`; `request()`: the body;
-// `begin()`: forget what was shown, and give what shows each event by its name.
+// `begin()`: forget what was shown, and give what shows each event by its name; `chat`: there is OpenAI's API too.
 export async function run(page) {
-  document.body.append(element("a", { class: "skip", href: "#main" }, "Skip to content"), header(page.title, element("a", { class: "api", href: "chat.html" }, "Chat")), main(page));
+  const chat = page.chat && element("a", { class: "api", href: "chat.html" }, "Chat");
+  document.body.append(element("a", { class: "skip", href: "#main" }, "Skip to content"), header(page.title, chat), main(page));
   let running = null;
   $("form").addEventListener("submit", async (event) => {
     event.preventDefault();

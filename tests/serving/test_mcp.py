@@ -17,9 +17,10 @@ from mcp.client.streamable_http import streamable_http_client
 
 from mobula.agents.language import execute
 from mobula.agents.mcp_tools import McpError, McpServer
+from mobula.agents.worlds import Task
 from serve_apps.agent import create_app
 from serve_apps.agent_schema import AgentArgs
-from serve_apps.agent_solving import State
+from serve_apps.agent_solving import Solving, State
 from tests.agents.moat import small
 from tests.serving import console
 from tests.serving.asgi import ask, make
@@ -168,6 +169,40 @@ def test_a_program_is_carried_out_where_a_loop_runs_too(url: str) -> None:
         return execute("R1 = arith_Calc(5)\nAnswer(R1)", tools).answer
 
     assert list(tools) == ["arith_Calc"] and asyncio.run(inside()) == 5
+
+
+def test_served_agents_use_the_tools_of_a_server(
+    url: str, agent_artifact: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    args = AgentArgs(artifact=agent_artifact, key_required=False, mcp_url=url, mcp_tools=["arith_Calc", "kb_Query"])
+    state, write = State(args), Solving._write
+
+    def written(self: Solving, group: Any, items: Any) -> Any:
+        """What agents would write that know how."""
+        program = "R1 = arith_Calc(2 * 21)\nR2 = kb_Query(nobody, r0)"
+        return [(program if group[0] == "program" else text, spent) for text, spent in write(self, group, items)]
+
+    try:
+        monkeypatch.setattr(Solving, "_write", written)
+        app = create_app(state, args)
+        task = Task("", "mcp", "", "?", None, ("kb_Query",), None, None, "")
+        assert [tool.signature for tool in state.predictor.agents.offered(task)] == ["kb_Query(text, text)"]
+        assert [t["signature"] for t in ask(app, "GET", "/agents").json()["families"]["mcp"]["tools"]] == [
+            "arith_Calc(number)", "kb_Query(text, text)",
+        ]  # fmt: skip
+        done = ask(app, "POST", "/solve", json={"task": "?", "family": "mcp", "stream": False}).json()
+        own = [task for task in small.known_tasks() if task.family == "kb"]
+        assert any(state.predictor.solve(task.text, "kb").answer == task.answer for task in own)
+    finally:
+        state.close()
+    (talk,) = done["conversations"]
+    assert talk["observations"][0] == "42" and "no entity 'nobody'" in talk["observations"][1]
+    assert (done["status"], done["answer"]) == ("tool_error", None)
+
+
+def test_agents_whose_server_is_away_do_not_start(agent_artifact: Path) -> None:
+    with pytest.raises(McpError, match=r"127\.0\.0\.1:1"):
+        State(AgentArgs(artifact=agent_artifact, key_required=False, mcp_url="http://127.0.0.1:1/mcp"))
 
 
 OBJECT = {"type": "object", "properties": {"where": {"type": "object"}}, "required": ["where"]}

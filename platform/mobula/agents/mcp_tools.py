@@ -22,6 +22,7 @@ from mcp_types import Tool as Listed
 
 from mobula import environment
 from mobula.agents.language import Tool, ToolError
+from mobula.agents.sandbox import Limits
 from mobula.errors import MobulaError
 
 KINDS = {"integer": "number", "number": "number", "string": "text"}
@@ -166,6 +167,8 @@ def _value(result: CallToolResult) -> Any:
     if any(not isinstance(part, TextContent) for part in result.content):
         raise ToolError("it returned something other than text")
     text = "\n".join(part.text for part in result.content if isinstance(part, TextContent))
+    if len(text.encode()) > Limits.reply_bytes:
+        raise ToolError(f"it returned more than {Limits.reply_bytes} bytes")
     if result.is_error:
         raise ToolError(text)
     return Fraction(text) if _NUMBER.fullmatch(text) else text

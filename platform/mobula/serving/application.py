@@ -36,10 +36,6 @@ class Engine(Protocol):
         """Which models these are, their limits, and examples to try."""
         ...
 
-    def chat(self) -> Chat:
-        """The models that are asked by OpenAI's API, and how they answer."""
-        ...
-
     def check(self, request: Any) -> None:
         """Refuse what these models cannot do, before anything is streamed.
 
@@ -90,9 +86,16 @@ class Spec:
 
 
 def application(
-    spec: Spec, engine: Engine, args: ModelArgs, metrics: Metrics, tools: Sequence[ServedTool] = ()
+    spec: Spec,
+    engine: Engine,
+    args: ModelArgs,
+    metrics: Metrics,
+    chat: Chat | None = None,
+    tools: Sequence[ServedTool] = (),
 ) -> FastAPI:
-    """The HTTP application of an engine, the same under Serve and under plain uvicorn; ``tools`` are its MCP server's.
+    """The HTTP application of an engine, the same under Serve and under plain uvicorn.
+
+    With a ``chat`` it answers OpenAI's API too; with ``tools`` it is their MCP server.
 
     Raises:
         ConfigError: if an API key is required and there is none.
@@ -107,7 +110,8 @@ def application(
 
     app = guarded(spec.title, args, spec.statuses, metrics, lifespan)
     frame(app, spec.console, spec.page, args.reports)
-    mount_chat(app, engine.chat(), args.time_limit_s)
+    if chat:
+        mount_chat(app, chat, args.time_limit_s)
     if tools:
         mcp.mount(app)
     ask, about = spec.ask, spec.about
