@@ -30,7 +30,7 @@ KEY = "a-key-of-the-tests-0123"
 
 @pytest.fixture(scope="module")
 def state(agent_artifact: Path) -> Iterator[State]:
-    opened = State(AgentArgs(artifact=agent_artifact, key_required=False, tool_seconds=1))
+    opened = State(AgentArgs(artifact=agent_artifact, key_required=False, tool_seconds=20))
     yield opened
     opened.close()
 
