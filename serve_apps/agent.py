@@ -10,6 +10,7 @@ from mobula.serving.metrics import Metrics
 from serve_apps import CONSOLE
 from serve_apps.agent_schema import AgentArgs, Solved, SolveRequest
 from serve_apps.agent_solving import Solving, State
+from serve_apps.agent_tools import served_tools
 
 SPEC = Spec(
     title="Mobula agent",
@@ -30,7 +31,8 @@ SPEC = Spec(
 def create_app(state: State, args: AgentArgs, metrics: Metrics | None = None) -> FastAPI:
     """The HTTP application; see :func:`mobula.serving.application.application`."""
     metrics = metrics or Metrics()
-    return application(SPEC, Solving(state, args, metrics), args, metrics)
+    engine = Solving(state, args, metrics)
+    return application(SPEC, engine, args, metrics, engine.chat(), served_tools(state.tools, state.workshops))
 
 
 build = deployment("Agent", AgentArgs, State, create_app)

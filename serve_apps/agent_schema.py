@@ -15,6 +15,9 @@ class AgentArgs(ModelArgs):
 
     tool_seconds: float = Field(2.0, gt=0, le=60, description="time of one tool call")
     tool_memory_mb: int = Field(256, ge=16, le=65_536, description="memory that the tools of a conversation may take")
+    mcp_url: str | None = Field(None, pattern="^https?://", description="MCP server whose tools are the family `mcp`")
+    mcp_key: str = Field("", description="environment variable that holds that server's key; empty: none is sent")
+    mcp_tools: list[str] = Field([], description="those of its tools that are wanted; empty: all")
 
 
 class SolveRequest(Request):
@@ -48,11 +51,15 @@ class Conversation(BaseModel):
 
 
 class Solved(BaseModel):
-    """The answer, every conversation, and what it took. ``version`` names planner and grounder as one."""
+    """The answer, every conversation, and what it took: tokens that were written, and those of the prompts.
+
+    ``version`` names planner and grounder as one.
+    """
 
     answer: str | None
     status: str
     conversations: list[Conversation]
     tokens: int
+    prompt_tokens: int
     ms: float
     version: str

@@ -26,7 +26,8 @@ SPEC = Spec(
 def create_app(state: State, args: RagArgs, metrics: Metrics | None = None) -> FastAPI:
     """The HTTP application; see :func:`mobula.serving.application.application`."""
     metrics = metrics or Metrics()
-    return application(SPEC, Answering(state, args, metrics), args, metrics)
+    engine = Answering(state, args, metrics)
+    return application(SPEC, engine, args, metrics, engine.chat())
 
 
 build = deployment("Rag", RagArgs, State.load, create_app)

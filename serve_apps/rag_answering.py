@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
 
 from mobula import artifacts, methods
 from mobula.rag.candidates import Request
 from mobula.rag.dro.artifact import RETRIEVED, Pick, Predictor
-from mobula.serving.application import Event
+from mobula.serving.application import DONE, Event
 from mobula.serving.batching import Batcher
+from mobula.serving.chat_completions import Answer, Call, Chat, ChatRequest, Returned, Step, greedy
 from mobula.serving.metrics import Metrics
 from mobula.threads import one_thread
 from serve_apps.rag_schema import AnswerRequest, RagArgs
@@ -52,6 +55,28 @@ class Answering:
         counts = {"candidates": config.candidates, "choose": config.choose}
         examples = self.state.predictor.examples
         return {"version": self.state.version, "retriever": config.kind, **counts, "examples": examples}
+
+    def chat(self) -> Chat:
+        """One model; finding passages and choosing some are its tool calls."""
+        return Chat(["rag"], self.state.version, self._steps)
+
+    def _steps(self, asked: ChatRequest) -> AsyncGenerator[Step, None]:
+        greedy(asked)
+        return self._replied(AnswerRequest(question=asked.question))
+
+    async def _replied(self, request: AnswerRequest) -> AsyncGenerator[Step, None]:
+        async with aclosing(self.events(request)) as events:
+            async for name, value in events:
+                if name == "candidates":
+                    candidates = value["candidates"]
+                    yield Call("search", {"query": request.question})
+                    yield Returned(_text(candidates))
+                elif name == "selected":
+                    yield Call("select", {"ids": [candidate["id"] for candidate in candidates]})
+                    yield Returned(_text(value["passages"]))
+                elif name == DONE:
+                    # The networks may be readers of passages, which write no tokens: none are counted.
+                    yield Answer(value["answer"] or None, _status(value["flags"]), None, "no passage has an answer")
 
     def check(self, request: AnswerRequest) -> None:
         """Any question can be asked."""
@@ -103,6 +128,17 @@ def _each(group: str, items: Sequence[tuple[Callable[..., Any], tuple[Any, ...]]
     """One stage of several questions, one after another."""
     with one_thread():
         return [stage(*arguments) for stage, arguments in items]
+
+
+def _text(passages: Sequence[dict[str, Any]]) -> str:
+    return json.dumps(passages, ensure_ascii=False)
+
+
+def _status(flags: dict[str, bool]) -> str:
+    """What was got over, in a word."""
+    if flags["retriever_failed"]:
+        return "no_retriever"
+    return "no_selector" if flags["selection_failed"] else "ok"
 
 
 def _ranked(question: Request) -> list[int]:

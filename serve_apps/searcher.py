@@ -28,7 +28,8 @@ SPEC = Spec(
 def create_app(state: State, args: SearcherArgs, metrics: Metrics | None = None) -> FastAPI:
     """The HTTP application; see :func:`mobula.serving.application.application`."""
     metrics = metrics or Metrics()
-    return application(SPEC, Solving(state, args, metrics), args, metrics)
+    engine = Solving(state, args, metrics)
+    return application(SPEC, engine, args, metrics, engine.chat())
 
 
 build = deployment("Searcher", SearcherArgs, State, create_app)

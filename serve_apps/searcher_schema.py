@@ -40,7 +40,7 @@ class Search(BaseModel):
 
 
 class Solved(BaseModel):
-    """The answer, the searches that led to it, and what they took.
+    """The answer, the searches that led to it, and what they took: tokens that were written, and that were given.
 
     ``status``: ``ok`` if the agent ended its search by itself; ``limit`` if it was closed (turns, length, a turn that
     cannot be read); ``no_retriever`` if a search failed.
@@ -50,5 +50,6 @@ class Solved(BaseModel):
     status: str
     searches: list[Search]
     tokens: int
+    prompt_tokens: int
     ms: float
     version: str

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import json
 import time
 from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any
@@ -12,8 +14,20 @@ from typing import Any
 from mobula import artifacts, methods
 from mobula.rag.exsearch.artifact import KIND, Predictor
 from mobula.rag.exsearch.rollout import Episode, Rollouts
-from mobula.serving.application import Event
+from mobula.rag.exsearch.trajectory import GIVEN
+from mobula.serving.application import DONE, Event
 from mobula.serving.batching import Batcher
+from mobula.serving.chat_completions import (
+    Answer,
+    Call,
+    Chat,
+    ChatRequest,
+    Reasoning,
+    Returned,
+    Step,
+    Usage,
+    greedy,
+)
 from mobula.serving.metrics import Metrics
 from mobula.threads import one_thread
 from serve_apps.searcher_schema import SearcherArgs, SolveRequest
@@ -51,6 +65,26 @@ class Solving:
             "limits": limits,
         }
 
+    def chat(self) -> Chat:
+        """One model; searches are its tool calls, and the facts that it records its reasoning."""
+        return Chat(["searcher"], self.state.version, self._steps)
+
+    def _steps(self, asked: ChatRequest) -> AsyncGenerator[Step, None]:
+        greedy(asked)
+        return self._replied(SolveRequest(question=asked.question))
+
+    async def _replied(self, request: SolveRequest) -> AsyncGenerator[Step, None]:
+        async with aclosing(self.events(request)) as events:
+            async for name, value in events:
+                if name == "search":
+                    yield Call("search", value)
+                elif name == "evidence":
+                    yield Returned(json.dumps(value["passages"], ensure_ascii=False))
+                elif name == "fact":
+                    yield Reasoning(f"{value['fact']}\n")
+                elif name == DONE:
+                    yield Answer(value["answer"], value["status"], Usage(value["prompt_tokens"], value["tokens"]))
+
     def check(self, request: SolveRequest) -> None:
         """Any question can be asked."""
 
@@ -74,7 +108,7 @@ class Solving:
         yield "answer", {"answer": answer, "status": status}
         ms = round(1000 * (time.perf_counter() - began), 3)
         self.metrics.solved(status, ms)
-        facts = {"tokens": self._tokens(episode), "ms": ms, "version": self.state.version}
+        facts = {**self._tokens(episode), "ms": ms, "version": self.state.version}
         yield "done", {"answer": answer, "status": status, "searches": self._searches(episode), **facts}
 
     def _limits(self, request: SolveRequest) -> Limits:
@@ -109,10 +143,12 @@ class Solving:
         ]
 
     @staticmethod
-    def _tokens(episode: Episode) -> int:
-        """What the agent wrote."""
-        answer = episode.trajectory.answer
-        return len(episode.trajectory.sampled) + (len(answer.log_probs) if answer else 0)
+    def _tokens(episode: Episode) -> dict[str, int]:
+        """What the agent wrote, and what it was given to read; each counts once, though later turns read it again."""
+        trajectory = episode.trajectory
+        written = len(trajectory.sampled) + (len(trajectory.answer.log_probs) if trajectory.answer else 0)
+        given = sum(turn.mask.count(GIVEN) for turn in trajectory.turns)
+        return {"tokens": written, "prompt_tokens": given + sum(len(aside.prompt) for aside in trajectory.asides)}
 
     def _compute(self, group: tuple[str, Limits], items: Sequence[Episode]) -> list[Episode]:
         """A step of a batch of questions. Their state is copied: a batch that fails leaves it as it was."""

@@ -91,7 +91,7 @@ function done({ answer, status, tokens, ms, version }) {
 }
 
 run({
-  title: "Mobula agents", verb: "Solve", ask: "solve", about: "agents", known, request, begin,
+  title: "Mobula agents", verb: "Solve", ask: "solve", about: "agents", chat: true, known, request, begin,
   fields: [["Task", "task", "What is to be done?"], ["Tools", "family"], ["Example", "example"],
     ...Object.entries(NUMBERS).map(([id, [label, range]]) => [label, id, { type: "number", ...range }])],
   before: [element("details", {}, element("summary", {}, "What these tools do"), element("div", { id: "tools" }))],

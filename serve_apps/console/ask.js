@@ -19,9 +19,10 @@ function labelled([label, id, attributes = {}]) {
   return element("label", {}, element("span", {}, label), " ", field);
 }
 
-function header(title) {
+// The head of a page; `other` leads to the page that asks the same models in another way.
+export function header(title, ...other) {
   return element("header", { class: "top" }, element("img", { src: "mark.svg", alt: "", width: 28, height: 28 }),
-    element("h1", {}, title), element("a", { class: "api", href: "api.html" }, "API"));
+    element("h1", {}, title), ...other, element("a", { class: "api", href: "api.html" }, "API"));
 }
 
 // `fields`: [label, id, attributes of an input; none: a choice]; the first is the text that is asked.
@@ -40,9 +41,10 @@ function main(page) {
 }
 
 // `ask`: path of the route; `about`: path of the models' facts, given to `known`; `request()`: the body;
-// `begin()`: forget what was shown, and give what shows each event by its name.
+// `begin()`: forget what was shown, and give what shows each event by its name; `chat`: there is OpenAI's API too.
 export async function run(page) {
-  document.body.append(element("a", { class: "skip", href: "#main" }, "Skip to content"), header(page.title), main(page));
+  const chat = page.chat && element("a", { class: "api", href: "chat.html" }, "Chat");
+  document.body.append(element("a", { class: "skip", href: "#main" }, "Skip to content"), header(page.title, chat), main(page));
   let running = null;
   $("form").addEventListener("submit", async (event) => {
     event.preventDefault();

@@ -49,7 +49,7 @@ export async function send(path, body, signal) {
   throw new Error(`${reason || response.statusText} (HTTP ${response.status}${wait ? `, try again in ${wait} s` : ""})`);
 }
 
-// The events of a server-sent stream as [name, value] pairs.
+// The events of a server-sent stream as [name, value] pairs; those of OpenAI's API have no name and end with [DONE].
 export async function* events(path, body, signal) {
   const response = await send(path, body, signal);
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
@@ -62,6 +62,7 @@ export async function* events(path, body, signal) {
     pending = blocks.pop();
     for (const block of blocks) {
       const field = (name) => block.split("\n").find((line) => line.startsWith(`${name}: `))?.slice(name.length + 2);
+      if (field("data") === "[DONE]") return;
       yield [field("event"), JSON.parse(field("data"))];
     }
   }

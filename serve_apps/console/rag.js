@@ -36,7 +36,7 @@ function begin() {
 }
 
 run({
-  title: "Mobula question answering", verb: "Answer", ask: "answer", about: "about", known, begin,
+  title: "Mobula question answering", verb: "Answer", ask: "answer", about: "about", chat: true, known, begin,
   request: () => ({ question: $("question").value }),
   fields: [["Question", "question", "What do you want to know?"], ["Example", "example"]],
   before: [element("p", { id: "about" })],

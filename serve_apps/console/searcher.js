@@ -57,7 +57,7 @@ function done({ answer, status, searches, tokens, ms, version }, boxes) {
 }
 
 run({
-  title: "Mobula searcher", verb: "Ask", ask: "solve", about: "agent", known, request, begin,
+  title: "Mobula searcher", verb: "Ask", ask: "solve", about: "agent", chat: true, known, request, begin,
   fields: [["Question", "question", "What do you want to know?"], ["Kind", "kind"], ["Example", "example"],
     ["Searches at most", "max_searches", { type: "number", min: 1, value: 1 }],
     ["Tokens of a turn", "max_tokens", { type: "number", min: 1, value: 1 }]],

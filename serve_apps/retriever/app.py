@@ -20,6 +20,7 @@ from mobula.serving import pages
 from mobula.serving.app import guarded, time_limit, to_json
 from mobula.serving.application import Replica, deployment, frame
 from mobula.serving.errors import RequestRefused
+from mobula.serving.mcp_server import McpServer
 from mobula.serving.metrics import Metrics
 from serve_apps import CONSOLE
 from serve_apps.retriever.budget import STEPWISE
@@ -39,6 +40,7 @@ from serve_apps.retriever.schema import (
 )
 from serve_apps.retriever.search import Searching, State
 
+TITLE = "Mobula retriever"
 STATUSES = {BadSearch: (422, "bad_search"), EmptyQuery: (422, "empty_query"), Unsupported: (409, "unsupported")}
 ADDING = "/documents"
 NOT_KEPT: dict[int | str, dict[str, Any]] = {507: {"model": pages.Error, "description": "the disk does not take it"}}
@@ -51,14 +53,17 @@ def create_app(state: State, args: RetrieverArgs, metrics: Metrics | None = None
         ConfigError: if an API key is required and there is none.
     """
     searching = Searching(state, args, metrics or Metrics())
+    mcp = McpServer(TITLE, [searching.tool()], args.time_limit_s)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        yield
+        async with mcp.running():
+            yield
         searching.batcher.close()
 
-    app = guarded("Mobula retriever", args, STATUSES, searching.metrics, lifespan, {ADDING: args.max_documents_bytes})
+    app = guarded(TITLE, args, STATUSES, searching.metrics, lifespan, {ADDING: args.max_documents_bytes})
     frame(app, CONSOLE, "", args.reports, lambda: check_health(state))
+    mcp.mount(app)
     _search_routes(app, searching)
     _corpus_routes(app, searching)
     return app
@@ -73,7 +78,7 @@ def _search_routes(app: FastAPI, searching: Searching) -> None:
     @app.post("/retrieve", response_model=RetrieveResponse, responses=pages.REFUSALS)
     async def retrieve(request: RetrieveRequest) -> Response:
         """Documents for several queries at once, as search agents ask for them (Search-R1's contract)."""
-        return await searching.retrieve(request)
+        return to_json({"result": await searching.retrieve(request)})
 
     @app.post("/trace", responses={**pages.REFUSALS, 200: pages.EVENT_STREAM}, response_class=Response)
     async def trace(request: SearchRequest) -> Response:

@@ -64,6 +64,13 @@ class RetrieveRequest(Strict):
     return_scores: bool = Field(False, description="false: documents alone")
 
 
+class Wanted(Strict):
+    """What the tool ``search`` takes."""
+
+    query: RequestText
+    k: int = Field(10, ge=1, le=100, description="passages to return")
+
+
 def _short_enough(text: str) -> str:
     size = len(text.encode())
     if size > TEXT_BYTES:

@@ -15,12 +15,13 @@ from mobula.retrieval.results import BATCH
 from mobula.retrieval.search import SearchOptions, SearchResult
 from mobula.serving.app import time_limit, to_json
 from mobula.serving.batching import Batcher
-from mobula.serving.errors import RequestRefused
+from mobula.serving.errors import RequestRefused, dumps
+from mobula.serving.mcp_server import ServedTool
 from mobula.serving.metrics import Metrics
 from mobula.serving.streaming import stream
 from serve_apps.retriever.budget import plan
 from serve_apps.retriever.corpus import Corpus, Snapshot, finite
-from serve_apps.retriever.schema import RetrieverArgs, RetrieveRequest, SearchRequest
+from serve_apps.retriever.schema import RetrieverArgs, RetrieveRequest, SearchRequest, Wanted
 
 
 @dataclass
@@ -51,8 +52,8 @@ class Searching:
         self.metrics.search(retriever, result.decoder, ms)
         return to_json(_found(result, snapshot, retriever, budget, ms))
 
-    async def retrieve(self, request: RetrieveRequest) -> Response:
-        """The hits of several queries as JSON, of one version of the corpus."""
+    async def retrieve(self, request: RetrieveRequest) -> list[list[dict[str, Any]]]:
+        """The hits of several queries, of one version of the corpus."""
         start, corpus = time.perf_counter(), self.state.corpus
         single = SearchRequest(query=request.queries[0], k=request.topk)
         retriever, options, _ = plan(single, corpus.searchable, corpus.calibration)
@@ -61,7 +62,16 @@ class Searching:
         async with time_limit(self.args.time_limit_s):
             results, snapshot = await self.batcher.submit(group, (request.queries, options))
         self.metrics.search(retriever, results[0].decoder, 1000 * (time.perf_counter() - start))
-        return to_json({"result": [_passages(result, snapshot, request.return_scores) for result in results]})
+        return [_passages(result, snapshot, request.return_scores) for result in results]
+
+    def tool(self) -> ServedTool:
+        """Search for programs: passages as JSON."""
+
+        async def search(given: Wanted) -> str:
+            request = RetrieveRequest(queries=[given.query], topk=given.k, return_scores=True)
+            return dumps((await self.retrieve(request))[0]).decode()
+
+        return ServedTool("search", "The passages nearest to a query, best first, with scores.", Wanted, search)
 
     async def trace(self, request: SearchRequest) -> Response:
         """Denoising steps and hits as events."""

@@ -59,8 +59,7 @@ def test_made_up_tasks_cause_no_5xx(agent_artifact, mode):
     state = AgentState(args)
     try:
         app = agent.create_app(state, args)
-        description = schemathesis.openapi.from_asgi("/openapi.json", app, headers={"host": "localhost"})
-        try_out(description["/solve"]["POST"].as_strategy(generation_mode=mode))
+        try_out_all(app, "/solve", mode)
     finally:
         state.close()
 
@@ -69,16 +68,22 @@ def test_made_up_tasks_cause_no_5xx(agent_artifact, mode):
 def test_made_up_questions_cause_no_5xx(rag_artifact, mode):
     args = RagArgs(artifact=rag_artifact, key_required=False, requests_per_s=1e6, burst=10**6)
     app = rag.create_app(RagState.load(args), args)
-    description = schemathesis.openapi.from_asgi("/openapi.json", app, headers={"host": "localhost"})
-    try_out(description["/answer"]["POST"].as_strategy(generation_mode=mode))
+    try_out_all(app, "/answer", mode)
 
 
 @pytest.mark.parametrize("mode", [POSITIVE, NEGATIVE], ids=lambda mode: mode.value)
 def test_made_up_questions_of_a_searcher_cause_no_5xx(searcher_artifact, mode):
     args = SearcherArgs(artifact=searcher_artifact, key_required=False, requests_per_s=1e6, burst=10**6)
     app = searcher.create_app(SearcherState(args), args)
+    try_out_all(app, "/solve", mode)
+
+
+def try_out_all(app, path, mode):
+    """Ask an application on its own path, and by OpenAI's API."""
     description = schemathesis.openapi.from_asgi("/openapi.json", app, headers={"host": "localhost"})
-    try_out(description["/solve"]["POST"].as_strategy(generation_mode=mode))
+    for route in (path, "/v1/chat/completions"):
+        try_out(description[route]["POST"].as_strategy(generation_mode=mode))
+    assert description["/v1/models"]["GET"]
 
 
 def try_out(strategy):

@@ -1,5 +1,7 @@
 """A real Ray Serve: refusals of a full queue, time limits, listeners, killed replicas, redeployment."""
 
+import asyncio
+import json
 import os
 import shutil
 import signal
@@ -13,6 +15,7 @@ import httpx
 import psutil
 import pytest
 import ray
+from mcp import Client
 
 from mobula.cluster import spec as specs
 from mobula.serving import deploy
@@ -182,6 +185,21 @@ def own_address():
             return s.getsockname()[0]
         except OSError:
             return "127.0.0.2"
+
+
+@pytest.mark.parametrize("mode", ["auto", "legacy"])
+def test_search_is_a_tool_of_an_mcp_server_behind_serve(cluster, mode):
+    served = Served(cluster, "fast")
+
+    async def search():
+        async with Client(f"{served.base}/mcp", mode=mode) as client:
+            return [tool.name for tool in (await client.list_tools()).tools], await client.call_tool(
+                "search", {"query": "warm seas", "k": 2}
+            )
+
+    names, result = asyncio.run(search())
+    assert names == ["search"] and not result.is_error
+    assert len(json.loads(result.content[0].text)) == 2
 
 
 def test_s4_full_queue_is_429_with_retry_after(cluster):

@@ -138,7 +138,7 @@ def serialise(program: Program) -> str:
 
 def show_statement(statement: Statement) -> str:
     """A statement as text."""
-    call = f"{statement.name}({', '.join(_show_argument(argument) for argument in statement.arguments)})"
+    call = f"{statement.name}({', '.join(show_argument(argument) for argument in statement.arguments)})"
     return call if statement.result is None else f"R{statement.result} = {call}"
 
 
@@ -220,7 +220,7 @@ def _evaluate(argument: Argument, results: Mapping[int, Any]) -> Any:
     if isinstance(argument, Operation):
         slope, constant = linear(argument, results)
         if slope:
-            raise ProgramError("bad_argument", f"{_show_argument(argument)!r} has an unknown")
+            raise ProgramError("bad_argument", f"{show_argument(argument)!r} has an unknown")
         return constant
     return argument.text if isinstance(argument, Quoted) else argument
 
@@ -265,7 +265,8 @@ def _operate(
     return result
 
 
-def _show_argument(argument: Argument, outer: int = 0) -> str:
+def show_argument(argument: Argument, outer: int = 0) -> str:
+    """An argument as text, in parentheses where it is an operand of a stronger operator than its own (``outer``)."""
     if isinstance(argument, Result):
         return f"R{argument.number}"
     if isinstance(argument, Quoted):
@@ -276,7 +277,7 @@ def _show_argument(argument: Argument, outer: int = 0) -> str:
         return argument
     strength = 1 if argument.operator in "+-" else 2
     # The right side of - and / binds tighter: 7 - (2 - 1) keeps its parentheses.
-    left, right = _show_argument(argument.left, strength), _show_argument(argument.right, strength + 1)
+    left, right = show_argument(argument.left, strength), show_argument(argument.right, strength + 1)
     text = f"{left} {argument.operator} {right}"
     return f"({text})" if strength < outer else text
 
@@ -284,7 +285,7 @@ def _show_argument(argument: Argument, outer: int = 0) -> str:
 def _show_number(value: Fraction, outer: int) -> str:
     """A number as the language writes it: without a sign, and as a decimal where it ends."""
     if value < 0:
-        return _show_argument(Operation("-", Fraction(0), -value), outer)
+        return show_argument(Operation("-", Fraction(0), -value), outer)
     if value.denominator == 1:
         return str(value)
     for digits in range(1, MOST_DIGITS):
@@ -292,7 +293,7 @@ def _show_number(value: Fraction, outer: int) -> str:
         if scaled.denominator == 1:
             whole, part = divmod(scaled.numerator, 10**digits)
             return f"{whole}.{part:0{digits}}"
-    return _show_argument(Operation("/", Fraction(value.numerator), Fraction(value.denominator)), outer)
+    return show_argument(Operation("/", Fraction(value.numerator), Fraction(value.denominator)), outer)
 
 
 class _Reader:

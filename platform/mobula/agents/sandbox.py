@@ -306,7 +306,7 @@ def _program(column: int, audit: int) -> list[_Instruction]:
     ]
 
 
-def _carry_out(interpreter: Interpreter, text: str) -> Step:
+def carry_out(interpreter: Interpreter, text: str) -> Step:
     """A statement's outcome; whatever a tool does wrong is reported, not raised."""
     try:
         statements = parse(text)
@@ -327,7 +327,7 @@ def _open_sandboxes(requests: socket.socket, setup: dict[str, Any]) -> None:
     """The workshop's process: build the tools, and make a copy of itself whenever it is asked to."""
     module, _, function = setup["source"].partition(":")
     tools: dict[str, Tool] = getattr(importlib.import_module(module), function)(**setup["arguments"])
-    _carry_out(Interpreter(tools), "R1 = Nothing()")  # what Python imports on first use is imported now
+    carry_out(Interpreter(tools), "R1 = Nothing()")  # what Python imports on first use is imported now
     gc.freeze()  # a collection would write to, and so copy, all the memory that copies share
     while requests.recv(1):
         with contextlib.suppress(ChildProcessError):
@@ -354,7 +354,7 @@ def _converse(source: int, replies: int, interpreter: Interpreter, limits: Limit
         lock(limits)
         os.write(replies, READY)
         for line in lines:
-            step = _carry_out(interpreter, json.loads(line))
+            step = carry_out(interpreter, json.loads(line))
             message = json.dumps(asdict(step)).encode() + b"\n"
             while message:
                 message = message[os.write(replies, message) :]

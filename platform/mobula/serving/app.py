@@ -54,7 +54,8 @@ def _not_blank(text: str) -> str:
     return text
 
 
-Text = Annotated[str, StringConstraints(min_length=1, max_length=2000), AfterValidator(_not_blank)]
+TEXT_CHARACTERS = 2000
+Text = Annotated[str, StringConstraints(min_length=1, max_length=TEXT_CHARACTERS), AfterValidator(_not_blank)]
 
 
 def guarded(

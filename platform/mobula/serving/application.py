@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,9 +18,12 @@ from starlette.responses import RedirectResponse, Response
 from mobula.errors import MobulaError
 from mobula.serving import pages
 from mobula.serving.app import AppArgs, ModelArgs, Strict, guarded, time_limit, to_json
+from mobula.serving.chat_completions import Chat
+from mobula.serving.chat_completions import mount as mount_chat
+from mobula.serving.mcp_server import McpServer, ServedTool
 from mobula.serving.metrics import Metrics, ServeMetrics
 from mobula.serving.reports import report_routes
-from mobula.serving.streaming import stream
+from mobula.serving.streaming import stream, within
 
 Event = tuple[str, dict[str, Any]]
 DONE = "done"
@@ -83,20 +85,35 @@ class Spec:
     statuses: Mapping[type[MobulaError], tuple[int, str]] = field(default_factory=dict)
 
 
-def application(spec: Spec, engine: Engine, args: ModelArgs, metrics: Metrics) -> FastAPI:
+def application(
+    spec: Spec,
+    engine: Engine,
+    args: ModelArgs,
+    metrics: Metrics,
+    chat: Chat | None = None,
+    tools: Sequence[ServedTool] = (),
+) -> FastAPI:
     """The HTTP application of an engine, the same under Serve and under plain uvicorn.
+
+    With a ``chat`` it answers OpenAI's API too; with ``tools`` it is their MCP server.
 
     Raises:
         ConfigError: if an API key is required and there is none.
     """
+    mcp = McpServer(spec.title, tools, args.time_limit_s)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        yield
+        async with mcp.running():
+            yield
         engine.close()
 
     app = guarded(spec.title, args, spec.statuses, metrics, lifespan)
     frame(app, spec.console, spec.page, args.reports)
+    if chat:
+        mount_chat(app, chat, args.time_limit_s)
+    if tools:
+        mcp.mount(app)
     ask, about = spec.ask, spec.about
 
     @app.get(about.path, response_model=dict[str, Any], responses=pages.REFUSALS, description=about.description)
@@ -106,7 +123,7 @@ def application(spec: Spec, engine: Engine, args: ModelArgs, metrics: Metrics) -
     async def answer(request: Request) -> Response:
         engine.check(request)
         if request.stream:
-            return stream(_within(engine.events(request), args.time_limit_s))
+            return stream(within(engine.events(request), args.time_limit_s))
         async with time_limit(args.time_limit_s):
             return to_json(await _whole(engine.events(request)))
 
@@ -175,19 +192,6 @@ def deployment(
     # The arguments in cluster.yaml are checked against this annotation before anything starts.
     build.__annotations__["args"] = model
     return build
-
-
-async def _within(events: AsyncGenerator[Event, None], seconds: float) -> AsyncIterator[Event]:
-    """The events, as long as there is time; whatever the reader takes of it, the engine is let go at the end."""
-    deadline = asyncio.get_running_loop().time() + seconds
-    async with contextlib.aclosing(events):
-        while True:
-            # Not around the yield: the timeout would then strike whoever reads.
-            async with asyncio.timeout_at(deadline):
-                event = await anext(events, None)
-            if event is None:
-                return
-            yield event
 
 
 async def _whole(events: AsyncGenerator[Event, None]) -> dict[str, Any]:

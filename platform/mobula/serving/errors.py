@@ -1,6 +1,7 @@
 """Errors of the endpoints: JSON ``{"error": {"code", "message", "details"?}}``, never a traceback.
 
-Ray Serve's own answers (full queue 429, timeout 408) are plain text; everything that reaches an app has this shape.
+Below ``/v1/`` they have OpenAI's shape, which adds ``type`` and ``param``. Ray Serve's own answers (full queue 429,
+timeout 408) are plain text; everything that reaches an app has this shape.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
+from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -21,6 +23,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from mobula.errors import MobulaError
 
 logger = logging.getLogger("mobula.serving")
+OPENAI = "/v1/"
+# OpenAI's name of a kind of error by its status; others are the request's fault, or from 500 on the server's.
+TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 
 
 class RequestRefused(MobulaError):
@@ -39,9 +44,37 @@ def body(code: str, message: str, details: Sequence[Mapping[str, Any]] = ()) -> 
     return {"error": error}
 
 
-def response(status: int, code: str, message: str, headers: Mapping[str, str] | None = None) -> Response:
-    """An error as an HTTP response."""
-    return JSONResponse(body(code, message), status, dict(headers or {}))
+def openai_body(status: int, error: Mapping[str, Any]) -> dict[str, Any]:
+    """An error's body in OpenAI's shape; ``param`` is the first field that is wrong."""
+    kind = TYPES.get(status, "server_error" if status >= 500 else "invalid_request_error")
+    details = error["error"].get("details")
+    return {"error": {**error["error"], "type": kind, "param": details[0]["field"] if details else None}}
+
+
+def response(
+    scope: Scope,
+    status: int,
+    code: str,
+    message: str,
+    headers: Mapping[str, str] | None = None,
+    details: Sequence[Mapping[str, Any]] = (),
+) -> Response:
+    """An error as the HTTP response to a request."""
+    error = body(code, message, details)
+    shaped = openai_body(status, error) if route_path(scope).startswith(OPENAI) else error
+    return JSONResponse(shaped, status, dict(headers or {}))
+
+
+def route_path(scope: Scope) -> str:
+    """The path of a request below where its application is mounted."""
+    return scope["path"].removeprefix(scope.get("root_path", ""))
+
+
+def incident(what: str) -> str:
+    """Log the exception that is being handled; what its cause may be told."""
+    number = secrets.token_hex(4)
+    logger.exception("incident %s: %s", number, what)
+    return f"internal error; the log has it as incident {number}"
 
 
 def install(app: FastAPI, statuses: Mapping[type[MobulaError], tuple[int, str]]) -> None:
@@ -52,16 +85,16 @@ def install(app: FastAPI, statuses: Mapping[type[MobulaError], tuple[int, str]])
 
     async def refused(request: Request, error: Exception) -> Response:
         assert isinstance(error, RequestRefused)
-        return response(error.status, error.code, str(error), error.headers)
+        return response(request.scope, error.status, error.code, str(error), error.headers)
 
     async def listed(request: Request, error: Exception) -> Response:
         status, code = next(s for kind, s in statuses.items() if isinstance(error, kind))
-        return response(status, code, str(error))
+        return response(request.scope, status, code, str(error))
 
     async def http(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
         code = HTTPStatus(error.status_code).phrase.lower().replace(" ", "_")
-        return response(error.status_code, code, str(error.detail), error.headers)
+        return response(request.scope, error.status_code, code, str(error.detail), error.headers)
 
     app.add_exception_handler(RequestRefused, refused)
     for kind in statuses:
@@ -73,9 +106,20 @@ def install(app: FastAPI, statuses: Mapping[type[MobulaError], tuple[int, str]])
 async def invalid(request: Request, error: Exception) -> Response:
     """422 with every reason. The input is not repeated: it may be huge, secret or not JSON (NaN)."""
     assert isinstance(error, RequestValidationError)
-    details = [{"field": _field(e["loc"]), "message": _message(e)} for e in error.errors()]
-    text = "; ".join(f"{d['field']}: {d['message']}" for d in details[:5])
-    return JSONResponse(body("invalid_request", text, details), 422)
+    details = reasons(error)
+    return response(request.scope, 422, "invalid_request", told(details), details=details)
+
+
+def reasons(error: RequestValidationError | ValidationError) -> list[dict[str, str]]:
+    """Every ``field`` that is wrong, with a ``message`` that does not repeat what was given."""
+    # FastAPI's locations begin with the part of the request: body, query or path.
+    part = isinstance(error, RequestValidationError)
+    return [{"field": _field(e["loc"][part:]), "message": _message(e)} for e in error.errors()]
+
+
+def told(details: Sequence[Mapping[str, str]]) -> str:
+    """The first of them in one line."""
+    return "; ".join(f"{d['field']}: {d['message']}" for d in details[:5])
 
 
 class CatchAll:
@@ -99,18 +143,15 @@ class CatchAll:
         try:
             await self.app(scope, receive, watch)
         except Exception:
-            incident = secrets.token_hex(4)
-            logger.exception("incident %s: %s %s", incident, scope["method"], scope["path"])
+            message = incident(f"{scope['method']} {scope['path']}")
             if started:
                 # The status is sent already; an unfinished body tells the client that something broke.
                 raise
-            await response(500, "internal_error", f"internal error; the log has it as incident {incident}")(
-                scope, receive, send
-            )
+            await response(scope, 500, "internal_error", message)(scope, receive, send)
 
 
 def _field(location: Sequence[Any]) -> str:
-    return ".".join(str(part) for part in location if part not in ("body", "query")) or "request"
+    return ".".join(map(str, location)) or "request"
 
 
 def _message(error: Mapping[str, Any]) -> str:

@@ -25,11 +25,13 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from mobula import environment
 from mobula.cluster.spec import is_loopback
 from mobula.errors import ConfigError
-from mobula.serving.errors import RequestRefused, response
+from mobula.serving.errors import RequestRefused, response, route_path
 
 HEALTH = "/healthz"
 MIN_KEY_CHARACTERS = 16
 CLIENTS = 10_000
+# Basic lets a browser ask for the key (as the password) and open the console.
+CHALLENGE = {"WWW-Authenticate": 'Bearer realm="mobula", Basic realm="mobula (the API key is the password)"'}
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,7 @@ class Guard:
             await self.app(scope, receive, send)
             return
         headers = Headers(scope=scope)
-        path = scope["path"].removeprefix(scope.get("root_path", ""))
+        path = route_path(scope)
         try:
             if path != HEALTH:
                 _check_origin(headers, keyed=bool(self.limits.keys))
@@ -93,7 +95,7 @@ class Guard:
             limit = self.limits.body_bytes.get(path, self.limits.max_body_bytes)
             receive = await _bounded(headers, receive, limit)
         except RequestRefused as refusal:
-            answer = response(refusal.status, refusal.code, str(refusal), refusal.headers)
+            answer = response(scope, refusal.status, refusal.code, str(refusal), refusal.headers)
             await answer(scope, receive, send)
             return
         await self.app(scope, receive, send)
@@ -149,12 +151,10 @@ def _authenticated(headers: Headers, keys: Sequence[bytes]) -> str | None:
     scheme, _, credentials = headers.get("authorization", "").partition(" ")
     given = _given_key(scheme.lower(), credentials.strip())
     if given is None:
-        # Basic lets a browser ask for the key (as the password) and open the console.
-        challenge = 'Bearer realm="mobula", Basic realm="mobula (the API key is the password)"'
-        raise RequestRefused(401, "unauthorized", "send the API key as a bearer token", {"WWW-Authenticate": challenge})
+        raise RequestRefused(401, "unauthorized", "send the API key as a bearer token", CHALLENGE)
     # Every key is compared, each in constant time, so timing tells neither the key nor which one matched.
     if not sum([hmac.compare_digest(given, k) for k in keys]):
-        raise RequestRefused(403, "forbidden", "this API key is not accepted")
+        raise RequestRefused(401, "invalid_api_key", "this API key is not accepted", CHALLENGE)
     return hashlib.sha256(given).hexdigest()[:16]
 
 

@@ -50,8 +50,8 @@ REFUSALS: dict[int | str, dict[str, Any]] = {
     status: {"model": Error, "description": text}
     for status, text in {
         400: "not JSON",
-        401: "no API key",
-        403: "a wrong API key, or a page of another site",
+        401: "no API key, or a wrong one",
+        403: "a page of another site",
         404: "no such thing",
         408: "not finished in time",
         409: "not possible with this model, or exists already",

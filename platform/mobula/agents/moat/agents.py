@@ -72,15 +72,25 @@ class Agents(Portable):
 
     def plans(self, tasks: Tasks, sampling: Sampling, seeds: Sequence[int]) -> list[tuple[str, Continuation]]:
         """s ~ pi_p(. | x), one of every task."""
-        model, template = self.planning
-        return _texts(model, model.sample([template.plan(task) for task in tasks], sampling, seeds))
+        model = self.planning[0]
+        return _texts(model, model.sample(self.plan_prompts(tasks), sampling, seeds))
 
     def programs(
         self, tasks: Tasks, plans: Sequence[str], sampling: Sampling, seeds: Sequence[int]
     ) -> list[tuple[str, Continuation]]:
         """a ~ pi_g(. | x, I, s), one for every plan."""
         model = self.grounding[0]
-        return _texts(model, model.sample(self._prompts(tasks, plans), sampling, seeds))
+        return _texts(model, model.sample(self.program_prompts(tasks, plans), sampling, seeds))
+
+    def plan_prompts(self, tasks: Tasks) -> list[list[int]]:
+        """x as the planner reads it, in token ids."""
+        template = self.planning[1]
+        return [template.plan(task) for task in tasks]
+
+    def program_prompts(self, tasks: Tasks, plans: Sequence[str]) -> list[list[int]]:
+        """x, I and s as the grounder reads them, in token ids."""
+        template = self.grounding[1]
+        return [template.ground(task, plan, self.offered(task)) for task, plan in zip(tasks, plans, strict=True)]
 
     def gold_scores(self, tasks: Tasks, plans: Sequence[str]) -> list[Row]:
         """nll(s) = -1/|a*| sum_i log pi_g(a*_i | a*_<i, x, I, s): ``nll_sum``, ``nll_mean`` (nats) and ``n_scored``.
@@ -89,7 +99,7 @@ class Agents(Portable):
         """
         model = self.grounding[0]
         targets = [[*model.encode(str(task.gold_actions)), model.eos] for task in tasks]
-        sums = [-float(s.double().sum()) for s in model.log_probs(self._prompts(tasks, plans), targets)]
+        sums = [-float(s.double().sum()) for s in model.log_probs(self.program_prompts(tasks, plans), targets)]
         return [
             {"nll_sum": total, "nll_mean": total / len(target), "n_scored": len(target)}
             for total, target in zip(sums, targets, strict=True)
@@ -108,10 +118,6 @@ class Agents(Portable):
     def _open(self, folder: Path) -> tuple[LanguageModel, Markers]:
         model = open_model(str(folder), self.engine)
         return model, template_of(model, self.view)
-
-    def _prompts(self, tasks: Tasks, plans: Sequence[str]) -> list[list[int]]:
-        template = self.grounding[1]
-        return [template.ground(task, plan, self.offered(task)) for task, plan in zip(tasks, plans, strict=True)]
 
 
 @dataclass
