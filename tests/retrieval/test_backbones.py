@@ -30,8 +30,8 @@ from mobula.retrieval.docids.config import DocidConfig
 from mobula.retrieval.docids.space import DocidSpace, fit_space
 from mobula.retrieval.docids.table import DocidTable
 from mobula.retrieval.inputs import EmptyQuery, EncoderInputs, PromptInputs, StateInputs
-from mobula.retrieval.language_model import DocidHead
 from mobula.retrieval.prepare import make_inputs, prepare
+from mobula.retrieval.pretrained_docid import DocidHead
 from mobula.retrieval.search import AR_DECODERS, DECODERS, SearchOptions
 from mobula.retrieval.tasks import DocidTask
 from mobula.retrieval.train_arms import docid_task, load_arm

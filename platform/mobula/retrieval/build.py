@@ -23,7 +23,6 @@ from mobula.retrieval.arms import Arm
 from mobula.retrieval.causal_lm import CausalLM
 from mobula.retrieval.diffusion_lm import KINDS, DiffusionLM
 from mobula.retrieval.docids.table import DocidTable
-from mobula.retrieval.language_model import LanguageModel, PretrainedShape
 from mobula.retrieval.network import (
     DocidModel,
     DocidTransformer,
@@ -32,12 +31,13 @@ from mobula.retrieval.network import (
     NetworkShape,
     scale_rate,
 )
+from mobula.retrieval.pretrained_docid import PretrainedDocidModel, PretrainedShape
 from mobula.retrieval.seq2seq import Seq2SeqLM
 from mobula.training.checkpoints import export_weights, load_weights
 
 __all__ = ["ModelConfig", "base_hash", "build_model", "load_model", "load_weights", "save_model"]
 
-LANGUAGE_MODELS: dict[str, type[LanguageModel]] = {
+LANGUAGE_MODELS: dict[str, type[PretrainedDocidModel]] = {
     **dict.fromkeys(KINDS, DiffusionLM),
     "t5": Seq2SeqLM,
     "causal_lm": CausalLM,

@@ -17,13 +17,13 @@ from torch import Tensor
 
 from mobula.errors import ModelError
 from mobula.models.pretrained import Pretrained
-from mobula.retrieval.language_model import HypothesisCache, LanguageModel, PretrainedShape, tokens_of_words
 from mobula.retrieval.network import Memory, NetworkKind, required
+from mobula.retrieval.pretrained_docid import HypothesisCache, PretrainedDocidModel, PretrainedShape, tokens_of_words
 
 LOADER = "AutoModelForCausalLM"
 
 
-class CausalLM(LanguageModel):
+class CausalLM(PretrainedDocidModel):
     """Logits over docid tokens, left to right, from a pretrained decoder.
 
     A layer of its cache holds keys and values f32[R, h, n - 1 + t, d/h] of the prompt and the docid.

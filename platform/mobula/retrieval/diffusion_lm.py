@@ -20,8 +20,8 @@ from torch import Tensor
 
 from mobula.errors import ModelError
 from mobula.models.pretrained import Pretrained
-from mobula.retrieval.language_model import LanguageModel, PretrainedShape, tokens_of_words
 from mobula.retrieval.network import Memory, NetworkKind, required
+from mobula.retrieval.pretrained_docid import PretrainedDocidModel, PretrainedShape, tokens_of_words
 from mobula.retrieval.remote_code import PaddingMask, load_published
 
 PADDING_TOLERANCE = 1e-3  # effect of padding on logits, as a share of the effect of a docid token
@@ -59,7 +59,7 @@ KINDS = {
 }
 
 
-class DiffusionLM(LanguageModel):
+class DiffusionLM(PretrainedDocidModel):
     """Logits over docid tokens from a language model that fills in [MASK]."""
 
     learned: ClassVar[NetworkKind] = "diffusion"

@@ -135,7 +135,7 @@ def test_only_the_gold_answer_and_its_end_are_scored(agent: Agent, samples: list
             (log_probs,) = model.log_probs([trajectory.context], [gold])
             assert row["log_lik"][k] == pytest.approx(float(log_probs.double().sum()), abs=1e-4)
             assert row["log_prior"][k] == pytest.approx(sum(trajectory.sampled), abs=1e-3)
-            assert row["log_ratio"][k] == pytest.approx(0.0, abs=1e-4)
+            assert row["log_ratio"][k] == pytest.approx(0.0, abs=1e-3)
 
 
 def test_the_sampled_answer_is_not_in_the_scored_context(agent: Agent, samples: list[Row]) -> None:
@@ -244,7 +244,7 @@ def test_the_correction_is_the_ratio_of_model_and_proposal(agent: Agent) -> None
     for row, scores in zip(drawn, scored(cooler, drawn), strict=True):
         for k, trajectory in enumerate(map(Trajectory.read, row["trajectories"])):
             proposed = sum(q for turn in trajectory.turns for q in turn.log_q)
-            assert scores["log_ratio"][k] == pytest.approx(sum(trajectory.sampled) - proposed, abs=1e-9)
+            assert scores["log_ratio"][k] == pytest.approx(sum(trajectory.sampled) - proposed, abs=1e-3)
             assert scores["log_ratio"][k] != 0
             assert scores["log_prior"][k] == pytest.approx(sum(trajectory.sampled), abs=1e-3)
 

@@ -196,10 +196,8 @@ class Rollouts:
     def _search(self, episodes: Sequence[Episode]) -> None:
         if not episodes:
             return
-        depth, replies = (
-            self.config.k_candidates if self.mode.select else self.config.k_show,
-            [Reply([])] * len(episodes),
-        )
+        depth = self.config.k_candidates if self.mode.select else self.config.k_show
+        replies = [Reply([])] * len(episodes)
         if self.mode.search:
             replies = self.searcher.ask([episode.query for episode in episodes], depth)
         for episode, reply in zip(episodes, replies, strict=True):

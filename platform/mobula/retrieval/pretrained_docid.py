@@ -80,7 +80,7 @@ class DocidHead(nn.Module):
         return (states.transpose(0, 1) @ weight.transpose(-1, -2)).transpose(0, 1)
 
 
-class LanguageModel(DocidModel):
+class PretrainedDocidModel(DocidModel):
     """A docid model whose network is a pretrained language model.
 
     Trained are the docid tokens' rows and either all pretrained weights (``finetune``) or LoRA on linear layers.
