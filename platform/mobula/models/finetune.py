@@ -24,7 +24,7 @@ from mobula.config import digest, key, section
 from mobula.models.adapters import LoraConfig
 from mobula.models.blocks import ARCHITECTURES
 from mobula.models.causal import CausalModel
-from mobula.models.engines import EngineConfig
+from mobula.models.language_model import EngineConfig
 from mobula.training import FitResult, Task, TrainingConfig, fit, load_weights
 
 MODEL = "model"  # the folder of a tuned model, beside its training

@@ -8,6 +8,7 @@ its own seed alone. :class:`mobula.models.causal.CausalModel` computes with PyTo
 
 from __future__ import annotations
 
+import importlib.util
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -15,8 +16,34 @@ from typing import Any
 
 from torch import Tensor
 
+from mobula.config import key
 from mobula.errors import ModelError
 from mobula.models.turns import end_of_turn
+
+TORCH, VLLM, AUTO = "torch", "vllm", "auto"
+
+
+@dataclass
+class EngineConfig:
+    """Who samples and scores with a pretrained model; a section of a config. All but ``kind`` is for vLLM."""
+
+    kind: str = key(AUTO, "torch; vllm; auto: vllm where it is installed", choices=(AUTO, TORCH, VLLM))
+    dtype: str = key("float32", "numbers that vLLM computes with", choices=("float32", "bfloat16", "float16"))
+    context: int | None = key(None, "most tokens of a prompt and what follows it; null: as the model has", ge=16)
+    cache_gb: float = key(1.0, "GiB for keys and values of prompts and continuations, in each actor", gt=0)
+    tensor_parallel: int = key(1, "devices that share one engine", ge=1)
+
+    @property
+    def chosen(self) -> str:
+        """The engine, ``auto`` resolved on this machine."""
+        if self.kind != AUTO:
+            return self.kind
+        return VLLM if vllm_installed() else TORCH
+
+
+def vllm_installed() -> bool:
+    """Whether vLLM can be imported."""
+    return importlib.util.find_spec("vllm") is not None
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,7 @@ from mobula.environment import vllm_environment
 from mobula.errors import ModelError
 from mobula.models.adapters import CONFIG, read_base
 from mobula.models.encoders import read_json
-from mobula.models.engines import EngineConfig
-from mobula.models.language_model import Continuation, LanguageModel, Sampling, require_prompts
+from mobula.models.language_model import Continuation, EngineConfig, LanguageModel, Sampling, require_prompts
 from mobula.models.pretrained import Pretrained
 from mobula.models.text import hash_files
 

@@ -115,14 +115,8 @@ def test_the_program_scored_is_the_gold_one(agents: Agents, tasks: list[Task]) -
 
 def test_a_plan_counts_only_by_conditioning(agents: Agents, tasks: list[Task], monkeypatch: pytest.MonkeyPatch) -> None:
     blind = Agents(agents.planner, agents.grounder, WorldSet("tools", 0), "plan_only")
-<<<<<<< HEAD
-    monkeypatch.setattr(
-        blind, "program_prompts", lambda tasks, plans: [blind.grounding[0].encode("<act>")] * len(plans)
-    )
-=======
     prompt = blind.grounding[0].encode("<act>")
     monkeypatch.setattr(blind, "program_prompts", lambda tasks, plans: [prompt] * len(plans))
->>>>>>> chat
     plans = ["S1: calc 1 + 2", "S1: buy it", "S1: query e5 r2\nS2: query R1 r3"]
     rows = TaskWorker(blind, score).process(items([tasks[0]] * 3, plans), 0)
     assert len({round(row["nll_mean"], 5) for row in rows}) == 1

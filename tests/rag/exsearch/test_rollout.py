@@ -134,7 +134,7 @@ def test_terminating_keeps_every_token_that_was_drawn() -> None:
     )
     assert (found.flags.malformed, found.flags.repaired, found.flags.forced_final) == (1, 0, True)
     assert [turn.role for turn in found.turns] == ["user", "assistant", "user"]
-    assert found.turns[1].mask == [1, 1] and found.log_q == sum(found.sampled) == 0.0
+    assert found.turns[1].mask == [1, 1] and found.log_q == sum(found.sampled) == -1.0
     assert found.prediction == "folford"
 
 

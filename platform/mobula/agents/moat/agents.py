@@ -18,8 +18,8 @@ from mobula.agents.moat.critic import CriticSettings, criticise
 from mobula.agents.moat.data import Markers, View, template_of
 from mobula.agents.worlds import Task, World, WorldSet, read_plan
 from mobula.alternation import Row, seed_of
-from mobula.models.engines import EngineConfig, open_model
-from mobula.models.language_model import Continuation, LanguageModel, Sampling
+from mobula.models.engines import open_model
+from mobula.models.language_model import Continuation, EngineConfig, LanguageModel, Sampling
 from mobula.portable import Portable
 from mobula.threads import one_thread
 

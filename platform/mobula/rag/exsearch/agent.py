@@ -10,7 +10,8 @@ from pathlib import Path
 
 from mobula.cluster.pool import Row
 from mobula.models.causal import CausalModel
-from mobula.models.engines import EngineConfig, open_model
+from mobula.models.engines import open_model
+from mobula.models.language_model import EngineConfig
 from mobula.models.text import hash_files
 from mobula.portable import Portable
 from mobula.rag.exsearch.config import Mode, RetrieveConfig, RolloutConfig
