@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from fractions import Fraction
 from functools import partial
 from typing import Annotated, Any
@@ -109,7 +109,7 @@ class _WithTools(Agents):
 
 def with_tools(agents: Agents, families: Mapping[str, Mapping[str, Tool]]) -> Agents:
     """The same agents, offered the tools of these families."""
-    return _WithTools(agents.planner, agents.grounder, agents.world_set, agents.view, families)
+    return _WithTools(**{one.name: getattr(agents, one.name) for one in fields(agents)}, families=families)
 
 
 def _named(number: int) -> str:
