@@ -32,6 +32,7 @@ from tests.rag.server import Answer, serving
 
 ROOT = Path(__file__).parents[2]
 RECIPES = {name: ROOT / "jobs" / name / "own.yaml" for name in ("dro", "exsearch")}
+TORCH = "model.engine.kind=torch"  # vLLM wants heads of 32 and more
 TOWNS = ["Oslo", "Lima", "Cairo", "Quito"]
 NAMES = ["Arlo", "Bena", "Caro", "Dino", "Esma", "Finn", "Gita", "Hugo", "Ines", "Juno", "Kaia", "Levi"]
 
@@ -95,7 +96,7 @@ def test_exsearch_runs_on_ones_own_data_by_its_path(tmp_path: Path) -> None:
     base = write_base(tmp_path / "base")
     quick = ["warm_up.steps=60", "warm_up.lr=0.01", "warm_up.batch=4", "model.lora.rank=16", "retrieve.kind=bm25"]
     data = write_own(tmp_path / "data", support=False)
-    report = run("exsearch", data, tmp_path / "run", f"model.base={base}", *quick)
+    report = run("exsearch", data, tmp_path / "run", f"model.base={base}", TORCH, *quick)
     assert report["data"][0]["records"] == 24 and report["data"][0]["source"] == str(data)
     # Nobody says which passages settle test questions, so nothing is said about finding them.
     assert "exsearch/em" in report["measures"] and "exsearch/gold_hit" not in report["measures"]
@@ -164,7 +165,7 @@ def test_an_artifact_of_found_passages_chooses_as_one_that_holds_them(tmp_path: 
 def test_exsearch_asks_a_served_retriever(tmp_path: Path, corpus: bool) -> None:
     data = write_own(tmp_path / "data", steps=True)
     quick = ["warm_up.steps=60", "warm_up.lr=0.01", "warm_up.batch=4", "model.lora.rank=16"]
-    quick.append(f"model.base={write_base(tmp_path / 'base')}")
+    quick += [f"model.base={write_base(tmp_path / 'base')}", TORCH]
     with serving(answers_from(data)) as server:
         if not corpus:
             (data / "corpus.jsonl").unlink()
@@ -229,7 +230,7 @@ def moved_away(index: Path, folder: Path, artifact: artifacts.Artifact, monkeypa
 def test_exsearch_searches_a_built_index(tmp_path: Path, corpus: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     data = write_own(tmp_path / "data")
     quick = ["warm_up.steps=60", "warm_up.lr=0.01", "warm_up.batch=4", "model.lora.rank=16"]
-    quick.append(f"model.base={write_base(tmp_path / 'base')}")
+    quick += [f"model.base={write_base(tmp_path / 'base')}", TORCH]
     index = built(data, tmp_path / "index", BuildOptions())
     if not corpus:
         (data / "corpus.jsonl").unlink()

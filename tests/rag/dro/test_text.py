@@ -50,6 +50,7 @@ def config_of(data: Path, kind: str) -> dict[str, Any]:
     if kind == "passages":
         return small.values(data, arms=["dro", "supervised", "rag_sft", "reinforce", "distillation"])
     model = {"base": str(data / "base"), "lora": {"rank": 4, "alpha": 8.0}, "answer_tokens": 4, "positions": 400}
+    model["engine"] = {"kind": "torch"}  # vLLM wants heads of 32 and more
     arms = ["dro", "generator_only", "closed_book", "distillation"]
     return small.values(data, arms=arms, model=model, select={"decode": "free" if kind == "free" else "constrained"})
 

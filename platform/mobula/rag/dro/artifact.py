@@ -17,6 +17,7 @@ from mobula.data.records import Document
 from mobula.data.worlds.two_hop import FactQuestions
 from mobula.errors import ArtifactError
 from mobula.experiment import Run
+from mobula.models.language_model import TORCH
 from mobula.rag.candidates import VECTORS, Request, RetrieveConfig, as_shown
 from mobula.rag.dro.config import FACTS, KINDS, Config
 from mobula.rag.dro.data import FactWorld, Questions, RetrievedQuestions
@@ -66,6 +67,7 @@ def load(artifact: Artifact) -> Predictor | ToyPredictor:
         return ToyPredictor(Networks.of(FactWorld(config, artifact.directory), **weights))
     passages, retrieve = StoredCorpus(artifact.directory), config.retrieve
     retrieve.index = find_index(artifact.meta.get("index"), artifact.directory)
+    config.model.engine.kind = TORCH  # an engine would want the networks in other files than an artifact has
     searcher = None if passages.given else searcher_of(retrieve, None)
     questions = RetrievedQuestions(config, artifact.directory, searcher)
     if questions.base_hash != artifact.meta["hash"]:

@@ -15,16 +15,21 @@ from torch import Tensor, nn
 from mobula.alternation import Row
 from mobula.data.records import Document
 from mobula.evaluation.answers import exact_match, f1
+from mobula.locks import alone
 from mobula.models.causal import CausalModel
 from mobula.models.constrained import Target, collate_targets, target_log_probs
-from mobula.models.language_model import Sampling
+from mobula.models.engines import open_model
+from mobula.models.finetune import MODEL, save_whole
+from mobula.models.language_model import TORCH, LanguageModel, Sampling
 from mobula.models.pretrained import Pretrained
 from mobula.rag.candidates import Request
 from mobula.rag.dro.networks.base import Generator, Network, Scores, Selection, Selector
 from mobula.rag.permutations import Grammar, parse_permutation, repaired, sample_lists
 from mobula.rag.prompts import Prompts
 from mobula.rag.selections import Permutation
+from mobula.training import load_weights
 
+SAMPLED = "sampled"  # end of the name of a folder with the model that an engine samples from, beside its weights
 BATCH_TOKENS = 4096  # padded tokens that are scored together
 
 
@@ -40,6 +45,20 @@ class LanguageNetwork(Network):
         """The model, opened to be used, on the accelerator if there is one."""
         tokenizer = self.prompts.model
         return CausalModel(self.module, tokenizer.tokenizer, tokenizer.name).placed()
+
+    @cached_property
+    def sampler(self) -> LanguageModel:
+        """Who writes texts that no grammar rules: an engine asks for the model as a folder, which stays where it is."""
+        engine = self.questions.config.model.sampler
+        if engine is None or engine.chosen == TORCH or self.weights is None:
+            return self.model
+        folder = self.weights.with_name(f"{self.weights.stem}-{SAMPLED}")
+        with alone(folder):
+            if not (folder / MODEL).is_dir():
+                model = self.questions.config.model.start(0)
+                load_weights(model.network, self.weights)
+                save_whole(model, folder / MODEL)
+        return open_model(str(folder / MODEL), engine)
 
     @cached_property
     def prompts(self) -> Prompts:
@@ -150,7 +169,7 @@ class LanguageSelector(LanguageNetwork, Selector):
             walks = sample_lists(self.model, prompt, self.grammar, n, uniform)
             return {"permutations": [walk.permutation for walk in walks]}
         seeds = np.random.default_rng(seed).integers(2**31, size=m).tolist()
-        texts = self.model.sample([prompt] * m, Sampling(2 * self.grammar.longest), seeds)
+        texts = self.sampler.sample([prompt] * m, Sampling(2 * self.grammar.longest), seeds)
         permutations, valid = zip(*(self.parse(text.ids, n) for text in texts), strict=True)
         return {"permutations": list(permutations), "valid": list(valid)}
 
@@ -159,7 +178,7 @@ class LanguageSelector(LanguageNetwork, Selector):
         if self.constrained:
             (walk,) = sample_lists(self.model, prompt, self.grammar, n, None)
             return Selection(walk.permutation, walk.log_probs, len(walk.permutation))
-        (text,) = self.model.sample([prompt], Sampling(2 * self.grammar.longest, temperature=0), [0])
+        (text,) = self.sampler.sample([prompt], Sampling(2 * self.grammar.longest, temperature=0), [0])
         permutation, valid = self.parse(text.ids, n)
         return Selection(permutation, [], valid)
 
@@ -196,7 +215,7 @@ class LanguageGenerator(LanguageNetwork, Generator):
 
     def _write(self, prompts: Sequence[list[int]]) -> list[str]:
         greedy = Sampling(self.questions.config.model.answer_tokens, temperature=0)
-        texts = self.model.sample(prompts, greedy, [0] * len(prompts), batch=16)
+        texts = self.sampler.sample(prompts, greedy, [0] * len(prompts), batch=16)
         return [self.model.decode(text.ids).strip() for text in texts]
 
 
