@@ -211,6 +211,8 @@ def _start(base: Pretrained, config: EngineConfig, room: Room) -> Any:
             dtype=config.dtype,
             max_model_len=config.context,
             kv_cache_memory_bytes=round(config.cache_gb * 2**30),
+            # Of this share a device must be free even where the size of the cache is given, and others may be on it.
+            gpu_memory_utilization=0.01,
             tensor_parallel_size=config.tensor_parallel,
             enforce_eager=not torch.cuda.is_available(),
             logprobs_mode="processed_logprobs",
