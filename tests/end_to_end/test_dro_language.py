@@ -23,7 +23,6 @@ pytestmark = [
 ROOT = Path(__file__).parents[2]
 # The recipe for a GPU, cut down to a handful of questions and steps.
 FEW = [
-    "model.engine.kind=torch",
     "arms=[dro]",
     *(f"data.{split}={count}" for split, count in {"labelled": 8, "train": 4, "dev": 2, "test": 3}.items()),
     *("retrieve.kind=bm25", "retrieve.encoder=wordllama", "retrieve.candidates=3", "retrieve.choose=2"),

@@ -26,7 +26,6 @@ pytestmark = [
 ROOT = Path(__file__).parents[2]
 # The recipe for a GPU, cut down to a handful of tasks and steps.
 FEW = [
-    "model.engine.kind=torch",
     "arms=[moat]",
     *(f"tasks.{split}={count}" for split, count in {"train": 8, "align": 4, "probe": 3, "dev": 3}.items()),
     *("tasks.test_in=3", "tasks.test_out=3"),

@@ -24,7 +24,6 @@ pytestmark = [
 ROOT = Path(__file__).parents[2]
 # The recipe for a GPU, cut down to a handful of questions and steps.
 FEW = [
-    "model.engine.kind=torch",
     "arms=[exsearch]",
     *(f"data.{split}={count}" for split, count in {"warm_up": 4, "train": 2, "dev": 2, "test": 2}.items()),
     *("retrieve.kind=bm25", "rollout.k_show=2", "rollout.max_passage_tokens=60"),

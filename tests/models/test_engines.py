@@ -6,6 +6,7 @@ import importlib.util
 from pathlib import Path
 
 import pytest
+import torch
 
 from mobula.agents.moat.config import ModelConfig
 from mobula.errors import ModelError
@@ -24,11 +25,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.mark.parametrize(("installed", "chosen"), [(object(), "vllm"), (None, "torch")])
-def test_auto_is_vllm_where_it_is_installed(
-    monkeypatch: pytest.MonkeyPatch, installed: object | None, chosen: str
+@pytest.mark.parametrize(
+    ("installed", "gpu", "chosen"), [(object(), True, "vllm"), (object(), False, "torch"), (None, True, "torch")]
+)
+def test_auto_is_vllm_on_gpus_where_it_is_installed(
+    monkeypatch: pytest.MonkeyPatch, installed: object | None, gpu: bool, chosen: str
 ) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: installed)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
     assert EngineConfig().chosen == chosen
     assert EngineConfig(kind="torch").chosen == "torch"
 

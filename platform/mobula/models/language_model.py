@@ -14,6 +14,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from mobula.config import key
@@ -27,7 +28,7 @@ TORCH, VLLM, AUTO = "torch", "vllm", "auto"
 class EngineConfig:
     """Who samples and scores with a pretrained model; a section of a config. All but ``kind`` is for vLLM."""
 
-    kind: str = key(AUTO, "torch; vllm; auto: vllm where it is installed", choices=(AUTO, TORCH, VLLM))
+    kind: str = key(AUTO, "torch; vllm; auto: vllm on GPUs where it is installed", choices=(AUTO, TORCH, VLLM))
     dtype: str = key("float32", "numbers that vLLM computes with", choices=("float32", "bfloat16", "float16"))
     context: int | None = key(None, "most tokens of a prompt and what follows it; null: as the model has", ge=16)
     cache_gb: float = key(1.0, "GiB for keys and values of prompts and continuations, in each actor", gt=0)
@@ -38,7 +39,8 @@ class EngineConfig:
         """The engine, ``auto`` resolved on this machine."""
         if self.kind != AUTO:
             return self.kind
-        return VLLM if vllm_installed() else TORCH
+        # On CPUs vLLM takes a multiple of PyTorch's time under an adapter: docs/engines.md.
+        return VLLM if vllm_installed() and torch.cuda.is_available() else TORCH
 
 
 def vllm_installed() -> bool:
