@@ -48,7 +48,8 @@ class CausalModel(LanguageModel):
     """
 
     def __init__(self, network: nn.Module, tokenizer: Any, name: str, base: Base | None = None) -> None:
-        super().__init__(tokenizer, name, generation_ends(network))
+        generation = getattr(network, "generation_config", None)  # a pretrained model's
+        super().__init__(tokenizer, name, getattr(generation, "eos_token_id", None))
         self.network = network.eval()
         self.base = base
 
@@ -328,9 +329,3 @@ def _likeliest(likely: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
             return first, order
         kept *= 8
     return likely.sort(stable=True, dim=-1, descending=True)
-
-
-def generation_ends(network: Any) -> list[int]:
-    """The end tokens of a pretrained model's generation config."""
-    ends = getattr(getattr(network, "generation_config", None), "eos_token_id", None)
-    return ends if isinstance(ends, list) else [] if ends is None else [ends]

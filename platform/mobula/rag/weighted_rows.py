@@ -47,6 +47,12 @@ def log_joint(model: CausalModel, rows: Sequence[TokenRow]) -> Iterator[tuple[fl
         yield latent, answer
 
 
+def q_gains(model: CausalModel, queries: Sequence[tuple[Sequence[TokenRow], float]]) -> list[float]:
+    """By how much the weighted log p(z,y|x) of each query's rows has risen since it was ``before``: (rows, before)."""
+    joint = log_joint(model, [row for rows, _ in queries for row in rows])
+    return [sum(row.weight * sum(next(joint)) for row in rows) - before for rows, before in queries]
+
+
 @dataclass
 class RowsTask(FinetuneTask):
     """Train the model saved in ``start`` on the rows of ``data``; an example is a query with all its rows.

@@ -17,7 +17,7 @@ from mobula.alternation import Row
 from mobula.errors import ConfigError, DataError
 from mobula.models.causal import CausalModel, word_tokenizer
 from mobula.models.finetune import TokenRow
-from mobula.models.language_model import Continuation
+from mobula.models.language_model import Continuation, EngineConfig
 from mobula.rag.em import ScoreWorker, SnapshotMismatch
 from mobula.rag.exsearch import rollout as rollout_module
 from mobula.rag.exsearch.agent import Agent, SolveWorker
@@ -433,6 +433,12 @@ def test_a_pretrained_model_starts_as_it_is(tmp_path: Path, finetune: bool) -> N
     torch.testing.assert_close(opened.log_probs([ids[:1]], [ids[1:]]), plain.log_probs([ids[:1]], [ids[1:]]))
     trained = {name for name, p in opened.network.named_parameters() if p.requires_grad}
     assert (trained == {name for name, _ in plain.network.named_parameters()}) == finetune
+
+
+def test_a_worker_opens_its_model_once(agent: Agent) -> None:
+    named = replace(agent, engine=EngineConfig(kind="torch"))
+    assert named.rollouts(greedy=True).model is named.rollouts(greedy=False).model is named.opened
+    assert agent.rollouts(greedy=True).model is agent.opened
 
 
 def test_an_oracle_shows_the_gold_passage_and_answers_with_it(agent: Agent) -> None:

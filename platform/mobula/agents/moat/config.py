@@ -11,7 +11,7 @@ from mobula.agents.worlds import SOURCES, WorldSet
 from mobula.alternation import AlternationConfig
 from mobula.config import key, section
 from mobula.models.endpoint import EndpointConfig
-from mobula.models.finetune import SampledModelConfig
+from mobula.models.finetune import BaseModelConfig
 from mobula.study import StudyConfig, System
 from mobula.training import TrainingConfig
 
@@ -93,7 +93,7 @@ class TasksConfig:
 
 
 @dataclass
-class ModelConfig(SampledModelConfig):
+class ModelConfig(BaseModelConfig):
     """Planner and grounder: two small networks of this shape, or a pretrained one trained twice."""
 
     layers: int = key(2, "layers of a small network", ge=1)

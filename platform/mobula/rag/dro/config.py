@@ -9,7 +9,7 @@ from functools import partial
 from mobula.alternation import AlternationConfig
 from mobula.config import key, section
 from mobula.data.jsonl import JSONL, size_problems
-from mobula.models.finetune import SampledModelConfig
+from mobula.models.finetune import BaseModelConfig
 from mobula.rag import em
 from mobula.rag.candidates import SETS, RetrieveConfig
 from mobula.rag.permutations import LABELS
@@ -112,7 +112,7 @@ class SelectConfig:
 
 
 @dataclass
-class ModelConfig(SampledModelConfig):
+class ModelConfig(BaseModelConfig):
     """Selector and generator: two small networks, or a pretrained language model trained twice."""
 
     positions: int = key(4096, "most tokens of a prompt of a pretrained model", ge=16)

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from mobula.cluster.pool import Row
 from mobula.models.causal import CausalModel
-from mobula.models.engines import open_model
-from mobula.models.language_model import EngineConfig
+from mobula.models.engines import by_torch, open_model
+from mobula.models.language_model import EngineConfig, LanguageModel
 from mobula.models.text import hash_files
 from mobula.portable import Portable
 from mobula.rag.exsearch.config import Mode, RetrieveConfig, RolloutConfig
@@ -47,6 +47,11 @@ class Agent(Portable):
         return CausalModel.open(str(self.model)).placed()
 
     @cached_property
+    def sampler(self) -> LanguageModel:
+        """Who samples: the same, or an engine that has its files."""
+        return self.opened if by_torch(self.engine) else open_model(str(self.model), self.engine)
+
+    @cached_property
     def snapshot(self) -> str:
         """Identity of its weights."""
         return hash_files(sorted(self.model.glob("*.safetensors")))[:16]
@@ -54,15 +59,13 @@ class Agent(Portable):
     @cached_property
     def searcher(self) -> Retrying:
         """The searcher, tried again where it fails."""
-        retrieve = self.retrieve
-        searcher = open_corpus(self.corpus, retrieve)
+        retrieve, searcher = self.retrieve, open_corpus(self.corpus, self.retrieve)
         index: Searcher = Shuffled(searcher) if self.shuffled else searcher
         return Retrying(index, retrieve.timeout_s, retrieve.retries, retrieve.backoff_s)
 
     def rollouts(self, *, greedy: bool) -> Rollouts:
         """The agent in action."""
-        sampler = self.opened if self.engine is None else open_model(str(self.model), self.engine)
-        return Rollouts(sampler, self.searcher, self.rollout, self.mode, greedy)
+        return Rollouts(self.sampler, self.searcher, self.rollout, self.mode, greedy)
 
     def gold(self, answers: Sequence[str]) -> list[int]:
         """The tokens of the answer that is scored and learned, the first one, with the end of the turn."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from mobula.alternation import AlternationConfig
 from mobula.config import key, section
 from mobula.data.jsonl import JSONL, size_problems
-from mobula.models.finetune import SampledModelConfig
+from mobula.models.finetune import BaseModelConfig
 from mobula.rag.em import EmConfig
 from mobula.rag.search import KINDS
 from mobula.rag.searchers import SearchConfig
@@ -122,7 +122,7 @@ class DataConfig:
 
 
 @dataclass
-class ModelConfig(SampledModelConfig):
+class ModelConfig(BaseModelConfig):
     """The agent: a small network that copies, or a pretrained one."""
 
     width: int = key(64, "width of a small network", ge=8)

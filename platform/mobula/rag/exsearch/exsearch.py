@@ -35,7 +35,7 @@ from mobula.rag.exsearch.data import Problem, corpus_of, problems_of
 from mobula.rag.exsearch.measures import SCORES, SEARCHES, SHARES, means
 from mobula.rag.exsearch.trajectory import Trajectory, own_rows, rows
 from mobula.rag.exsearch.warm_up import warm_up_rows
-from mobula.rag.weighted_rows import DATA, QueryRows, RowsTask, log_joint, write_rows
+from mobula.rag.weighted_rows import DATA, QueryRows, RowsTask, log_joint, q_gains, write_rows
 from mobula.threads import one_thread
 
 SOLVE, DEV_SAMPLE, DEV_SCORE = "solve", "dev_sample", "dev_score"
@@ -137,9 +137,11 @@ class ExSearch(EM):
 
     def agent(self, model: Path, split: str) -> Agent:
         """A model in the corpus of a split."""
-        config = self.config
-        corpus, sampler = corpus_of(config.data, split), config.model.sampler
-        return Agent(model, corpus, config.retrieve, config.rollout, self.arm.mode, engine=sampler)
+        config, corpus = self.config, corpus_of(self.config.data, split)
+        return Agent(model, corpus, config.retrieve, config.rollout, self.arm.mode, engine=config.model.sampler)
+
+    def _current(self, context: Context, split: str) -> Agent:
+        return self.agent(self.current_checkpoint(context.history)[MODEL], split)
 
     def problems(self, split: str) -> list[Problem]:
         """The questions of a split, with answers."""
@@ -219,10 +221,7 @@ class ExSearch(EM):
             trained = context.history.facts(FIT)["steps"]
             return [row for row in read_jsonl(data / DATA) if trained and row["before"] is not None]
 
-        def worker(context: Context) -> QGainWorker:
-            return QGainWorker(self.agent(self.current_checkpoint(context.history)[MODEL], "train"))
-
-        return Sharded(Q_GAIN, items, worker, self.shard)
+        return Sharded(Q_GAIN, items, lambda context: QGainWorker(self._current(context, "train")), self.shard)
 
     def gains(self, history: History) -> Row:
         """The mean over questions."""
@@ -234,10 +233,10 @@ class ExSearch(EM):
     def evaluation(self) -> list[Phase]:
         """Dev questions, greedily; and the bound on their samples."""
 
-        def worker(context: Context) -> SolveWorker:
-            return SolveWorker(self.agent(self.current_checkpoint(context.history)[MODEL], "dev"))
+        def items(context: Context) -> list[Row]:
+            return [asdict(problem) for problem in self.problems("dev")]
 
-        solve = Sharded(SOLVE, lambda context: [asdict(p) for p in self.problems("dev")], worker, self.shard)
+        solve = Sharded(SOLVE, items, lambda context: SolveWorker(self._current(context, "dev")), self.shard)
         sample = self.sampling(DEV_SAMPLE, "dev", seeded_as="held_sample")
         return [solve, sample, self.scoring(DEV_SCORE, sample, "dev")]
 
@@ -256,11 +255,9 @@ class QGainWorker:
 
     def process(self, items: Sequence[Row], seed: int) -> Sequence[Row]:
         """As :class:`mobula.cluster.pool.Worker`; nothing is drawn."""
-        parts = [[TokenRow(**row) for row in item["rows"]] for item in items]
+        queries = [([TokenRow(**row) for row in item["rows"]], item["before"]) for item in items]
         with one_thread():
-            joint = log_joint(self.agent.opened, [row for part in parts for row in part])
-            after = [sum(row.weight * sum(next(joint)) for row in part) for part in parts]
-        return [{"q_gain": value - item["before"]} for value, item in zip(after, items, strict=True)]
+            return [{"q_gain": gain} for gain in q_gains(self.agent.opened, queries)]
 
 
 def steps_of(config: Config, queries: int) -> int:

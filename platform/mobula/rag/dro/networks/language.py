@@ -18,9 +18,9 @@ from mobula.evaluation.answers import exact_match, f1
 from mobula.locks import alone
 from mobula.models.causal import CausalModel
 from mobula.models.constrained import Target, collate_targets, target_log_probs
-from mobula.models.engines import open_model
+from mobula.models.engines import by_torch, open_model
 from mobula.models.finetune import MODEL, save_whole
-from mobula.models.language_model import TORCH, LanguageModel, Sampling
+from mobula.models.language_model import LanguageModel, Sampling
 from mobula.models.pretrained import Pretrained
 from mobula.rag.candidates import Request
 from mobula.rag.dro.networks.base import Generator, Network, Scores, Selection, Selector
@@ -50,7 +50,7 @@ class LanguageNetwork(Network):
     def sampler(self) -> LanguageModel:
         """Who writes texts that no grammar rules: an engine asks for the model as a folder, which stays where it is."""
         engine = self.questions.config.model.sampler
-        if engine is None or engine.chosen == TORCH or self.weights is None:
+        if by_torch(engine) or self.weights is None:
             return self.model
         folder = self.weights.with_name(f"{self.weights.stem}-{SAMPLED}")
         with alone(folder):
