@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import random
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -17,10 +13,10 @@ import yaml
 
 from mobula.alternation import DONE, Row
 from mobula.artifacts import read_jsonl, sha256
+from tests.end_to_end.commands import Command, start
 from tests.rag.dro import small
 
-pytestmark = [pytest.mark.end_to_end, pytest.mark.timeout(1800)]
-ROOT = Path(__file__).parents[2]
+pytestmark = [pytest.mark.end_to_end, pytest.mark.alone, pytest.mark.timeout(1800)]
 MOAT: dict[str, Any] = {
     "method": "moat",
     "name": "killed",
@@ -42,7 +38,7 @@ DRO: dict[str, Any] = {
     "data": {"labelled": 200, "train": 1500, "dev": 100, "test": 100},
     "cold": {"selector_steps": 20, "generator_steps": 10},
     "alternation": {"iterations": 2, "actors": 0},
-    "fit": {"steps": 40, "batch": 32, "checkpoint_every": 10},
+    "fit": {"steps": 40, "batch": 32, "checkpoint_every": 10, "workers": 0},
     "evaluation": {"decisive": False, "resamples": 100, "redraws": 4},
 }
 EXSEARCH: dict[str, Any] = {
@@ -75,16 +71,13 @@ PHASES = {
 }
 
 
-def start(experiment: Path, out: Path) -> subprocess.Popen[str]:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT / "platform"), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "mobula.cli", "run", str(experiment), "--out", str(out)]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+def begin(experiment: Path, out: Path) -> Command:
+    return start(["run", str(experiment), "--out", str(out)], experiment.parent)
 
 
 def finish(experiment: Path, out: Path) -> None:
-    process = start(experiment, out)
-    output, _ = process.communicate(timeout=900)
-    assert process.returncode == 0, output[-3000:]
+    command = begin(experiment, out)
+    assert command.wait() == 0, command.output
 
 
 def rows(loop: Path) -> list[Row]:
@@ -96,16 +89,15 @@ def phases(loop: Path) -> list[str]:
     return [str(p.parent.relative_to(loop)) for p in sorted(loop.glob(f"iteration-*/*/{DONE}"))]
 
 
-def kill_in(process: subprocess.Popen[str], phase: Path, pause: float) -> bool:
+def kill_in(command: Command, phase: Path, pause: float) -> bool:
     """SIGKILL a while after a phase has begun; False if it was over by then."""
     deadline = time.monotonic() + 600
     while not phase.is_dir():
-        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0][-3000:]
+        assert command.process.is_alive() and time.monotonic() < deadline, command.output
         time.sleep(0.002)
     time.sleep(pause)
     over = (phase / DONE).is_file()
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
+    command.kill()
     return not over
 
 
@@ -132,7 +124,7 @@ def test_killed_in_every_phase_it_ends_with_the_same_numbers(tmp_path: Path, con
     inside = 0
     for name in names:
         took = json.loads((whole / name / DONE).read_text())["seconds"]
-        inside += kill_in(start(experiment, tmp_path / "out"), out / name, chance.uniform(0, took))
+        inside += kill_in(begin(experiment, tmp_path / "out"), out / name, chance.uniform(0, took))
     assert inside >= len(names) // 3
     finish(experiment, tmp_path / "out")
     assert rows(out) == rows(whole)

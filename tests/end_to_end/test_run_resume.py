@@ -20,7 +20,7 @@ from mobula.data import DataConfig, load_retrieval
 from mobula.errors import DataError, ModelError
 from mobula.models.text import load_static
 
-pytestmark = [pytest.mark.end_to_end, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.end_to_end, pytest.mark.alone, pytest.mark.timeout(900)]
 ROOT = Path(__file__).parents[2]
 STEPS = 60
 EXPERIMENT: dict[str, Any] = {

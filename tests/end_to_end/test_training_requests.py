@@ -18,7 +18,7 @@ from mobula.training import TrainingConfig, loop
 from mobula.training.group import Group
 from mobula.training.ray_backend import Work
 
-pytestmark = [pytest.mark.end_to_end, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.end_to_end, pytest.mark.alone, pytest.mark.timeout(900)]
 JOBS = Path(__file__).parents[2] / "jobs"
 SMOKES = sorted(path for path in JOBS.glob("*/smoke.yaml"))
 ASKED = WorkerResources(workers=2, cpus=3, gpus=1)

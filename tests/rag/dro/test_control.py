@@ -13,7 +13,7 @@ from mobula.rag import weights
 from mobula.rag.dro.config import Config, EvaluationConfig
 from mobula.rag.dro.study import Arms
 
-pytestmark = [pytest.mark.end_to_end, pytest.mark.timeout(1200)]
+pytestmark = [pytest.mark.end_to_end, pytest.mark.alone, pytest.mark.timeout(1200)]
 
 
 def em_after(directory: Path, rule: str) -> float:
