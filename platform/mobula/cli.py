@@ -231,14 +231,15 @@ def show(experiment: Path, overrides: tuple[str, ...], help_keys: bool) -> None:
 
 @main.command()
 @click.argument("experiments", nargs=-1, type=click.Path(path_type=Path), required=True)
-def validate(experiments: tuple[Path, ...]) -> None:
-    """Check experiment files without running them."""
-    from mobula.methods import load_config
+@CLUSTER
+def validate(experiments: tuple[Path, ...], cluster_file: Path | None) -> None:
+    """Check experiment files without running them, and what training pretrained models takes of each GPU."""
+    from mobula.running import validate_experiment
 
     wrong = False
     for path in experiments:
         try:
-            load_config(path)
+            validate_experiment(path, cluster_file)
             click.echo(f"{path}: valid")
         except MobulaError as error:
             click.echo(f"error: {error}", err=True)

@@ -46,6 +46,7 @@ class About:
     what: str = key("", "one sentence: what the recipe shows")
     minutes: float = key(0.0, "expected duration on 2 CPU cores, minutes", ge=0)
     memory_gb: float = key(0.0, "expected peak memory, GiB", ge=0)
+    gpu_gb: float = key(0.0, "memory of a GPU, GiB; `mobula validate` holds pretrained models' trainings to it", ge=0)
     result: str = key("", "the result to expect, with its interval")
 
 

@@ -9,8 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mobula import environment, methods
-from mobula.errors import ConfigError
+from mobula.errors import ConfigError, ModelError
 from mobula.experiment import Report, Run
+from mobula.models import memory
+from mobula.models.memory import Step
+from mobula.study import StudyConfig
 
 if TYPE_CHECKING:
     from mobula.cluster.spec import ClusterSpec
@@ -50,6 +53,40 @@ def run_experiment(
     print(f"report: {run.directory / 'report.md'}, plots: {run.directory / 'plots'}")
     print(f"artifact: {run.artifact_directory}")
     return report
+
+
+def validate_experiment(experiment: Path, cluster_file: Path | None = None) -> None:
+    """Check an experiment file, and print what its trainings of a pretrained model take of each GPU.
+
+    Raises:
+        ConfigError: for what is wrong in it; also if a training has no room in ``about.gpu_gb``.
+        ModelError: if the room of a model is asked for that is not at hand, and whose shape is not known.
+    """
+    config = methods.load_config(experiment)
+    if not isinstance(config, StudyConfig):
+        return
+    cluster = find_cluster(cluster_file)
+    workers = cluster.platform.train.workers if cluster else 1
+    steps = [step.on(workers) for step in config.steps()]
+    if steps:
+        print_memory(steps, config, str(experiment))
+
+
+def print_memory(steps: Sequence[Step], config: Any, source: str) -> None:
+    """Print what trainings take of each GPU; raises as :func:`validate_experiment`."""
+    from mobula.evaluation.report import print_table
+
+    try:
+        rows = memory.table(steps, config.model)
+    except ModelError as error:
+        if config.about.gpu_gb:
+            raise
+        print(f"memory of its trainings is not known: {error}")
+        return
+    print_table(f"{source}: {config.model.base}, {config.model.tuning}, GiB on each GPU", rows)
+    too_large = list(memory.misfits(rows, config.about.gpu_gb)) if config.about.gpu_gb else []
+    if too_large:
+        raise ConfigError(too_large, source)
 
 
 def run_sweep(

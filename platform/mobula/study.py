@@ -21,6 +21,7 @@ from mobula.errors import MobulaError
 from mobula.evaluation import claims, tables
 from mobula.evaluation.intervals import mean_interval, paired_difference
 from mobula.experiment import Claim, ExperimentConfig, Measure, Report, Run
+from mobula.models.memory import Step
 
 CURVES = "curves.jsonl"  # every arm's metrics by seed and iteration
 
@@ -46,6 +47,10 @@ class StudyConfig(ExperimentConfig):
     def seeds(self) -> Sequence[int]:
         """The training seeds."""
         return range(self.seed, self.seed + self.evaluation.seeds)
+
+    def steps(self) -> Iterator[Step]:
+        """Of every training of a pretrained model, the largest; none where networks are small."""
+        return iter(())
 
     def study_problems(
         self, known: Sequence[str], workers: Mapping[str, int | None], renamed: Mapping[str, str] | None = None

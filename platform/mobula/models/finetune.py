@@ -114,12 +114,17 @@ def token_log_probs(model: Any, batch: dict[str, Tensor]) -> Tensor:
     return chosen.new_zeros(learned.shape).masked_scatter(learned, chosen)
 
 
+def logits_rows(vocabulary: int) -> int:
+    """States whose logits stand in memory at once."""
+    return max(1, LOGITS // vocabulary)
+
+
 def _output_log_probs(network: Any, states: Tensor, targets: Tensor) -> Tensor:
     """log p f32[S] of tokens i64[S] by the output layer on their states f[S, d].
 
     Of many tokens the logits f[S, V] never stand in memory at once: a part is computed, and again for its gradient.
     """
-    output, rows = network.get_output_embeddings(), max(1, LOGITS // network.config.vocab_size)
+    output, rows = network.get_output_embeddings(), logits_rows(network.config.vocab_size)
 
     def log_probs(states: Tensor, targets: Tensor) -> Tensor:
         return -F.cross_entropy(output(states).float(), targets, reduction="none")

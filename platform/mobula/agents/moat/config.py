@@ -12,6 +12,7 @@ from mobula.alternation import AlternationConfig
 from mobula.config import key, section
 from mobula.models.endpoint import EndpointConfig
 from mobula.models.finetune import BaseModelConfig
+from mobula.models.memory import Step
 from mobula.study import StudyConfig, System
 from mobula.training import TrainingConfig
 
@@ -159,6 +160,14 @@ class Config(StudyConfig):
     # How arms are trained that spend as much as another one; `steps` follows from that.
     budget_matched: TrainingConfig = _training(steps=1, lr=5e-4)
     rates: dict[str, float] = key({}, "learning rate of a budget-matched arm if not budget_matched.lr, by arm")
+
+    def steps(self) -> Iterator[Step]:
+        """Rows of ``model.positions`` tokens; of a preference there are two."""
+        if self.model.base:
+            longest = max(self.moat.max_plan, self.moat.max_program)
+            for name, rows in (("sft", 1), ("dpo", 2), ("grounder_sft", 1), ("budget_matched", 1)):
+                training = getattr(self, name)
+                yield Step(name, training, rows * training.micro, self.model.positions, longest)
 
     def iterations(self, arm: str) -> int:
         """How many iterations an arm has at most."""

@@ -10,6 +10,7 @@ from mobula.alternation import AlternationConfig
 from mobula.config import key, section
 from mobula.data.jsonl import JSONL, size_problems
 from mobula.models.finetune import BaseModelConfig
+from mobula.models.memory import Step
 from mobula.rag import em
 from mobula.rag.candidates import SETS, RetrieveConfig
 from mobula.rag.permutations import LABELS
@@ -163,6 +164,12 @@ class Config(StudyConfig):
     alternation: AlternationConfig = section(AlternationConfig)
     fit: TrainingConfig = section(partial(TrainingConfig, steps=80, batch=64, lr=2e-3, warmup=0.0, decay=0.0))  # type: ignore[arg-type]
     evaluation: EvaluationConfig = section(EvaluationConfig)
+
+    def steps(self) -> Iterator[Step]:
+        """A question's permutations are rows of one micro-batch."""
+        if self.model.base:
+            rows, answer = self.fit.micro * self.em.samples, self.model.answer_tokens
+            yield Step("fit", self.fit, rows, self.model.positions + answer, answer)
 
     def em_of(self, arm: Arm) -> EmConfig:
         """The E-step of an arm."""

@@ -9,6 +9,7 @@ from mobula.alternation import AlternationConfig
 from mobula.config import key, section
 from mobula.data.jsonl import JSONL, size_problems
 from mobula.models.finetune import BaseModelConfig
+from mobula.models.memory import Step
 from mobula.rag.em import EmConfig
 from mobula.rag.search import KINDS
 from mobula.rag.searchers import SearchConfig
@@ -214,6 +215,14 @@ class Config(StudyConfig):
     skill_share: float = key(0.5, "share of skill rows among those of the warm-up, small models alone", ge=0, lt=1)
     # One M-step; `steps` follows from em.epochs.
     fit: TrainingConfig = section(_fit)  # type: ignore[arg-type]
+
+    def steps(self) -> Iterator[Step]:
+        """An M-step learns all trajectories of a question together."""
+        if self.model.base:
+            tokens, turns = self.rollout.seq_len, self.rollout.max_turns
+            learned = min(tokens, turns * self.rollout.max_action_tokens + self.rollout.max_answer_tokens)
+            yield Step("warm_up", self.warm_up, self.warm_up.micro, tokens, learned)
+            yield Step("fit", self.fit, self.fit.micro * self.em.samples, tokens, learned)
 
     def of(self, arm: Arm) -> SearchEmConfig:
         """The E-step of an arm."""
