@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 from mobula.alternation import AlternationConfig
 from mobula.config import key, section
@@ -161,9 +162,8 @@ class RolloutConfig:
 
     def problems(self) -> list[str]:
         """Contradictions between keys."""
-        if self.k_candidates >= self.k_show:
-            return []
-        return [f"k_candidates={self.k_candidates} is below k_show={self.k_show}"]
+        clash = self.k_candidates < self.k_show
+        return [f"k_candidates={self.k_candidates} is below k_show={self.k_show}"] if clash else []
 
     @property
     def heuristic(self) -> bool:
@@ -185,18 +185,6 @@ class SearchEmConfig(EmConfig):
     clip: float = key(0.2, "grpo: how far a token's ratio to the sampling model may go from 1", gt=0, lt=1)
 
 
-def _skill() -> TrainingConfig:
-    return TrainingConfig(steps=800, batch=16, lr=2e-3, warmup=0.12)
-
-
-def _warm_up() -> TrainingConfig:
-    return TrainingConfig(steps=250, batch=16, lr=1e-3)
-
-
-def _fit() -> TrainingConfig:
-    return TrainingConfig(steps=1, batch=8, lr=5e-4, schedule="cosine", warmup=0.1, decay=0.9)
-
-
 @dataclass
 class Config(StudyConfig):
     """An EXSEARCH experiment: one warm-up for all arms of a seed, then every arm alternates by itself."""
@@ -209,12 +197,14 @@ class Config(StudyConfig):
     em: SearchEmConfig = section(SearchEmConfig)
     alternation: AlternationConfig = section(AlternationConfig)
     # Before the warm-up, small models alone: reading and the form of turns, on one-hop questions of other worlds.
-    skill: TrainingConfig = section(_skill)  # type: ignore[arg-type]
+    skill: TrainingConfig = section(partial(TrainingConfig, steps=800, batch=16, lr=2e-3, warmup=0.12))  # type: ignore[arg-type]
     skill_questions: int = key(4000, "one-hop questions of the skill stage", ge=1)
-    warm_up: TrainingConfig = section(_warm_up)  # type: ignore[arg-type]
+    warm_up: TrainingConfig = section(partial(TrainingConfig, steps=250, batch=16, lr=1e-3))  # type: ignore[arg-type]
     skill_share: float = key(0.5, "share of skill rows among those of the warm-up, small models alone", ge=0, lt=1)
     # One M-step; `steps` follows from em.epochs.
-    fit: TrainingConfig = section(_fit)  # type: ignore[arg-type]
+    fit: TrainingConfig = section(
+        partial(TrainingConfig, steps=1, batch=8, lr=5e-4, schedule="cosine", warmup=0.1, decay=0.9)  # type: ignore[arg-type]
+    )
 
     def steps(self) -> Iterator[Step]:
         """An M-step learns all trajectories of a question together."""

@@ -170,11 +170,12 @@ class ExSearch(EM):
         return [most is None or empty <= most for empty in score["empty_facts"]]
 
     def facts(self, scores: Sequence[Row]) -> Row:
-        """How many samples are too long, how often facts hold the answer, and how unlikely the samples are."""
+        """How many samples are too long, how often facts hold the answer, how unlikely samples are, and KL(q || p)."""
         return {
             "too_long": sum(value is None for score in scores for value in score["log_lik"]),
             "sample_in_facts": column_mean(scores, "in_facts"),
             "sample_mean_nll": column_mean(scores, "mean_nll"),
+            "sampler_kl": -column_mean(scores, "log_ratio"),
         }
 
     # Fit.

@@ -21,7 +21,7 @@ BY_ITERATION = {
     ),
     "E-step by iteration, mean of seeds": (
         "iwae_bound", "q_gain", "sample_em", "sample_in_facts", "ess", "largest", "all_fail", "skipped",
-        "distinct_fraction", "variance", "sample_mean_nll",
+        "distinct_fraction", "variance", "sample_mean_nll", "sampler_kl",
     ),
 }  # fmt: skip
 PLOTTED = {
