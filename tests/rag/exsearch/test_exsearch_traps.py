@@ -499,3 +499,12 @@ def test_who_was_given_nothing_has_failed() -> None:
     found = measure(problem, Trajectory(), lambda id: Document(id, *TITLES[id]))
     assert (found["failed"], found["em"], found["gold_hit"], found["under_search"]) == (1.0, 0.0, 0.0, 1.0)
     assert judged([["1"], ["2"]])["failed"] == 0.0
+
+
+def test_how_far_the_sampler_is_from_the_trainer_is_in_every_row(directory: Path) -> None:
+    made = arms(directory)
+    em, outcome = made.em("exsearch", 0), made.outcome("exsearch", 0)
+    for row in outcome.rows[1:]:
+        assert row["sampler_kl"] == pytest.approx(0, abs=1e-4)  # one network does both
+    scores = [{**score, "log_ratio": [-0.5, 0.1]} for score in outcome.history.rows("score")]
+    assert em.facts(scores)["sampler_kl"] == pytest.approx(0.2)
