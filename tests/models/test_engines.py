@@ -50,7 +50,7 @@ def test_an_engine_over_more_devices_than_its_process_has_is_refused(
 ) -> None:
     monkeypatch.setattr(engines, "vllm_installed", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    with pytest.raises(ModelError, match=r"tensor_parallel=4: this process has 2 .* gpus_per_worker of cluster\.yaml"):
+    with pytest.raises(ModelError, match=r"tensor_parallel=4: this process has 2 .*gpus_per_worker of cluster\.yaml"):
         open_model(str(folder), EngineConfig(kind="vllm", tensor_parallel=4))
 
 
