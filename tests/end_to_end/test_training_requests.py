@@ -22,6 +22,16 @@ pytestmark = [pytest.mark.end_to_end, pytest.mark.alone, pytest.mark.timeout(900
 JOBS = Path(__file__).parents[2] / "jobs"
 SMOKES = sorted(path for path in JOBS.glob("*/smoke.yaml"))
 ASKED = WorkerResources(workers=2, cpus=3, gpus=1)
+# Less to evaluate: the trainings are the same.
+FEWER = {
+    "diffugr": [
+        *("pseudo_queries.per_document=4", "evaluation.steps=[1,2]", "evaluation.remask=[]", "evaluation.beams=[10]"),
+        *("evaluation.dev_queries=20", "evaluation.max_queries=20", "evaluation.latency_queries=1"),
+    ],
+    "dynamic_retrieval": ["pseudo_queries.per_document=4", "evaluation.max_rows=6", "evaluation.latency_queries=1"],
+    "exsearch": ["skill_questions=100", "data.train=8", "data.dev=6", "data.test=6"],
+    "dro": ["data.train=200", "data.dev=100", "data.test=100"],
+}
 
 
 @pytest.fixture
@@ -51,7 +61,7 @@ def test_every_training_asks_for_what_cluster_yaml_says(
     entry = methods.load_config(recipe)
     sections = training_sections(type(entry))
     assert sections and all(getattr(entry, name).workers is None for name in sections), "a smoke trains on the cluster"
-    overrides = [f"{name}.steps=4" for name in sections]
+    overrides = [*(f"{name}.steps=4" for name in sections), *FEWER.get(entry.method, []), "evaluation.resamples=100"]
     config = methods.load_config(recipe, overrides)
     requested = Train(workers=ASKED.workers, cpus_per_worker=ASKED.cpus, gpus_per_worker=ASKED.gpus)
     cluster = ClusterSpec(Path("cluster.yaml"), {}, Platform(train=requested), {})
