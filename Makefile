@@ -36,7 +36,7 @@ test: setup ## the whole test suite, end-to-end part included
 	$(MAKE) test-units
 	$(MAKE) -j2 --output-sync=target test-alone test-ray
 
-test-units: setup ## the default suite alone (about 5 minutes)
+test-units: setup ## the default suite alone (about 12 minutes)
 	$(BIN)/python -m pytest -m "not end_to_end" -n 2 --dist loadfile tests
 
 test-alone: setup ## killed commands, and pretrained language models on one core
