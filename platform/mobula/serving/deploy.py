@@ -8,12 +8,13 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
 import yaml
+from pydantic import BaseModel
 
 from mobula import artifacts, environment
 from mobula.cluster.connect import connect
@@ -163,13 +164,26 @@ def _assignment(text: str) -> tuple[str, Any]:
 
 def _anchor(application: dict[str, Any], model: Any, root: Path) -> None:
     """Make paths absolute and the packages importable: replicas start in a directory of their own."""
-    args = application["args"]
-    for name, field in model.model_fields.items():
-        is_path = field.annotation is Path or Path in get_args(field.annotation)
-        if is_path and args.get(name) is not None:
-            args[name] = str(root / args[name])
+    _anchor_paths(application["args"], model, root)
     variables = application.setdefault("runtime_env", {}).setdefault("env_vars", {})
     variables.setdefault("PYTHONPATH", f"{root / 'platform'}:{root}")
+
+
+def _anchor_paths(values: dict[str, Any], model: Any, root: Path) -> None:
+    for name, field in model.model_fields.items():
+        kinds = list(_kinds(field.annotation))
+        if Path in kinds and values.get(name) is not None:
+            values[name] = str(root / values[name])
+        for inner in (kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)):
+            for value in values.get(name) or ():
+                _anchor_paths(value, inner, root)
+
+
+def _kinds(annotation: Any) -> Iterator[Any]:
+    """What an annotation is made of: `Annotated[Path, ...] | None` holds a Path."""
+    yield annotation
+    for inner in get_args(annotation):
+        yield from _kinds(inner)
 
 
 def _check_readable(args: dict[str, Any]) -> None:
