@@ -1,4 +1,4 @@
-"""The language-model application on a real Serve and vLLM: the `openai` client, and `lm_eval`, against our own scores."""
+"""The language-model application on Serve and vLLM: what the `openai` client and `lm_eval` get, against our own scores."""
 
 from __future__ import annotations
 
@@ -56,7 +56,11 @@ def url(adapter: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str
     application = next(a for a in file.platform.serve["applications"] if a["name"] == "language_model")
     application["args"] |= {
         "models": [{"id": "smollm2", "base": BASE}, {"id": "tuned@1", "adapter": str(adapter)}],
-        "context": 512, "cache_gb": 0.25, "key_required": True, "key_file": str(keys), "burst": 60,
+        "context": 512,
+        "cache_gb": 0.25,
+        "key_required": True,
+        "key_file": str(keys),
+        "burst": 60,
         "requests_per_s": 0.5,
     }
     with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
