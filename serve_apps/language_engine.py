@@ -104,7 +104,8 @@ def _engine(source: str, models: Sequence[ServedModel], args: LanguageModelArgs)
             **lora,
         },
         placement_group_config={"bundles": [{"CPU": args.cpus, "GPU": min(1, args.gpus)}] * devices},
-        deployment_config={"num_replicas": args.engines},
+        # The bundle is all that an engine takes; Ray would add a core for the replica that holds it.
+        deployment_config={"num_replicas": args.engines, "ray_actor_options": {"num_cpus": 0}},
         log_engine_metrics=False,
     )
     folders = {name: str(folder.resolve()) for name, folder in adapters.items()}

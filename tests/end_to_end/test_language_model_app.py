@@ -1,4 +1,4 @@
-"""The language-model application on Serve and vLLM: what the `openai` client and `lm_eval` get, against our own scores."""
+"""The language-model application on Serve and vLLM: what `openai` and `lm_eval` get, against our own scores."""
 
 from __future__ import annotations
 
