@@ -58,10 +58,11 @@ class LanguageModelArgs(AppArgs):
 
     @model_validator(mode="after")
     def _different(self) -> LanguageModelArgs:
-        ids = [model.id for model in self.models]
-        twice = {name for name in ids if ids.count(name) > 1}
-        if twice:
-            raise ValueError(f"models: {', '.join(sorted(twice))} stands there twice")
+        """An engine has one name for its base."""
+        for names in ([model.id for model in self.models], [model.base for model in self.models if model.base]):
+            twice = sorted({name for name in names if names.count(name) > 1})
+            if twice:
+                raise ValueError(f"models: {', '.join(twice)} stands there twice")
         return self
 
 

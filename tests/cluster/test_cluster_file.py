@@ -150,6 +150,7 @@ def test_relative_paths_of_arguments_are_those_of_the_current_directory(tmp_path
         ([{"id": "a"}], "give either base or adapter"),
         ([{"id": "a", "base": "x", "adapter": "y"}], "give either base or adapter"),
         ([{"id": "a", "base": "x"}, {"id": "a", "base": "y"}], "a stands there twice"),
+        ([{"id": "a", "base": "x"}, {"id": "b", "base": "x"}], "x stands there twice"),
         ([], "at least 1 item"),
         ([{"id": "a:b", "base": "x"}], "pattern"),
     ],

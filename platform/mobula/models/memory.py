@@ -26,8 +26,6 @@ from mobula.training import TrainingConfig
 FP32, GIB = 4, 2**30
 # Of a logit in fp32: its log-softmax, kept, and the gradients of that and of itself.
 OF_A_LOGIT = 3 * FP32
-
-
 # The models of the recipes that are not at hand on every machine, by id: model type, and what their config.json says.
 SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "Qwen/Qwen2.5-7B-Instruct": (
