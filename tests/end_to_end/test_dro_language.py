@@ -16,7 +16,7 @@ from mobula.environment import data_folder
 
 pytestmark = [
     pytest.mark.end_to_end,
-    pytest.mark.alone,
+    pytest.mark.language,
     pytest.mark.timeout(2400),
     pytest.mark.skipif(data_folder() is None, reason="MOBULA_DATA is not set"),
 ]

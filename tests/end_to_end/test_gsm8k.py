@@ -19,7 +19,7 @@ from mobula.models.language_model import Sampling
 
 pytestmark = [
     pytest.mark.end_to_end,
-    pytest.mark.alone,
+    pytest.mark.language,
     pytest.mark.timeout(1800),
     pytest.mark.skipif(data_folder() is None, reason="MOBULA_DATA is not set"),
 ]

@@ -17,7 +17,7 @@ from mobula.rag.exsearch.artifact import KIND
 
 pytestmark = [
     pytest.mark.end_to_end,
-    pytest.mark.alone,
+    pytest.mark.language,
     pytest.mark.timeout(2400),
     pytest.mark.skipif(data_folder() is None, reason="MOBULA_DATA is not set"),
 ]

@@ -24,7 +24,7 @@ from mobula.training import fit
 from tests.retrieval import published
 from tests.retrieval.published import WORDS
 
-pytestmark = [pytest.mark.end_to_end, pytest.mark.alone, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.end_to_end, pytest.mark.language, pytest.mark.timeout(600)]
 RECIPE = Path(__file__).parents[2] / "jobs" / "diffugr" / "full_llada.yaml"
 # The recipe as it is, but for the corpus, its small codes, and a single process.
 FEW = [

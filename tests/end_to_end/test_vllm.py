@@ -15,7 +15,7 @@ from mobula.models.language_model import EngineConfig, LanguageModel, Sampling, 
 
 pytestmark = [
     pytest.mark.end_to_end,
-    pytest.mark.alone,
+    pytest.mark.language,
     pytest.mark.timeout(900),
     pytest.mark.skipif(not vllm_installed(), reason="vLLM is not installed"),
 ]

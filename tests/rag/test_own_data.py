@@ -271,7 +271,7 @@ def test_the_commands_of_the_page_build_an_index_and_run_on_it(tmp_path: Path, m
 
 
 @pytest.mark.end_to_end
-@pytest.mark.alone
+@pytest.mark.language
 @pytest.mark.timeout(2400)
 def test_exsearch_runs_on_ones_own_data_by_its_path_alone(tmp_path: Path) -> None:
     report = run("exsearch", write_own(tmp_path / "data"), tmp_path / "run")
