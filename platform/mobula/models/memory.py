@@ -22,6 +22,7 @@ from mobula.models.blocks import blocks
 from mobula.models.finetune import BaseModelConfig, logits_rows
 from mobula.models.pretrained import Pretrained
 from mobula.training import TrainingConfig
+from mobula.training.engine import hold_base_in_bf16
 
 FP32, GIB = 4, 2**30
 # Of a logit in fp32: its log-softmax, kept, and the gradients of that and of itself.
@@ -187,8 +188,10 @@ class _Measured:
             network = AutoModelForCausalLM.from_config(shape, dtype=torch.float32).train()
             if not model.finetune:
                 add_lora(network, lora=model.lora)
+        if bf16:
+            hold_base_in_bf16(network)
         with FakeTensorMode():
-            _materialise(network, bf16)
+            _materialise(network)
             ids = torch.zeros(step.rows, step.tokens, dtype=torch.long)
             # Rows are padded, so attention takes a mask, here one whose values nobody asks for.
             mask = torch.ones(step.rows, 1, step.tokens, step.tokens, dtype=torch.bool)
@@ -199,14 +202,13 @@ class _Measured:
             return cls(_count(network), sum(kept.values()), between[0])
 
 
-def _materialise(network: nn.Module, bf16: bool) -> None:
-    """Give a network without memory weights of this mode's kind; matrices of a frozen base in bf16, as in training."""
+def _materialise(network: nn.Module) -> None:
+    """Give a network on the meta device, on which nothing is cast for mixed precision, weights of this mode's kind."""
     made: dict[int, Tensor] = {}  # tied weights are one
     for module in network.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None and id(parameter) not in made:
-                half = bf16 and not parameter.requires_grad and parameter.ndim > 1
-                empty = torch.empty(parameter.shape, dtype=torch.bfloat16 if half else parameter.dtype)
+                empty = torch.empty(parameter.shape, dtype=parameter.dtype)
                 made[id(parameter)] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
             module._parameters[name] = None if parameter is None else made[id(parameter)]  # type: ignore[assignment]
         for name, buffer in module._buffers.items():

@@ -62,7 +62,7 @@ class Engine:
 
     def _prepared(self, model: nn.Module) -> nn.Module:
         if self.config.precision == "bf16":
-            _hold_base_in_bf16(model)
+            hold_base_in_bf16(model)
         if self.config.gradient_checkpointing:
             _run_layers_again(model)
         return model
@@ -245,7 +245,7 @@ def _import(device: torch.device) -> Any:
     return deepspeed
 
 
-def _hold_base_in_bf16(model: nn.Module) -> None:
+def hold_base_in_bf16(model: nn.Module) -> None:
     """Matrices of a frozen base, which compute in bf16 in any case; a network may want its few vectors in fp32."""
     for parameter in model.parameters():
         if getattr(parameter, "is_base", False) and not parameter.requires_grad and parameter.ndim > 1:
